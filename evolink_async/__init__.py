@@ -1,0 +1,103 @@
+"""Generate images on EvoLink from asyncio.
+
+A `Session` submits generations, each comes back as an awaitable `Task`, and one shared
+poller watches them all::
+
+    async with Session() as session:
+        task = await session.submit("A serene lake at sunset", size="1280x1280")
+        paths = await task.download("out/")
+"""
+
+from __future__ import annotations
+
+from evolink_async import errors
+from evolink_async._clock import Clock
+from evolink_async._models import (
+    Credits,
+    GenerationResult,
+    ImageRequest,
+    RawRequest,
+    TaskSnapshot,
+    TaskSummary,
+    Timeout,
+    Usage,
+)
+from evolink_async._polling import PollPolicy
+from evolink_async._retry import RetryPolicy
+from evolink_async._session import Outcome, Session, Stats
+from evolink_async._task import Task
+from evolink_async.errors import (
+    APIConnectionError,
+    APIStatusError,
+    APITimeoutError,
+    AuthenticationError,
+    ConfigurationError,
+    DownloadError,
+    EvolinkError,
+    InsufficientCreditsError,
+    InvalidRequestError,
+    InvalidResponseError,
+    LedgerError,
+    NotFoundError,
+    PermissionDeniedError,
+    RateLimitError,
+    RequestTooLargeError,
+    RequestValidationError,
+    ServerError,
+    SessionClosedError,
+    SubmitUncertainError,
+    TaskCancelledError,
+    TaskError,
+    TaskFailedError,
+    TaskTimeoutError,
+)
+
+__all__ = [
+    "APIConnectionError",
+    "APIStatusError",
+    "APITimeoutError",
+    "AuthenticationError",
+    "Clock",
+    "ConfigurationError",
+    "Credits",
+    "DownloadError",
+    "EvolinkError",
+    "GenerationResult",
+    "ImageRequest",
+    "InsufficientCreditsError",
+    "InvalidRequestError",
+    "InvalidResponseError",
+    "LedgerError",
+    "NotFoundError",
+    "Outcome",
+    "PermissionDeniedError",
+    "PollPolicy",
+    "RateLimitError",
+    "RawRequest",
+    "RequestTooLargeError",
+    "RequestValidationError",
+    "RetryPolicy",
+    "ServerError",
+    "Session",
+    "SessionClosedError",
+    "Stats",
+    "SubmitUncertainError",
+    "Task",
+    "TaskCancelledError",
+    "TaskError",
+    "TaskFailedError",
+    "TaskSnapshot",
+    "TaskSummary",
+    "TaskTimeoutError",
+    "Timeout",
+    "Usage",
+    "errors",
+]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from importlib.metadata import version  # noqa: PLC0415 - reads files; few ask
+
+        return version("evolink-async")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

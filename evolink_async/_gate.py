@@ -1,0 +1,215 @@
+"""Who may send now: seats, the session-wide cool-down with its slow start, the request rate."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+from collections import deque
+from typing import Final
+
+from evolink_async._clock import Clock
+from evolink_async._retry import MAX_RETRY_AFTER
+from evolink_async.errors import APIStatusError
+
+__all__ = ["Gate"]
+
+logger = logging.getLogger(__name__)
+
+_FIRST_COOL_DOWN: Final = 1.0
+_LONGEST_COOL_DOWN: Final = 60.0
+_CHANNEL: Final = "no_available_channel"
+
+
+class Gate:
+    """Lets requests to the API through, in order of arrival.
+
+    aiohttp's own pool never queues behind it: a time-out that starts after the gate
+    says whether a request was sent.
+
+    - *Seats.* At most *seats* requests in the air; two of them are for reads only (of
+      four or more; one of two or three), so that a burst of submits cannot starve polling.
+    - *Cool-down.* `cool_down` closes the gate for everybody. Afterwards it opens one
+      request at a time, each success admitting one more, until all seats are open.
+    - *Rate.* A token bucket of one second's requests.
+    """
+
+    def __init__(self, clock: Clock, *, seats: int, rate: float | None = None) -> None:
+        """A gate of *seats*, *rate* requests a second at most."""
+        self._clock = clock
+        self._seats = seats
+        self._submit_seats = seats - (2 if seats >= 4 else 1 if seats >= 2 else 0)
+        self._reads = 0
+        self._submits = 0
+        self._queues: dict[bool, deque[tuple[int, asyncio.Future[None]]]] = {
+            False: deque(),
+            True: deque(),
+        }
+        self._order = itertools.count()
+        self._rate = rate
+        self._tokens = max(1.0, rate or 0.0)
+        self._filled_at = 0.0
+        self._closed_until = 0.0
+        self._cooled_at = float("-inf")
+        self._window = float("inf")
+        self._streak = 0
+        self._held: dict[str, float] = {}
+        self._alarm: asyncio.Task[None] | None = None
+        self.cool_downs = 0
+
+    @property
+    def closed_until(self) -> float:
+        """When the current cool-down ends, on the session's clock; in the past if none."""
+        return self._closed_until
+
+    @property
+    def waiting(self) -> int:
+        """Requests queued here."""
+        return sum(len(queue) for queue in self._queues.values())
+
+    async def enter(self, *, submit: bool = False, model: str = "") -> None:
+        """Wait for a seat; `leave` gives it back."""
+        while True:
+            if submit and (held := self._held.get(model)) is not None:
+                await self._clock.sleep_until(held)
+                if self._held.get(model) == held:
+                    del self._held[model]
+                continue
+            await self._take_seat(submit=submit)
+            if not (submit and model in self._held):
+                return
+            self.leave(submit=submit)
+
+    async def _take_seat(self, *, submit: bool) -> None:
+        queue = self._queues[submit]
+        if not queue and self._try(submit=submit):
+            return
+        future = asyncio.get_running_loop().create_future()
+        queue.append((next(self._order), future))
+        self._pump()
+        try:
+            await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                self.leave(submit=submit)
+            else:
+                self._pump()
+            raise
+
+    def leave(self, *, submit: bool = False) -> None:
+        """Give a seat back."""
+        if submit:
+            self._submits -= 1
+        else:
+            self._reads -= 1
+        self._pump()
+
+    def succeeded(self, *, sent_at: float) -> None:
+        """An answer came that asks for no patience: widen the slow start.
+
+        Args:
+            sent_at: When its request was sent; from before a cool-down it says nothing.
+        """
+        if sent_at < self._cooled_at:
+            return
+        self._streak = 0
+        if self._window != float("inf"):
+            self._window += 1
+            if self._window >= self._seats:
+                self._window = float("inf")
+            self._pump()
+
+    def cool_down(self, error: APIStatusError, *, sent_at: float, model: str = "") -> None:
+        """Obey an answer that asks for patience.
+
+        Args:
+            error: The 429 or 503.
+            sent_at: When its request was sent: answers to what was already in the air
+                when a cool-down began do not lengthen its back-off.
+            model: The model of the submit it answers.
+        """
+        now = self._clock.now()
+        delay = error.retry_after
+        news = sent_at >= self._cooled_at
+        if delay is None:
+            if not news:
+                return
+            self._streak += 1
+            delay = min(_LONGEST_COOL_DOWN, _FIRST_COOL_DOWN * 2.0 ** min(self._streak - 1, 10))
+        # Synchronised clients are what a cool-down must not create: always a little late.
+        until = now + min(delay, MAX_RETRY_AFTER) * random.uniform(1.0, 1.1)  # noqa: S311 - jitter
+        if error.code == _CHANNEL and model:
+            self._held[model] = max(until, self._held.get(model, until))
+            return
+        if news:
+            self.cool_downs += 1
+            self._cooled_at = now
+            logger.warning("cooling down for %.1f s: %s", until - now, error)
+        self._window = 1
+        self._closed_until = max(self._closed_until, until)
+
+    def _try(self, *, submit: bool) -> bool:
+        """Take a seat if one is free now."""
+        in_air = self._reads + self._submits
+        if in_air >= min(self._seats, self._window):
+            return False
+        if submit and self._submits >= self._submit_seats:
+            return False
+        if self._ready_at() > self._clock.now():
+            return False
+        if self._rate is not None:
+            self._tokens -= 1
+        if submit:
+            self._submits += 1
+        else:
+            self._reads += 1
+        return True
+
+    def _ready_at(self) -> float:
+        """When cool-down and rate allow the next request."""
+        if self._rate is None:
+            return self._closed_until
+        now = self._clock.now()
+        earned = (now - self._filled_at) * self._rate
+        self._tokens = min(max(1.0, self._rate), self._tokens + max(0.0, earned))
+        self._filled_at = now
+        missing = max(0.0, 1.0 - self._tokens) / self._rate
+        # A token that is missing by less than the clock can tell counts as there.
+        return max(self._closed_until, now + missing if missing > 1e-9 else now)
+
+    def _pump(self) -> None:
+        """Let in whoever may enter now, first come first served, past submits without a seat."""
+        while (submit := self._next()) is not None and self._try(submit=submit):
+            _, future = self._queues[submit].popleft()
+            future.set_result(None)
+        if self._next() is not None:
+            self._set_alarm()
+
+    def _next(self) -> bool | None:
+        """Whose turn it is: True a submit's, False a read's, None nobody's."""
+        for queue in self._queues.values():
+            while queue and queue[0][1].done():
+                queue.popleft()
+        reads, submits = self._queues[False], self._queues[True]
+        if submits and self._submits < self._submit_seats:
+            return not reads or submits[0][0] < reads[0][0]
+        return False if reads else None
+
+    def _set_alarm(self) -> None:
+        if self._ready_at() > self._clock.now() and self._alarm is None:
+            self._alarm = asyncio.get_running_loop().create_task(self._ring())
+
+    async def _ring(self) -> None:
+        try:
+            while (at := self._ready_at()) > self._clock.now():
+                await self._clock.sleep_until(at)
+        finally:
+            self._alarm = None
+        self._pump()
+
+    async def aclose(self) -> None:
+        """Stop the alarm; nobody may be waiting any more."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+            await asyncio.gather(self._alarm, return_exceptions=True)

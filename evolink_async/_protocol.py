@@ -1,0 +1,274 @@
+"""HTTP without I/O: what is sent where, and what an answer means.
+
+One table (`rule_for`) says, for every answer, which error it is, whether a read may be
+tried again, and whether a submit was refused, may be sent again, or is uncertain.
+Facts: the API's pages on errors and on each endpoint (https://docs.evolink.ai); what is
+marked "observed" comes from the vendor's own open-source clients.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import uuid
+from collections.abc import Mapping
+from email.utils import formatdate, parsedate_to_datetime
+from enum import Enum
+from typing import Any, Final
+
+from attrs import frozen
+
+from evolink_async import errors
+from evolink_async._models import parse_json
+from evolink_async._text import printable
+from evolink_async.errors import (
+    APIConnectionError,
+    APIStatusError,
+    EvolinkError,
+    InvalidResponseError,
+    RequestValidationError,
+)
+
+__all__ = [
+    "BATCH_LIMIT",
+    "BATCH_PATH",
+    "CREDITS_PATH",
+    "TASKS_PATH",
+    "Submit",
+    "check_idempotency_key",
+    "decipher",
+    "encode",
+    "is_quota",
+    "new_idempotency_key",
+    "rule_for",
+    "rule_of",
+    "task_path",
+]
+
+TASKS_PATH: Final = "/v1/tasks"
+BATCH_PATH: Final = "/v1/tasks/batch"
+BATCH_LIMIT: Final = 50
+"""Ids one batch read may ask for (observed)."""
+CREDITS_PATH: Final = "/v1/credits"
+
+_KEY: Final = re.compile(r"[A-Za-z0-9._-]{16,96}")
+
+
+def task_path(task_id: str) -> str:
+    """Where a task is read. Ids hold no character that a path would need quoted."""
+    return f"{TASKS_PATH}/{task_id}"
+
+
+def new_idempotency_key() -> str:
+    """A fresh key: 32 hexadecimal digits (16-96 of ``A-Za-z0-9._-`` are taken, observed)."""
+    return uuid.uuid4().hex
+
+
+def check_idempotency_key(key: object) -> str:
+    """*key* itself, if the gateway would take it.
+
+    Raises:
+        RequestValidationError: It would not.
+    """
+    if isinstance(key, str) and _KEY.fullmatch(key):
+        return key
+    allowed = "16 to 96 characters of A-Z a-z 0-9 . _ -"
+    raise RequestValidationError(
+        f"idempotency_key={printable(repr(key), 120)} is not allowed: {allowed}",
+        field="idempotency_key",
+        value=key,
+        allowed=allowed,
+    )
+
+
+def encode(value: Mapping[str, Any]) -> bytes:
+    """A JSON body."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+
+
+# ---------------------------------------------------------------------------------------------
+# The table
+
+
+class Submit(Enum):
+    """What an answer says of the submit it answers."""
+
+    REFUSED = "not accepted, and would be refused again"
+    RESEND = "surely not accepted: the same submit may be sent again"
+    UNCERTAIN = "may have been accepted, and paid for"
+
+
+@frozen
+class Rule:
+    """One row: the error, whether a read may be tried again, what became of a submit."""
+
+    error: type[APIStatusError]
+    read: bool
+    submit: Submit
+
+
+_REFUSED, _RESEND, _UNCERTAIN = Submit.REFUSED, Submit.RESEND, Submit.UNCERTAIN
+
+# The API's own JSON error object, by status.
+_FROM_API: Final = {
+    400: Rule(errors.InvalidRequestError, False, _REFUSED),
+    401: Rule(errors.AuthenticationError, False, _REFUSED),
+    402: Rule(errors.InsufficientCreditsError, False, _REFUSED),
+    403: Rule(errors.PermissionDeniedError, False, _REFUSED),
+    404: Rule(errors.NotFoundError, False, _REFUSED),
+    408: Rule(errors.ServerError, True, _UNCERTAIN),
+    413: Rule(errors.RequestTooLargeError, False, _REFUSED),
+    429: Rule(errors.RateLimitError, True, _RESEND),
+    503: Rule(errors.ServerError, True, _RESEND),
+}
+# Anything else under that status: a proxy's page says nothing about the account or the task,
+# and a 503 or 429 of unknown origin is no promise that the API did not see the submit.
+_FROM_ELSEWHERE: Final = _FROM_API | {
+    401: Rule(errors.AuthenticationError, True, _REFUSED),
+    403: Rule(errors.PermissionDeniedError, True, _REFUSED),
+    404: Rule(errors.NotFoundError, True, _REFUSED),
+    429: Rule(errors.RateLimitError, True, _REFUSED),
+    503: Rule(errors.ServerError, True, _UNCERTAIN),
+}
+_QUOTA: Final = Rule(errors.InsufficientCreditsError, False, _REFUSED)
+_REDIRECT: Final = Rule(errors.APIStatusError, False, _UNCERTAIN)
+_OTHER_4XX: Final = Rule(errors.InvalidRequestError, False, _REFUSED)
+_OTHER: Final = Rule(errors.ServerError, True, _UNCERTAIN)
+
+
+def rule_for(status: int, *, from_api: bool, code: str | None) -> Rule:
+    """The row of the table for an answer that is not a success."""
+    if status == 429 and is_quota(code):
+        return _QUOTA
+    table = _FROM_API if from_api else _FROM_ELSEWHERE
+    if status in table:
+        return table[status]
+    if 300 <= status < 400:
+        return _REDIRECT
+    return _OTHER_4XX if 400 <= status < 500 else _OTHER
+
+
+def rule_of(error: EvolinkError) -> tuple[bool, Submit]:
+    """(may a read be tried again, what became of a submit) for an error of this exchange."""
+    if isinstance(error, APIStatusError):
+        rule = rule_for(error.status, from_api=error.from_api, code=error.code)
+        return rule.read, rule.submit
+    if isinstance(error, APIConnectionError):
+        return True, Submit.UNCERTAIN if error.sent else Submit.RESEND
+    if isinstance(error, InvalidResponseError):
+        return True, Submit.UNCERTAIN
+    return False, Submit.REFUSED  # never left: a setting of ours
+
+
+def is_quota(code: str | None) -> bool:
+    """True for the codes that mean "nothing left to spend" rather than "too fast"."""
+    return code is not None and "quota" in code
+
+
+# ---------------------------------------------------------------------------------------------
+# Answers
+
+
+def decipher(status: int, headers: Mapping[str, str], body: bytes) -> Any:
+    """The JSON value of a successful answer.
+
+    Args:
+        status: HTTP status code.
+        headers: Response headers; looked up as ``Retry-After``, ``Date``, ``X-Request-Id``.
+        body: The decompressed body.
+
+    Raises:
+        APIStatusError: The answer is an error; the subclass says which.
+        InvalidResponseError: It claims success but its body is not JSON.
+    """
+    if 200 <= status < 300:
+        try:
+            return parse_json(body)
+        except InvalidResponseError as exc:
+            raise InvalidResponseError(
+                f"HTTP {status}, but {exc}", status=status, head=exc.head, request_id=_id(headers)
+            ) from exc
+    raise _status_error(status, headers, body)
+
+
+def _status_error(status: int, headers: Mapping[str, str], body: bytes) -> APIStatusError:
+    told = _error_object(body)
+    code = _word(told.get("code"))
+    message = _word(told.get("message"), 500)
+    suggestion = _word(told.get("fallback_suggestion")) or _word(told.get("suggestion"))
+    rule = rule_for(status, from_api=bool(told), code=code)
+    return rule.error(
+        _sentence(status, code, message, suggestion, body),
+        status=status,
+        code=code,
+        type=_word(told.get("type")),
+        param=_word(told.get("param")),
+        suggestion=suggestion,
+        request_id=_id(headers),
+        retry_after=_retry_after(headers),
+        from_api=bool(told),
+        replayed=headers.get("Idempotency-Replayed", "").lower() == "true",
+    )
+
+
+def _error_object(body: bytes) -> Mapping[str, Any]:
+    """The API's ``error`` object, empty if the body is something else."""
+    try:
+        value = parse_json(body)
+    except InvalidResponseError:
+        return {}
+    told = value.get("error") if isinstance(value, dict) else None
+    if not isinstance(told, dict):
+        return {}
+    return told if told.get("code") is not None or told.get("message") else {}
+
+
+def _word(value: object, limit: int = 200) -> str | None:
+    """A field that may be a string or, in older answers, a number."""
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        return None
+    try:
+        return printable(str(value), limit)
+    except ValueError:  # an integer of thousands of digits
+        return None
+
+
+_ADVICE: Final = {
+    401: "check the API key (EVOLINK_API_KEY)",
+    402: "top up the account",
+    403: "this key may not do that; see the key's permissions",
+}
+
+
+def _sentence(
+    status: int, code: str | None, message: str | None, suggestion: str | None, body: bytes
+) -> str:
+    if message is None:
+        head = printable(body[:200].decode("utf-8", "replace"), 80).strip()
+        message = f"not the API's own answer: {head}" if head else "empty answer"
+    named = f" ({code})" if code and code != str(status) else ""
+    advice = suggestion or _ADVICE.get(status)
+    return f"HTTP {status}{named}: {message}" + (f"; {advice}" if advice else "")
+
+
+def _id(headers: Mapping[str, str]) -> str | None:
+    given = headers.get("X-Request-Id") or headers.get("X-Oneapi-Request-Id")
+    return printable(given, 128) if given else None
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait: a number, or a date read against the answer's own Date, else our clock."""
+    given = headers.get("Retry-After", "").strip()
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = _seconds_until(given, headers.get("Date") or formatdate(usegmt=True))
+    return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def _seconds_until(given: str, now: str) -> float:
+    try:
+        return (parsedate_to_datetime(given) - parsedate_to_datetime(now)).total_seconds()
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return math.nan

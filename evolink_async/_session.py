@@ -1,0 +1,729 @@
+"""`Session`: submits generations, watches them, saves their results."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import warnings
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+)
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+
+from attrs import field, frozen
+
+from evolink_async._clock import Clock, LoopClock, hold
+from evolink_async._gate import Gate
+from evolink_async._hosts import check_base_url
+from evolink_async._models import (
+    Credits,
+    GenerationResult,
+    ImageRequest,
+    RawRequest,
+    TaskSummary,
+    Timeout,
+    as_request,
+    check_task_id,
+)
+from evolink_async._polling import PollPolicy
+from evolink_async._protocol import (
+    CREDITS_PATH,
+    TASKS_PATH,
+    check_idempotency_key,
+    new_idempotency_key,
+)
+from evolink_async._retry import RetryPolicy
+from evolink_async._secret import Secret
+from evolink_async._task import Task
+from evolink_async._watcher import Watch, Watcher
+from evolink_async.errors import (
+    ConfigurationError,
+    EvolinkError,
+    InvalidResponseError,
+    SessionClosedError,
+)
+
+if TYPE_CHECKING:
+    import aiohttp
+
+    from evolink_async._results import ResultClient
+    from evolink_async._transport import Submission, Transport
+
+__all__ = ["BeforeSend", "Outcome", "Session", "Stats"]
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+DEFAULT_BASE_URL: Final = "https://api.evolink.ai"
+_PAGE: Final = 50
+
+BeforeSend = Callable[[str], Awaitable[object]]
+Prompt = str | Mapping[str, Any] | ImageRequest | RawRequest
+
+
+@frozen
+class Outcome:
+    """What became of one item of `Session.map`: a result or an error.
+
+    Attributes:
+        index: The item's position in the input, from 0.
+        request: The request made of it; the item itself if it made none.
+        task: Its task; None if it was not submitted, or nobody knows.
+        result: The result; None if there is an error.
+        error: The error; None if there is a result.
+    """
+
+    index: int
+    request: Any = field(kw_only=True)
+    task: Task | None = field(default=None, kw_only=True)
+    result: GenerationResult | None = field(default=None, kw_only=True)
+    error: EvolinkError | None = field(default=None, kw_only=True)
+
+
+@frozen(kw_only=True)
+class Stats:
+    """What a session is doing and has done so far.
+
+    Attributes:
+        running: Tasks watched now.
+        waiting: Submits waiting for a slot.
+        submits: POSTs of generations sent, resends included.
+        reads: Requests that read something.
+        ids_read: Tasks those reads asked for.
+        retries: Submits and single calls tried again.
+        cool_downs: Times the API asked the session for patience.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    submits: int = 0
+    reads: int = 0
+    ids_read: int = 0
+    retries: int = 0
+    cool_downs: int = 0
+
+
+class Session:
+    """A connection to EvoLink that submits generations and watches them all.
+
+    Use it as ``async with Session() as session:``, or close it with `aclose`. It may be
+    made anywhere and belongs to the event loop that first uses it.
+    """
+
+    def __init__(
+        self,
+        api_key: str | None = None,
+        *,
+        base_url: str | None = None,
+        max_in_flight: int = 32,
+        max_connections: int = 16,
+        max_requests_per_second: float | None = None,
+        poll: PollPolicy = PollPolicy(),  # noqa: B008 - frozen
+        retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
+        timeout: Timeout = Timeout(),  # noqa: B008 - frozen
+        http: aiohttp.ClientSession | None = None,
+        callback: str | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        """Prepare a session; nothing is opened or sent yet.
+
+        Args:
+            api_key: Key of the API; default the environment's ``EVOLINK_API_KEY``.
+            base_url: Origin of the API, https unless it is loopback; default the
+                environment's ``EVOLINK_BASE_URL``, else the public one.
+            max_in_flight: Generations running at once, whoever asks for them.
+            max_connections: HTTP requests in the air at once; of four or more, two
+                seats are kept for reads.
+            max_requests_per_second: Most requests a second, None for no limit.
+            poll: When running tasks are looked at.
+            retry: How failed requests are tried again.
+            timeout: How long one HTTP exchange may take.
+            http: An aiohttp session to send API requests with, for tracing or special
+                connectors; it stays yours to close. Results are never fetched with it.
+            callback: ``callback_url`` for every image request that has none.
+            clock: Where the session takes its time from; default the event loop.
+
+        Raises:
+            ConfigurationError: A setting is missing or unusable.
+        """
+        self._key = Secret(_api_key(api_key))
+        self._base_url = _base_url(base_url)
+        self._max_in_flight = _whole("max_in_flight", max_in_flight)
+        self._max_connections = _whole("max_connections", max_connections)
+        self._rate = _rate(max_requests_per_second)
+        self._poll = _instance("poll", poll, PollPolicy)
+        self._retry = _instance("retry", retry, RetryPolicy)
+        self._timeout = _instance("timeout", timeout, Timeout)
+        self._http = http
+        self._callback = callback
+        self._clock: Clock = LoopClock() if clock is None else clock
+        self._slots = asyncio.Semaphore(self._max_in_flight)
+        self._waiting = 0
+        self._posts: dict[asyncio.Task[Watch], Submission] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closing = False
+        self._closed: asyncio.Event | None = None
+        # Made by _open, on the loop:
+        self._gate: Gate
+        self._transport: Transport
+        self._results: ResultClient
+        self._watcher: Watcher
+
+    # -- life ------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Bind to the running loop at first use.
+
+        Raises:
+            SessionClosedError: It is closed.
+            ConfigurationError: It already belongs to another loop.
+        """
+        loop = asyncio.get_running_loop()
+        if self._closing:
+            raise SessionClosedError("the session is closed; make a new one")
+        if self._loop is loop:
+            return
+        if self._loop is not None:
+            raise ConfigurationError(
+                "this session belongs to another event loop; make one session per loop"
+            )
+        # Here, not above: aiohttp takes long to import, and --help needs none of it.
+        from evolink_async._results import ResultClient  # noqa: PLC0415
+        from evolink_async._transport import Transport  # noqa: PLC0415
+
+        seats = _pool_limit(self._http, self._max_connections)
+        self._gate = Gate(self._clock, seats=seats, rate=self._rate)
+        self._transport = Transport(
+            api_key=self._key,
+            base_url=self._base_url,
+            clock=self._clock,
+            gate=self._gate,
+            timeout=self._timeout,
+            policy=self._retry,
+            http=self._http,
+            user_agent=f"evolink-async/{version('evolink-async')}",
+        )
+        self._results = ResultClient(
+            allow_loopback=self._base_url.startswith("http:"),
+            max_connections=self._max_connections,
+            connect_timeout=self._timeout.connect,
+            stall_timeout=self._timeout.read,
+        )
+        self._watcher = Watcher(
+            self._transport,
+            clock=self._clock,
+            policy=self._poll,
+            retry_wait=self._retry.wait_after,
+            closed_until=lambda: self._gate.closed_until,
+            max_reads=seats,
+        )
+        self._loop = loop
+
+    async def __aenter__(self) -> Self:
+        self._open()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self, *, grace: float | None = None) -> None:
+        """Stop watching and close the connections; may be called again.
+
+        No new POST starts. Those in the air are given their time-out, then their callers
+        get `SubmitUncertainError`. Whoever waits for a task gets `SessionClosedError` with
+        its ``task_id``; the ids of what still runs are logged as a warning.
+
+        Args:
+            grace: Seconds POSTs in the air are given; None for their own time-out,
+                0 to leave at once.
+        """
+        if self._closing:
+            if self._closed is not None:
+                await self._closed.wait()
+            return
+        self._closing = True
+        if self._loop is None:
+            return
+        self._closed = asyncio.Event()
+        try:
+            await self._finish_posts(grace)
+        finally:
+            await self._shut()
+            self._closed.set()
+
+    async def _finish_posts(self, grace: float | None) -> None:
+        self._transport.closing = True
+        for _ in range(self._waiting):  # they wake, see that we are closing, and say so
+            self._slots.release()
+        for post, submission in self._posts.items():
+            if not submission.in_air:
+                post.cancel()
+        if self._posts:
+            _, late = await asyncio.wait(tuple(self._posts), timeout=grace)
+            for post in late:
+                post.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+    async def _shut(self) -> None:
+        running = await self._watcher.stop(
+            lambda task_id: SessionClosedError(
+                f"the session was closed while task {task_id} was running; it goes on, "
+                f"and session.task({task_id!r}) of a new session picks it up",
+                task_id=task_id,
+            )
+        )
+        if running:
+            logger.warning("session closed with tasks still running: %s", ", ".join(running))
+        await self._transport.aclose()
+        await self._results.aclose()
+
+    def __del__(self) -> None:
+        if getattr(self, "_loop", None) is not None and not self._closing:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closing else "open" if self._loop is not None else "not opened"
+        running = len(self._watcher.watches) if self._loop is not None else 0
+        return f"<Session {self._base_url} {state}, {running} running>"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a Session cannot be pickled; make one in each process")
+
+    # -- submitting ------------------------------------------------------------------------
+
+    async def submit(
+        self,
+        request: Prompt,
+        /,
+        *,
+        idempotency_key: str | None = None,
+        before_send: BeforeSend | None = None,
+        **fields: Any,
+    ) -> Task:
+        """Submit a generation and return its task, once a slot is free and the POST is answered.
+
+        Cancelled before its POST may have left, it sends nothing. After that the POST
+        belongs to the session: it is finished, its task watched, and a warning logged.
+
+        Args:
+            request: A prompt, a mapping of fields, an `ImageRequest` or a `RawRequest`.
+            idempotency_key: Key of an earlier submit to ask for again; default a new one.
+            before_send: Awaited with the idempotency key when nothing is left to wait for,
+                right before each POST; if it raises, nothing is sent.
+            **fields: Fields of `ImageRequest`, beside a prompt or mapping.
+
+        Raises:
+            RequestValidationError: The request breaks a rule of the API's page.
+            SubmitUncertainError: It may have been accepted; nothing was resent.
+            SessionClosedError: The session is closed.
+            EvolinkError: It was not accepted; the subclass says why.
+        """
+        asked = self._with_callback(as_request(request, **fields))
+        key = new_idempotency_key() if idempotency_key is None else idempotency_key
+        check_idempotency_key(key)
+        self._open()
+        await self._take_slot()
+        return self._handle(await self._post(asked, key, before_send))
+
+    async def generate(
+        self,
+        request: Prompt,
+        /,
+        *,
+        idempotency_key: str | None = None,
+        before_send: BeforeSend | None = None,
+        **fields: Any,
+    ) -> GenerationResult:
+        """Submit a generation and wait for its result; arguments as for `submit`.
+
+        Raises:
+            EvolinkError: What `submit` and `Task.wait` raise.
+        """
+        task = await self.submit(
+            request, idempotency_key=idempotency_key, before_send=before_send, **fields
+        )
+        try:
+            return await task
+        except asyncio.CancelledError:
+            logger.warning("stopped waiting for task %s; it goes on and is watched", task.id)
+            raise
+
+    def _with_callback(self, request: ImageRequest | RawRequest) -> ImageRequest | RawRequest:
+        if self._callback is None or request.callback_url is not None:
+            return request
+        return as_request({**request.to_json(), "callback_url": self._callback})
+
+    async def _take_slot(self) -> None:
+        self._waiting += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self._waiting -= 1
+        if self._closing:
+            raise SessionClosedError("the session was closed before this submit; nothing was sent")
+
+    async def _post(
+        self, request: ImageRequest | RawRequest, key: str, before_send: BeforeSend | None
+    ) -> Watch:
+        """Run one POST in an asyncio task of the session's own; holds a slot, gives it on."""
+        from evolink_async._transport import Submission  # noqa: PLC0415 - see _open
+
+        submission = Submission(request, idempotency_key=key, before_send=before_send)
+        post = asyncio.get_running_loop().create_task(self._submit_and_watch(submission))
+        self._posts[post] = submission
+        post.add_done_callback(self._post_ended)
+        try:
+            return await asyncio.shield(post)
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if post.cancelled() and self._closing and not (caller and caller.cancelling()):
+                raise SessionClosedError(
+                    "the session was closed before this submit; nothing was sent"
+                ) from None
+            if submission.in_air or post.done():
+                post.add_done_callback(lambda post: _log_orphan(post, submission))
+            else:
+                post.cancel()
+            raise
+
+    async def _submit_and_watch(self, submission: Submission) -> Watch:
+        try:
+            snapshot = await self._transport.submit(submission)
+        except asyncio.CancelledError:
+            if not submission.in_air:
+                raise
+            logger.warning(
+                "cut off in the middle of a submit, which may have been accepted: "
+                "idempotency key %s",
+                submission.idempotency_key,
+            )
+            raise submission.uncertain("it was cut off") from None
+        return self._watcher.submitted(
+            snapshot,
+            started=submission.sent_at,
+            request=submission.request,
+            idempotency_key=submission.idempotency_key,
+            on_end=self._slots.release,
+        )
+
+    def _post_ended(self, post: asyncio.Task[Watch]) -> None:
+        """Give the slot back unless a watch now has it (also if the task never started)."""
+        del self._posts[post]
+        if post.cancelled() or post.exception() is not None:
+            self._slots.release()
+
+    # -- many ------------------------------------------------------------------------------
+
+    async def map(
+        self, requests: Iterable[Prompt] | AsyncIterable[Prompt]
+    ) -> AsyncGenerator[Outcome, None]:
+        """Generate many, lazily: outcomes in the order they end.
+
+        Items are pulled only while the next outcome is being waited for, and never more
+        than ``max_in_flight`` of them are between input and outcome. Leaving the loop
+        stops pulling and submitting; what was submitted goes on, in `tasks`. If you keep
+        the iterator in a variable, close it with `contextlib.aclosing`.
+
+        Args:
+            requests: Prompts, mappings of fields, or requests; any iterable, also async.
+
+        Raises:
+            SessionClosedError: The session was closed.
+        """
+        self._open()
+        source = _pull(requests)
+        pull: asyncio.Task[tuple[int, Any] | None] | None = None
+        items: dict[asyncio.Task[Outcome], list[Task]] = {}
+        exhausted = False
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                if pull is None and not exhausted and len(items) < self._max_in_flight:
+                    pull = loop.create_task(_next_of(source))
+                waiting: set[asyncio.Task[Any]] = {*items, pull} if pull else {*items}
+                if not waiting:
+                    return
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if pull is not None and pull.done():
+                    pulled, pull = pull.result(), None
+                    if pulled is None:
+                        exhausted = True
+                    else:
+                        tasks: list[Task] = []
+                        items[loop.create_task(self._map_one(*pulled, tasks))] = tasks
+                for item in [item for item in items if item.done()]:
+                    del items[item]
+                    yield item.result()
+        finally:
+            left = [*items, *([pull] if pull else [])]
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+            await source.aclose()
+            _log_left([task.id for tasks in items.values() for task in tasks])
+
+    async def _map_one(self, index: int, item: Any, tasks: list[Task]) -> Outcome:
+        """Generate one item; its task goes into *tasks* as soon as there is one."""
+        request: Any = item
+        try:
+            request = as_request(item)
+            tasks.append(await self.submit(request))
+            return Outcome(index, request=request, task=tasks[0], result=await tasks[0])
+        except EvolinkError as exc:
+            return Outcome(index, request=request, task=tasks[0] if tasks else None, error=exc)
+
+    # -- tasks -----------------------------------------------------------------------------
+
+    def task(self, task_id: str) -> Task:
+        """A handle on a task by its id, e.g. after a restart. Sends nothing, takes no slot.
+
+        It is watched from the first ``await``, `Task.updates` or `Task.refresh` on. All
+        handles of one id share one watch.
+
+        Raises:
+            RequestValidationError: *task_id* cannot be one.
+        """
+        check_task_id(task_id)
+        live = self._watcher.find(task_id) if self._loop is not None else None
+        return self._handle_of(task_id, live)
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks that are watched now, oldest first."""
+        if self._loop is None:
+            return ()
+        return tuple(self._handle(watch) for watch in self._watcher.watches)
+
+    def _handle(self, watch: Watch) -> Task:
+        return self._handle_of(watch.id, watch)
+
+    def _handle_of(self, task_id: str, watch: Watch | None) -> Task:
+        return Task(
+            task_id,
+            attach=self._attach,
+            watcher=lambda: self._watcher,
+            clock=self._clock,
+            save=self.download,
+            watch=watch,
+        )
+
+    def _attach(self, task_id: str) -> Watch:
+        self._open()
+        return self._watcher.attach(task_id)
+
+    async def list(
+        self,
+        *,
+        status: str | None = None,
+        type: str | None = None,  # noqa: A002 - the API's own word
+        model: str | None = None,
+        limit: int | None = None,
+    ) -> AsyncGenerator[TaskSummary, None]:
+        """The account's recent tasks, newest first (``GET /v1/tasks``, observed).
+
+        The one way to find a paid task whose id was lost.
+
+        Args:
+            status: Only ``processing`` (includes queued), ``completed``, ``failed`` or
+                ``cancelled`` ones.
+            type: Only this kind of output, e.g. ``image``.
+            model: Only this model's.
+            limit: At most so many; None for all.
+
+        Raises:
+            EvolinkError: The API did not answer as documented.
+        """
+        self._open()
+        if limit is not None:
+            _whole("limit", limit)
+        given = {"status": status, "type": type, "model": model}
+        filters = {name: value for name, value in given.items() if value is not None}
+        seen: set[str] = set()
+        page = 0
+        while limit is None or len(seen) < limit:
+            page += 1
+            paging = {"page": str(page), "page_size": str(_PAGE)}
+            rows, total = _rows(await self._transport.get(TASKS_PATH, filters | paging))
+            fresh = [row for row in rows if row.id not in seen]  # new tasks shift the pages
+            for row in fresh[: None if limit is None else limit - len(seen)]:
+                seen.add(row.id)
+                yield row
+            if not fresh or page * _PAGE >= total:
+                return
+
+    async def credits(self) -> Credits:
+        """What is left to spend.
+
+        Raises:
+            EvolinkError: The API did not answer as documented.
+        """
+        self._open()
+        return Credits.from_json(await self._transport.get(CREDITS_PATH))
+
+    async def download(
+        self,
+        result: GenerationResult | Task,
+        folder: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+    ) -> tuple[Path, ...]:
+        """Save all files of a result as ``<folder>/<task id>-<k>.<ext>``; returns their paths.
+
+        Each is streamed to a temporary name, checked to be the picture it claims to be,
+        flushed to disk and renamed. The API key is not sent to the result's host.
+
+        Args:
+            result: A result, or a task, which is awaited first.
+            folder: Where to save; made if missing.
+            overwrite: Whether existing files may be replaced.
+
+        Raises:
+            DownloadError: A file could not be saved, e.g. because its link has expired.
+            EvolinkError: The task did not complete.
+        """
+        from evolink_async._download import save_all  # noqa: PLC0415 - see _open
+
+        self._open()
+        if isinstance(result, Task):
+            result = await result
+        _instance("result", result, GenerationResult)
+        with hold(self._clock):
+            return await save_all(
+                self._results.open,
+                result.urls,
+                Path(folder),
+                task_id=result.task_id,
+                overwrite=overwrite,
+            )
+
+    @property
+    def stats(self) -> Stats:
+        """What the session is doing and has done so far."""
+        if self._loop is None:
+            return Stats()
+        counters = self._transport.counters
+        return Stats(
+            running=len(self._watcher.watches),
+            waiting=self._waiting,
+            submits=counters.submits,
+            reads=counters.reads,
+            ids_read=counters.ids_read,
+            retries=counters.retries,
+            cool_downs=self._gate.cool_downs,
+        )
+
+
+def _log_orphan(post: asyncio.Task[Watch], submission: Submission) -> None:
+    """Say what became of a POST whose caller was cancelled."""
+    key = submission.idempotency_key
+    if post.cancelled():
+        return
+    if (error := post.exception()) is not None:
+        logger.warning("a submit whose caller was cancelled failed (key %s): %s", key, error)
+    else:
+        logger.warning(
+            "a submit whose caller was cancelled made task %s (key %s); it is being watched",
+            post.result().id,
+            key,
+        )
+
+
+def _log_left(ids: list[str]) -> None:
+    if ids:
+        logger.warning("map was left before the outcome of these tasks: %s", ", ".join(ids))
+
+
+async def _next_of(source: AsyncGenerator[tuple[int, Any], None]) -> tuple[int, Any] | None:
+    return await anext(source, None)
+
+
+async def _pull(requests: Any) -> AsyncGenerator[tuple[int, Any], None]:
+    """Number the items of a sync or async iterable."""
+    index = 0
+    if isinstance(requests, AsyncIterable):
+        async for item in requests:
+            yield index, item
+            index += 1
+        return
+    if isinstance(requests, str | Mapping) or not isinstance(requests, Iterable):
+        raise ConfigurationError(
+            f"map takes an iterable of requests, not {type(requests).__name__}; "
+            "for one request use generate"
+        )
+    for item in requests:
+        yield index, item
+        index += 1
+
+
+def _rows(answer: Any) -> tuple[list[TaskSummary], int]:
+    data = answer.get("data") if isinstance(answer, dict) else None
+    if not isinstance(data, list):
+        raise InvalidResponseError("the task list has no list named data")
+    total = answer.get("total")
+    return [TaskSummary.from_json(row) for row in data], total if isinstance(total, int) else 10**9
+
+
+# -- settings ----------------------------------------------------------------------------------
+
+
+def _api_key(given: str | None) -> str:
+    key = os.environ.get("EVOLINK_API_KEY", "") if given is None else given
+    if not isinstance(key, str) or not key.strip():
+        raise ConfigurationError(
+            "no API key: pass Session(api_key=...) or set EVOLINK_API_KEY; "
+            "keys are made at https://evolink.ai/dashboard/keys"
+        )
+    key = key.strip()
+    if not all("!" <= c <= "~" for c in key):
+        raise ConfigurationError("the API key has characters that no key has; copy it again")
+    return key
+
+
+def _base_url(given: str | None) -> str:
+    url = given or os.environ.get("EVOLINK_BASE_URL") or DEFAULT_BASE_URL
+    return check_base_url(url)
+
+
+def _whole(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{name}={value!r} is not allowed: a whole number, 1 or more")
+    return value
+
+
+def _rate(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+        raise ConfigurationError(
+            f"max_requests_per_second={value!r} is not allowed: a number above 0, or None"
+        )
+    return float(value)
+
+
+def _instance(name: str, value: object, kind: type[T]) -> T:
+    if not isinstance(value, kind):
+        raise ConfigurationError(f"{name}={value!r} is not allowed: {kind.__name__}(...)")
+    return value
+
+
+def _pool_limit(http: aiohttp.ClientSession | None, seats: int) -> int:
+    """Never more seats than a connector handed in has connections: its pool must not queue."""
+    connector = http.connector if http is not None else None
+    if connector is None:
+        return seats
+    limits = [limit for limit in (connector.limit, connector.limit_per_host) if limit > 0]
+    return min([seats, *limits])

@@ -1,0 +1,254 @@
+"""`Task`: an awaitable handle on one watched generation."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from pathlib import Path
+from typing import Any
+
+from evolink_async._clock import Clock
+from evolink_async._models import (
+    RESUBMITTABLE,
+    GenerationResult,
+    ImageRequest,
+    RawRequest,
+    TaskSnapshot,
+)
+from evolink_async._text import printable
+from evolink_async._watcher import Watch, Watcher
+from evolink_async.errors import (
+    ConfigurationError,
+    TaskCancelledError,
+    TaskError,
+    TaskFailedError,
+    TaskTimeoutError,
+)
+
+__all__ = ["Task"]
+
+Saver = Callable[..., Awaitable[tuple[Path, ...]]]
+
+
+class Task:
+    """A generation on the server, awaitable from anywhere and as often as you like.
+
+    Example:
+        ``result = await task``
+
+    `asyncio.gather`, `wait_for`, `timeout`, `shield` and `as_completed` take it as it is;
+    where asyncio insists on a coroutine (`asyncio.create_task`, `asyncio.wait`), pass
+    ``task.wait()``. Cancelling an awaiter stops that awaiter only: the session goes on
+    watching. There is no ``cancel``, because the API offers none.
+    """
+
+    __slots__ = ("__weakref__", "_attach", "_clock", "_id", "_save", "_watch", "_watcher")
+
+    def __init__(
+        self,
+        task_id: str,
+        *,
+        attach: Callable[[str], Watch],
+        watcher: Callable[[], Watcher],
+        clock: Clock,
+        save: Saver,
+        watch: Watch | None = None,
+    ) -> None:
+        """Made by a session: see `Session.submit` and `Session.task`."""
+        self._id = task_id
+        self._attach = attach
+        self._watcher = watcher
+        self._clock = clock
+        self._save = save
+        self._watch = watch
+
+    def __repr__(self) -> str:
+        progress = "" if self.progress is None else f" {self.progress} %"
+        given_up = self._watch is not None and self._watch.reason is not None
+        return f"<Task {self._id} {self.status or 'not read yet'}{progress}" + (
+            f", given up: {type(self._watch.reason).__name__}>" if given_up and self._watch else ">"
+        )
+
+    @property
+    def id(self) -> str:
+        """The task's id: all that is needed to find it again with `Session.task`."""
+        return self._id
+
+    @property
+    def snapshot(self) -> TaskSnapshot | None:
+        """The task as last read; None for a handle made from an id and not read yet."""
+        return self._watch.snapshot if self._watch is not None else None
+
+    @property
+    def status(self) -> str | None:
+        """The API's word for its state as last read; None if not read yet."""
+        return self.snapshot.status if self.snapshot is not None else None
+
+    @property
+    def progress(self) -> int | None:
+        """0 to 100 as last read; None if unknown."""
+        return self.snapshot.progress if self.snapshot is not None else None
+
+    @property
+    def request(self) -> ImageRequest | RawRequest | None:
+        """What was submitted; None for a handle made from an id."""
+        return self._watch.request if self._watch is not None else None
+
+    @property
+    def idempotency_key(self) -> str | None:
+        """The key it was submitted with; None for a handle made from an id."""
+        return self._watch.idempotency_key if self._watch is not None else None
+
+    def done(self) -> bool:
+        """True once awaiting it returns or raises at once."""
+        return self._watch is not None and self._watch.ended
+
+    def __await__(self) -> Generator[Any, None, GenerationResult]:
+        return self.wait().__await__()
+
+    async def wait(self, *, timeout: float | None = None) -> GenerationResult:  # noqa: ASYNC109 - this caller's only, on the session's clock
+        """The result, once there is one.
+
+        Args:
+            timeout: Seconds this caller is willing to wait; the watch goes on.
+
+        Raises:
+            TaskFailedError: The generation failed.
+            TaskCancelledError: It was cancelled on the server.
+            TaskTimeoutError: *timeout* or the session's deadline passed first.
+            SessionClosedError: The session was closed first.
+            EvolinkError: The API refuses to show the task, e.g. `NotFoundError`.
+        """
+        watch = self._watched()
+        if timeout is None:
+            await self._watcher().until_ended(watch)
+        elif not await self._ended_within(watch, timeout):
+            raise TaskTimeoutError(
+                f"task {self._id} is {self.status or 'not read yet'} after waiting {timeout:g} s; "
+                f"it goes on, wait again or see session.task({self._id!r})",
+                task_id=self._id,
+                snapshot=self.snapshot,
+            )
+        return _outcome(watch)
+
+    async def _ended_within(self, watch: Watch, timeout: float) -> bool:  # noqa: ASYNC109 - see wait
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0:
+            raise ConfigurationError(f"timeout={timeout!r} is not allowed: seconds, 0 or more")
+        loop = asyncio.get_running_loop()
+        racers = {
+            loop.create_task(self._watcher().until_ended(watch)),
+            loop.create_task(self._clock.sleep_until(self._clock.now() + timeout)),
+        }
+        try:
+            await asyncio.wait(racers, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for racer in racers:
+                racer.cancel()
+            await asyncio.gather(*racers, return_exceptions=True)
+        return watch.ended
+
+    async def updates(self) -> AsyncGenerator[TaskSnapshot, None]:
+        """Each change of status or progress, starting with what is known, ending with the end.
+
+        A slow consumer sees the newest state, not every one in between. A failed or
+        cancelled task is yielded like any other; awaiting the task raises.
+
+        Raises:
+            TaskTimeoutError: The session's deadline passed.
+            SessionClosedError: The session was closed.
+            EvolinkError: The API refuses to show the task.
+        """
+        watch = self._watched()
+        seen: TaskSnapshot | None = None
+        while True:
+            snapshot = watch.snapshot
+            if snapshot is not None and _differs(seen, snapshot):
+                seen = snapshot
+                yield snapshot
+            elif watch.ended:
+                break
+            else:
+                await self._watcher().until_changed(watch)
+        if watch.reason is not None:
+            raise copy.copy(watch.reason) from watch.reason.__cause__
+
+    async def refresh(self) -> TaskSnapshot:
+        """Look now, and return what was seen. Once it has ended nothing is sent.
+
+        A task given up after its deadline is watched again.
+
+        Raises:
+            EvolinkError: The read failed.
+        """
+        if self._watch is not None and self._watch.reason is not None:
+            self._watch = None
+        watch = self._watched()
+        await self._watcher().look(watch)
+        error = watch.reason or watch.last_error
+        if error is not None:
+            raise copy.copy(error) from error.__cause__
+        if watch.snapshot is None:  # pragma: no cover - an answer is a snapshot or an error
+            raise AssertionError(self._id)
+        return watch.snapshot
+
+    async def download(
+        self, folder: str | os.PathLike[str], *, overwrite: bool = False
+    ) -> tuple[Path, ...]:
+        """Wait for the result and save it; see `Session.download`."""
+        return await self._save(await self, folder, overwrite=overwrite)
+
+    def _watched(self) -> Watch:
+        if self._watch is None:
+            self._watch = self._attach(self._id)
+        return self._watch
+
+
+def _differs(seen: TaskSnapshot | None, new: TaskSnapshot) -> bool:
+    return seen is None or (seen.status, seen.progress) != (new.status, new.progress)
+
+
+def _outcome(watch: Watch) -> GenerationResult:
+    """The result of an ended watch, or its error made afresh: several awaiters share no object."""
+    if watch.reason is not None:
+        raise copy.copy(watch.reason) from watch.reason.__cause__
+    snapshot = watch.snapshot
+    if snapshot is None:  # pragma: no cover - a watch ends with a snapshot or a reason
+        raise AssertionError(watch.id)
+    if snapshot.status == "failed":
+        raise _failure(snapshot)
+    if snapshot.status == "cancelled":
+        raise TaskCancelledError(
+            f"task {snapshot.id} was cancelled on the server; submit it again if you still want it",
+            task_id=snapshot.id,
+            snapshot=snapshot,
+        )
+    return GenerationResult.from_snapshot(snapshot)
+
+
+_ADVICE = {
+    "content_policy_violation": "change the prompt",
+    "invalid_parameters": "change the request",
+    "image_processing_error": "change the input image",
+    "image_dimension_mismatch": "change the input image or the size",
+    "resource_not_found": "check the id or the input link, it may have expired",
+    "generation_failed_no_content": "another prompt may work",
+    "quota_exceeded": "slow down or top up, then submit it again",
+}
+
+
+def _failure(snapshot: TaskSnapshot) -> TaskError:
+    code = printable(snapshot.error_code or "unknown_error", 80)
+    reason = printable(snapshot.error_message or "", 300)
+    retryable = code in RESUBMITTABLE
+    advice = _ADVICE.get(code, "submitting it again later may work" if retryable else "")
+    message = f"task {snapshot.id} failed ({code})" + (f": {reason}" if reason else "")
+    return TaskFailedError(
+        message + (f"; {advice}" if advice else ""),
+        task_id=snapshot.id,
+        snapshot=snapshot,
+        code=code,
+        reason=reason,
+        retryable=retryable,
+    )

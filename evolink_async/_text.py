@@ -1,0 +1,17 @@
+"""Making text from outside fit to be shown: no control characters, bounded length."""
+
+from __future__ import annotations
+
+import unicodedata
+
+__all__ = ["printable"]
+
+_UNSHOWN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Unicode categories that move the cursor, reorder text or cannot be encoded."""
+
+
+def printable(text: str, limit: int = 300) -> str:
+    """*text* on one line without anything a terminal would obey, at most *limit* characters."""
+    head = text[: limit + 1]
+    shown = "".join(" " if unicodedata.category(c) in _UNSHOWN else c for c in head)
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"

@@ -1,0 +1,402 @@
+"""The connection to the API's origin: the one module that holds the key.
+
+Imported when a session opens, because aiohttp is slow to import and ``--help`` needs none of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, Self, TypeVar
+
+import aiohttp
+from attrs import define, field, frozen
+
+from evolink_async import _protocol as protocol
+from evolink_async import _retry as retry
+from evolink_async._clock import Clock, hold
+from evolink_async._gate import Gate
+from evolink_async._models import ImageRequest, RawRequest, TaskSnapshot, Timeout
+from evolink_async._proxy import environment_proxy
+from evolink_async._secret import Secret
+from evolink_async._text import printable
+from evolink_async.errors import (
+    APIConnectionError,
+    APIStatusError,
+    APITimeoutError,
+    ConfigurationError,
+    EvolinkError,
+    InvalidResponseError,
+    SubmitUncertainError,
+)
+
+__all__ = ["Answer", "Counters", "Reading", "Submission", "Transport"]
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_BODY_LIMIT: Final = 8 * 1024 * 1024
+_SUBMIT_KEEP_ALIVE: Final = 2.0
+"""Seconds a submit's connection may idle: a server that closes it under a POST leaves the
+outcome unknown, and aiohttp (rightly) does not resend a POST."""
+_READ_KEEP_ALIVE: Final = 15.0
+
+
+@frozen
+class Answer:
+    """A complete HTTP answer, on the session's clock."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    sent_at: float = field(kw_only=True)
+    received_at: float = field(kw_only=True)
+
+
+@frozen(kw_only=True)
+class Reading:
+    """One attempt to read some tasks.
+
+    Attributes:
+        sent_at: When the request was sent.
+        received_at: When its answer was complete.
+        answers: By id: the task, the error, or None for an id a batch answer left out.
+        single: True if one task was read by itself.
+    """
+
+    sent_at: float
+    received_at: float
+    answers: Mapping[str, TaskSnapshot | EvolinkError | None]
+    single: bool
+
+
+@define
+class Submission:
+    """One logical submit and how far it has come.
+
+    Attributes:
+        request: What is asked for.
+        idempotency_key: The key it carries.
+        before_send: Awaited with the key right before a POST may leave; if it raises, none does.
+        in_air: True while a POST of it may have been accepted.
+        sent_at: When the last POST was sent, on the session's clock.
+    """
+
+    request: ImageRequest | RawRequest
+    idempotency_key: str = field(kw_only=True)
+    before_send: Callable[[str], Awaitable[object]] | None = field(default=None, kw_only=True)
+    in_air: bool = field(default=False, init=False)
+    sent_at: float = field(default=0.0, init=False)
+
+    def uncertain(self, why: object) -> SubmitUncertainError:
+        """The error for a POST whose outcome nobody knows."""
+        return SubmitUncertainError(
+            f"the submit with idempotency key {self.idempotency_key} may have been accepted and "
+            f"charged, but no usable answer came ({why}); nothing was resent. Submit "
+            f"error.request again with idempotency_key=error.idempotency_key to ask for the "
+            f"first answer, or look for the task in session.list()",
+            request=self.request,
+            idempotency_key=self.idempotency_key,
+        )
+
+
+@define
+class Counters:
+    """What a transport has done so far."""
+
+    submits: int = 0
+    reads: int = 0
+    ids_read: int = 0
+    retries: int = 0
+
+
+class Transport:
+    """Sends requests to the API's origin and turns answers into values or our errors."""
+
+    def __init__(
+        self,
+        *,
+        api_key: Secret,
+        base_url: str,
+        clock: Clock,
+        gate: Gate,
+        timeout: Timeout,
+        policy: retry.RetryPolicy,
+        http: aiohttp.ClientSession | None,
+        user_agent: str,
+    ) -> None:
+        """A transport on the running loop; *http* stays the caller's."""
+        self._key = api_key
+        self._base_url = base_url
+        self._clock = clock
+        self._gate = gate
+        self._timeout = timeout
+        self._policy = policy
+        self._budget = retry.RetryBudget(policy.budget)
+        self._user_agent = user_agent
+        self._http = http
+        self._own: list[aiohttp.ClientSession] = []
+        self._proxy = None if http is not None else environment_proxy(base_url)
+        self._submit_http = http or self._client(_SUBMIT_KEEP_ALIVE)
+        self._read_http = http or self._client(_READ_KEEP_ALIVE)
+        self.closing = False
+        self.counters = Counters()
+        self.read_limit = 1
+
+    def _client(self, keep_alive: float) -> aiohttp.ClientSession:
+        # limit=0: the gate is the limit; aiohttp's pool must never queue (see Gate).
+        client = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=keep_alive),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        self._own.append(client)
+        return client
+
+    async def aclose(self) -> None:
+        """Close what we opened."""
+        await self._gate.aclose()
+        for client in self._own:
+            await client.close()
+
+    # -- one exchange ---------------------------------------------------------------------
+
+    async def _exchange(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: bytes | None = None,
+        params: Mapping[str, str] | None = None,
+        submit: Submission | None = None,
+    ) -> Answer:
+        """Send one request behind the gate and read its answer whole.
+
+        Raises:
+            APIConnectionError: No answer, with ``sent`` saying whether one was earned.
+            InvalidResponseError: The answer is larger than any the API gives.
+        """
+        client = self._read_http if submit is None else self._submit_http
+        total = self._timeout.read if submit is None else self._timeout.submit
+        timeout = aiohttp.ClientTimeout(total=total, connect=min(self._timeout.connect, total))
+        if client.closed:
+            raise ConfigurationError("the aiohttp session handed in as http= is closed")
+        failure: EvolinkError
+        with hold(self._clock):
+            sent_at = self._clock.now()
+            if submit is not None:
+                submit.sent_at = sent_at
+                submit.in_air = True
+            try:
+                async with client.request(
+                    method,
+                    self._base_url + path,
+                    data=body,
+                    params=params,
+                    headers=self._headers(submit),
+                    timeout=timeout,
+                    allow_redirects=False,
+                    raise_for_status=False,
+                    proxy=self._proxy,
+                ) as response:
+                    content = await _read(response)
+                    return Answer(
+                        response.status,
+                        response.headers,
+                        content,
+                        sent_at=sent_at,
+                        received_at=self._clock.now(),
+                    )
+            except (aiohttp.ClientError, OSError, ValueError) as exc:
+                failure = self._translate(exc)
+        # Raised out here: aiohttp's frames and request objects hold the headers, and with
+        # them the key, so neither its traceback nor the exception itself goes further.
+        raise failure
+
+    def _headers(self, submit: Submission | None) -> dict[str, str]:
+        headers = {
+            "Authorization": f"Bearer {self._key.reveal()}",
+            "Accept": "application/json",
+            "Content-Type": "application/json",
+            "User-Agent": self._user_agent,
+        }
+        if submit is not None:
+            headers["Idempotency-Key"] = submit.idempotency_key
+        return headers
+
+    def _translate(self, exc: Exception) -> EvolinkError:
+        if isinstance(exc, _TooLargeError):
+            return InvalidResponseError(f"the answer is larger than {_BODY_LIMIT} bytes")
+        why = self._key.redact(printable(str(exc) or type(exc).__name__, 200))
+        kind = type(exc).__name__
+        never_sent = isinstance(
+            exc,
+            aiohttp.ClientConnectorError
+            | aiohttp.ClientHttpProxyError
+            | aiohttp.ConnectionTimeoutError
+            | aiohttp.InvalidURL,
+        )
+        if isinstance(exc, TimeoutError):
+            stage = "no connection in time" if never_sent else "no complete answer in time"
+            return APITimeoutError(f"{stage} from {self._base_url}: {why}", sent=not never_sent)
+        stage = "cannot connect to" if never_sent else "connection broken to"
+        return APIConnectionError(f"{stage} {self._base_url} ({kind}): {why}", sent=not never_sent)
+
+    def _decipher(self, answer: Answer, model: str = "") -> Any:
+        """The answer's JSON, its effect on the gate noted; errors carry no key."""
+        try:
+            value = protocol.decipher(answer.status, answer.headers, self._clean(answer.body))
+        except APIStatusError as exc:
+            if retry.is_throttle(exc):
+                self._gate.cool_down(exc, sent_at=answer.sent_at, model=model)
+            raise
+        self._gate.succeeded(sent_at=answer.sent_at)
+        self._budget.give()
+        return value
+
+    def _clean(self, body: bytes) -> bytes:
+        key = self._key.reveal().encode()
+        return body.replace(key, b"[API key]") if key in body else body
+
+    # -- submits --------------------------------------------------------------------------
+
+    async def submit(self, submission: Submission) -> TaskSnapshot:
+        """POST a generation, resending only where it surely was not accepted.
+
+        Raises:
+            SubmitUncertainError: It may have been accepted.
+            EvolinkError: It was not.
+        """
+        doubt: list[EvolinkError] = []
+
+        async def attempt() -> TaskSnapshot:
+            try:
+                snapshot = await self._post(submission)
+            except EvolinkError as exc:
+                fate = protocol.rule_of(exc)[1]
+                if fate is protocol.Submit.UNCERTAIN:
+                    doubt.append(exc)
+                elif fate is protocol.Submit.RESEND and getattr(exc, "replayed", False):
+                    # The stored answer to the first POST under this key: it was refused.
+                    doubt.clear()
+                    submission.idempotency_key = protocol.new_idempotency_key()
+                submission.in_air = bool(doubt)
+                raise
+            submission.in_air = False
+            return snapshot
+
+        try:
+            return await self._retrying(attempt, lambda exc: self._may_resend(exc, doubt))
+        except Exception:  # also what before_send raised: an earlier POST stays uncertain
+            if doubt:
+                raise submission.uncertain(doubt[0]) from doubt[0]
+            raise
+
+    def _may_resend(self, exc: EvolinkError, doubt: list[EvolinkError]) -> bool:
+        fate = protocol.rule_of(exc)[1]
+        if self.closing or fate is protocol.Submit.REFUSED or _too_patient(exc):
+            return False
+        if fate is protocol.Submit.UNCERTAIN or doubt:
+            return self._policy.resend_uncertain
+        return True
+
+    async def _post(self, submission: Submission) -> TaskSnapshot:
+        request = submission.request
+        await self._gate.enter(submit=True, model=request.model)
+        try:
+            with hold(self._clock):
+                if submission.before_send is not None:
+                    await submission.before_send(submission.idempotency_key)
+                self.counters.submits += 1
+                answer = await self._exchange(
+                    "POST", request.path, body=protocol.encode(request.body()), submit=submission
+                )
+        finally:
+            self._gate.leave(submit=True)
+        value = self._decipher(answer, request.model)
+        return TaskSnapshot.from_json(value, body=self._clean(answer.body), status="pending")
+
+    # -- reads ----------------------------------------------------------------------------
+
+    async def fetch(self, ids: tuple[str, ...]) -> Reading:
+        """Read tasks once. Never raises for an id: what went wrong is its answer."""
+        (task_id,) = ids
+        await self._gate.enter()
+        sent_at = self._clock.now()
+        found: TaskSnapshot | EvolinkError
+        try:
+            self.counters.reads += 1
+            self.counters.ids_read += 1
+            answer = await self._exchange("GET", protocol.task_path(task_id))
+            sent_at = answer.sent_at
+            found = TaskSnapshot.from_json(self._decipher(answer), body=self._clean(answer.body))
+            if found.id != task_id:
+                found = InvalidResponseError(f"asked for task {task_id}, got {found.id}")
+        except EvolinkError as exc:
+            found = exc
+        finally:
+            self._gate.leave()
+        return Reading(
+            sent_at=sent_at,
+            received_at=self._clock.now(),
+            answers={task_id: found},
+            single=True,
+        )
+
+    async def get(self, path: str, params: Mapping[str, str] | None = None) -> Any:
+        """Read anything else, trying again as the policy says."""
+
+        async def attempt() -> Any:
+            await self._gate.enter()
+            try:
+                self.counters.reads += 1
+                answer = await self._exchange("GET", path, params=params)
+            finally:
+                self._gate.leave()
+            return self._decipher(answer)
+
+        return await self._retrying(
+            attempt, lambda exc: not self.closing and protocol.rule_of(exc)[0]
+        )
+
+    async def _retrying(
+        self, attempt: Callable[[], Awaitable[T]], again: Callable[[EvolinkError], bool]
+    ) -> T:
+        return await retry.run(
+            attempt,
+            policy=self._policy,
+            budget=self._budget,
+            clock=self._clock,
+            again=again,
+            before_retry=self._log_retry,
+        )
+
+    def _log_retry(self, error: EvolinkError, wait: float) -> None:
+        self.counters.retries += 1
+        logger.warning("trying again in %.1f s: %s", wait, error)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+class _TooLargeError(ValueError):
+    """An answer beyond any size the API gives."""
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    """The whole body, decompressed, counted while it streams."""
+    chunks = bytearray()
+    async for chunk in response.content.iter_any():
+        chunks += chunk
+        if len(chunks) > _BODY_LIMIT:
+            response.close()
+            raise _TooLargeError
+    return bytes(chunks)
+
+
+def _too_patient(exc: EvolinkError) -> bool:
+    """True if the API asks a submit to wait longer than anybody should wait unawares."""
+    after = exc.retry_after if isinstance(exc, APIStatusError) else None
+    return after is not None and after > retry.MAX_RETRY_AFTER
