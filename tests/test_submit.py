@@ -1,0 +1,479 @@
+"""What becomes of a POST: resent where it surely was refused, uncertain where nobody knows."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from hostile import (
+    Behaviour,
+    HostileServer,
+    Received,
+    Wire,
+    answer,
+    cut,
+    cut_after,
+    error,
+    hang,
+    http,
+    raw,
+    reset,
+    snapshot,
+)
+
+from evolink_async import (
+    APIConnectionError,
+    AuthenticationError,
+    EvolinkError,
+    InsufficientCreditsError,
+    InvalidRequestError,
+    NotFoundError,
+    PermissionDeniedError,
+    RateLimitError,
+    RequestTooLargeError,
+    RequestValidationError,
+    RetryPolicy,
+    Session,
+    SessionClosedError,
+    SubmitUncertainError,
+    Task,
+    Timeout,
+)
+from evolink_async.emulator import ManualClock
+
+KEY = "sk-test-secret-0123456789"
+DONE = answer(200, snapshot(status="completed", progress=100))
+OK = answer(200, snapshot())
+PAGE = {"Content-Type": "text/html"}
+UNKNOWN = SubmitUncertainError
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[HostileServer]:
+    """A server that takes every submit, until a test says otherwise."""
+    async with HostileServer(script=[OK], reads=[DONE]) as server:
+        yield server
+
+
+def connect(server: HostileServer, clock: ManualClock, **settings: Any) -> Session:
+    settings.setdefault("timeout", Timeout(connect=5, submit=5, read=5))
+    return Session(KEY, base_url=server.base_url, clock=clock, **settings)
+
+
+# One row per row of the API's error table: what the server does to the first POST, how many
+# POSTs it then sees, and what the caller gets. The second POST would be answered well.
+LOST_ANSWERS: list[tuple[str, Behaviour, int, type[EvolinkError | Task]]] = [
+    ("400", error(400), 1, InvalidRequestError),
+    ("401", error(401), 1, AuthenticationError),
+    ("402", error(402), 1, InsufficientCreditsError),
+    ("403", error(403), 1, PermissionDeniedError),
+    ("404", error(404), 1, NotFoundError),
+    ("409 conflict", error(409, "idempotency_conflict"), 1, InvalidRequestError),
+    ("413", error(413), 1, RequestTooLargeError),
+    ("425", error(425), 1, InvalidRequestError),
+    ("429", error(429), 2, Task),
+    ("429, later", error(429, Retry_After="100"), 2, Task),
+    ("429, tomorrow", error(429, Retry_After="86400"), 1, RateLimitError),
+    ("429 quota", error(429, "insufficient_quota"), 1, InsufficientCreditsError),
+    ("429 key quota", error(429, "key_daily_quota_exhausted"), 1, InsufficientCreditsError),
+    ("429 of a proxy", answer(429, b"<h1>slow down</h1>", PAGE), 1, RateLimitError),
+    ("503", error(503), 2, Task),
+    ("503 no channel", error(503, "no_available_channel"), 2, Task),
+    ("503 of a proxy", answer(503, b"<h1>maintenance</h1>", PAGE), 1, UNKNOWN),
+    ("500", error(500), 1, UNKNOWN),
+    ("502", error(502), 1, UNKNOWN),
+    ("504", error(504), 1, UNKNOWN),
+    ("408", error(408), 1, UNKNOWN),
+    ("520", answer(520, b"", PAGE), 1, UNKNOWN),
+    ("529", answer(529, b"", PAGE), 1, UNKNOWN),
+    ("302", answer(302, b"", {"Location": "/elsewhere"}), 1, UNKNOWN),
+    ("200 without an id", answer(200, {"status": "pending"}), 1, UNKNOWN),
+    ("200 with an error", answer(200, {"error": {"code": 500, "message": "no"}}), 1, UNKNOWN),
+    ("200 not JSON", answer(200, b"<html>", PAGE), 1, UNKNOWN),
+    ("200 too big", answer(200, b'"' + b"x" * (9 << 20) + b'"'), 1, UNKNOWN),
+    ("200 empty", answer(200, b""), 1, UNKNOWN),
+    ("200 cut", cut_after(http(200, b'{"id": "task-1234", "status": "pending"}'), 95), 1, UNKNOWN),
+    ("cut", cut, 1, UNKNOWN),
+    ("reset", reset, 1, UNKNOWN),
+    ("not HTTP", raw(b"SSH-2.0-OpenSSH\r\n\r\n"), 1, UNKNOWN),
+    ("200 without a status", answer(200, {"id": "task-1234"}), 1, Task),
+]
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "posts", "expected"),
+    [row[1:] for row in LOST_ANSWERS],
+    ids=[row[0] for row in LOST_ANSWERS],
+)
+async def test_lost_answers(
+    server: HostileServer,
+    clock: ManualClock,
+    behaviour: Behaviour,
+    posts: int,
+    expected: type[EvolinkError | Task],
+) -> None:
+    """Each answer leads to exactly the POSTs and the outcome its row of the table says."""
+    server.script = [behaviour, OK]
+    async with connect(server, clock) as session:
+        got: object
+        try:
+            got = await session.submit("A lake")
+        except EvolinkError as exc:
+            got = exc
+        assert type(got) is expected
+        assert len(server.posts) == posts
+        keys = {post.headers["Idempotency-Key"] for post in server.posts}
+        assert len(keys) == 1
+        if isinstance(got, SubmitUncertainError):
+            assert {got.idempotency_key} == keys
+            assert got.idempotency_key in str(got)
+            assert got.__cause__ is not None
+
+
+async def test_an_answer_that_never_comes_is_uncertain(
+    server: HostileServer, clock: ManualClock
+) -> None:
+    """A time-out after sending is not resent."""
+    server.script = [hang]
+    async with connect(server, clock, timeout=Timeout(submit=0.2)) as session:
+        with pytest.raises(SubmitUncertainError, match="no complete answer in time"):
+            await session.submit("A lake")
+    assert len(server.posts) == 1
+
+
+async def test_a_refused_connection_is_tried_again(clock: ManualClock) -> None:
+    """Nobody listens at first: nothing was sent, so the submit is simply sent later."""
+    with socket.socket() as placeholder:
+        placeholder.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{placeholder.getsockname()[1]}"
+        policy = RetryPolicy(attempts=3)
+        async with Session(KEY, base_url=url, clock=clock, retry=policy) as session:
+            with pytest.raises(APIConnectionError, match="cannot connect") as caught:
+                await session.submit("A lake")
+            assert caught.value.sent is False
+            assert session.stats.submits == 3
+            assert session.stats.retries == 2
+
+
+async def test_tls_that_fails_was_never_sent(clock: ManualClock) -> None:
+    """A server that does not speak TLS gets no request."""
+
+    async def speak_plainly(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    plain = await asyncio.start_server(speak_plainly, "127.0.0.1", 0)
+    url = f"https://127.0.0.1:{plain.sockets[0].getsockname()[1]}"
+    policy = RetryPolicy(attempts=2)
+    async with plain, Session(KEY, base_url=url, clock=clock, retry=policy) as session:
+        with pytest.raises(APIConnectionError) as caught:
+            await session.submit("A lake")
+    assert caught.value.sent is False
+
+
+async def test_a_connect_time_out_was_never_sent(clock: ManualClock) -> None:
+    """A host that accepts no connection in time got no request."""
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        address = full.getsockname()
+        fillers = [socket.socket() for _ in range(3)]
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(address)
+        try:
+            async with Session(
+                KEY,
+                base_url=f"http://127.0.0.1:{address[1]}",
+                clock=clock,
+                retry=RetryPolicy(attempts=1),
+                timeout=Timeout(connect=0.2),
+            ) as session:
+                with pytest.raises(APIConnectionError) as caught:
+                    await session.submit("A lake")
+            assert isinstance(caught.value, TimeoutError)
+            assert caught.value.sent is False
+        finally:
+            for filler in fillers:
+                filler.close()
+
+
+async def test_a_replayed_refusal_gets_a_new_key(server: HostileServer, clock: ManualClock) -> None:
+    """A stored 503 would be repeated for ever under the same key."""
+    server.script = [error(503, Idempotency_Replayed="true"), OK]
+    async with connect(server, clock) as session:
+        task = await session.submit("A lake")
+        first, second = (post.headers["Idempotency-Key"] for post in server.posts)
+        assert first != second
+        assert task.idempotency_key == second
+
+
+async def test_resend_uncertain_keeps_the_key(server: HostileServer, clock: ManualClock) -> None:
+    """Who opts in has a submit of unknown outcome sent again under the same key."""
+    server.script = [cut, error(500), OK]
+    policy = RetryPolicy(resend_uncertain=True)
+    async with connect(server, clock, retry=policy) as session:
+        await session.submit("A lake", idempotency_key="my-own-key-0123456")
+    assert [p.headers["Idempotency-Key"] for p in server.posts] == ["my-own-key-0123456"] * 3
+
+
+async def test_doubt_outlives_a_later_refusal(server: HostileServer, clock: ManualClock) -> None:
+    """If an earlier POST may have been accepted, a refusal of the repeat settles nothing."""
+    server.script = [cut, error(401)]
+    policy = RetryPolicy(resend_uncertain=True)
+    async with connect(server, clock, retry=policy) as session:
+        with pytest.raises(SubmitUncertainError) as caught:
+            await session.submit("A lake")
+    assert isinstance(caught.value.__cause__, APIConnectionError)
+
+
+async def test_asking_again_with_the_same_key(server: HostileServer, clock: ManualClock) -> None:
+    """An uncertain submit can be asked for again from what its error carries."""
+    server.script = [cut, OK]
+    async with connect(server, clock) as session:
+        with pytest.raises(SubmitUncertainError) as caught:
+            await session.submit("A lake", n=2)
+        error = caught.value
+        task = await session.submit(error.request, idempotency_key=error.idempotency_key)
+        assert task.id == snapshot()["id"]
+    assert server.posts[0].body == server.posts[1].body
+    assert len({post.headers["Idempotency-Key"] for post in server.posts}) == 1
+
+
+async def test_only_given_fields_are_sent(server: HostileServer, clock: ManualClock) -> None:
+    """Fields left out are left to the API's own defaults."""
+    async with connect(server, clock) as session:
+        await session.submit("A lake")
+        await session.submit(
+            "A lake", size="1280x1280", n=4, prompt_extend=False, extra={"seed": 7}
+        )
+    plain, full = (post.json for post in server.posts)
+    assert plain == {"model": "wan2.5-text-to-image", "prompt": "A lake"}
+    assert full == plain | {"size": "1280x1280", "n": 4, "prompt_extend": False, "seed": 7}
+    post = server.posts[0]
+    assert (post.method, post.path) == ("POST", "/v1/images/generations")
+    assert post.headers["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "x", "n": 3}, "n"),
+        ({"prompt": "x", "size": "10x10"}, "size"),
+        ({"promt": "x"}, "promt"),
+        ({"prompt": "x", "idempotency_key": "short"}, "idempotency_key"),
+    ],
+)
+async def test_bad_requests_send_nothing(
+    server: HostileServer, clock: ManualClock, given: dict[str, Any], field: str
+) -> None:
+    """A request that breaks a rule is refused before any waiting, naming the field."""
+    async with connect(server, clock, max_in_flight=1) as session:
+        key = given.pop("idempotency_key", None)
+        with pytest.raises(RequestValidationError) as caught:
+            await session.submit(given, idempotency_key=key)
+        assert caught.value.field == field
+        assert caught.value.field in str(caught.value)
+    assert server.posts == []
+
+
+async def test_a_callback_for_the_whole_session(server: HostileServer, clock: ManualClock) -> None:
+    """Requests without a callback URL get the session's; others keep their own."""
+    async with connect(server, clock, callback="https://example.com/a") as session:
+        await session.submit("A lake")
+        await session.submit("A lake", callback_url="https://example.com/b")
+    urls = [post.json["callback_url"] for post in server.posts]
+    assert urls == ["https://example.com/a", "https://example.com/b"]
+
+
+# -- before_send -------------------------------------------------------------------------------
+
+
+async def test_before_send_gets_the_key_before_the_post(
+    server: HostileServer, clock: ManualClock
+) -> None:
+    """The hook runs before each POST of a submit, with the key it will carry."""
+    events: list[tuple[str, str]] = []
+    server.on_request = lambda r: events.append(("post", r.headers.get("Idempotency-Key", "")))
+    server.script = [error(429), OK]
+
+    async def note(key: str) -> None:
+        events.append(("hook", key))
+
+    async with connect(server, clock) as session:
+        task = await session.submit("A lake", before_send=note)
+    key = task.idempotency_key
+    assert events[:4] == [("hook", key), ("post", key), ("hook", key), ("post", key)]
+
+
+async def test_before_send_that_raises_sends_nothing(
+    server: HostileServer, clock: ManualClock
+) -> None:
+    """What the hook raises reaches the caller as it is, and the slot comes back."""
+
+    async def refuse(_: str) -> None:
+        raise LookupError("no room in the ledger")
+
+    async with connect(server, clock, max_in_flight=1) as session:
+        with pytest.raises(LookupError, match="no room"):
+            await session.submit("A lake", before_send=refuse)
+        assert server.posts == []
+        await session.submit("A lake")
+
+
+# -- cancellation ------------------------------------------------------------------------------
+
+
+async def test_cancelled_before_the_post_sends_nothing(
+    server: HostileServer, clock: ManualClock
+) -> None:
+    """A caller cancelled while its hook runs leaves no POST and no slot behind."""
+    reached, never = asyncio.Event(), asyncio.Event()
+
+    async def wait(_: str) -> None:
+        reached.set()
+        await never.wait()
+
+    async with connect(server, clock, max_in_flight=1) as session:
+        submit = asyncio.create_task(session.submit("A lake", before_send=wait))
+        await reached.wait()
+        submit.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await submit
+        assert server.posts == []
+        await session.submit("A lake")
+
+
+async def test_cancelled_after_the_post_keeps_the_task(
+    server: HostileServer, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A POST that may have left is finished, its task watched, key and id logged."""
+    arrived, go = asyncio.Event(), asyncio.Event()
+
+    async def slowly(request: Received, wire: Wire) -> None:
+        arrived.set()
+        await go.wait()
+        await OK(request, wire)
+
+    server.script = [slowly]
+    server.reads = [answer(200, snapshot(status="processing"))]
+    async with connect(server, clock) as session:
+        submit = asyncio.create_task(session.submit("A lake"))
+        await arrived.wait()
+        submit.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await submit
+        go.set()
+        while not session.tasks:  # noqa: ASYNC110 - it has no event
+            await asyncio.sleep(0)
+        (task,) = session.tasks
+        assert task.id == snapshot()["id"]
+        assert task.idempotency_key == server.posts[0].headers["Idempotency-Key"]
+    assert f"made task {task.id} (key {task.idempotency_key})" in caplog.text
+
+
+async def test_a_cancelled_callers_failure_is_logged(
+    server: HostileServer, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If such a POST turns out uncertain, the log has its key."""
+    arrived, go = asyncio.Event(), asyncio.Event()
+
+    async def slowly(_: Received, wire: Wire) -> None:
+        arrived.set()
+        await go.wait()
+        wire.reset()
+
+    server.script = [slowly]
+    async with connect(server, clock, max_in_flight=1) as session:
+        submit = asyncio.create_task(session.submit("A lake"))
+        await arrived.wait()
+        submit.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await submit
+        go.set()
+        server.script = [OK]
+        await session.submit("Another lake")
+    assert f"failed (key {server.posts[0].headers['Idempotency-Key']})" in caplog.text
+
+
+async def test_closing_in_the_middle_of_a_submit(
+    server: HostileServer, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Closing gives a POST in the air its time-out, then its caller hears it is uncertain."""
+    arrived = asyncio.Event()
+    server.script = [hang]
+    server.on_request = lambda _: arrived.set()
+    session = connect(server, clock, timeout=Timeout(submit=0.2))
+    submit = asyncio.create_task(session.submit("A lake"))
+    await arrived.wait()
+    await session.aclose()
+    with pytest.raises(SubmitUncertainError):
+        await submit
+    assert len(server.posts) == 1
+
+
+async def test_closing_at_once_in_the_middle_of_a_submit(
+    server: HostileServer, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Closing with grace=0 cuts the POST off: uncertain, and logged with its key."""
+    arrived = asyncio.Event()
+    server.script = [hang]
+    server.on_request = lambda _: arrived.set()
+    session = connect(server, clock)
+    submit = asyncio.create_task(session.submit("A lake"))
+    await arrived.wait()
+    await session.aclose(grace=0)
+    with pytest.raises(SubmitUncertainError, match="cut off") as caught:
+        await submit
+    assert caught.value.idempotency_key in caplog.text
+
+
+async def test_closing_wakes_those_who_wait_to_submit(
+    server: HostileServer, clock: ManualClock
+) -> None:
+    """Submits without a slot, and in their hook, end with SessionClosedError and send nothing."""
+    server.reads = [hang]
+    reached = asyncio.Event()
+
+    async def wait(_: str) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    session = connect(server, clock, max_in_flight=2)
+    await session.submit("One that runs")
+    hooked = asyncio.create_task(session.submit("A lake", before_send=wait))
+    await reached.wait()
+    queued = [asyncio.create_task(session.submit("A lake")) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert session.stats.waiting == 3
+    await session.aclose()
+    for submit in [hooked, *queued]:
+        with pytest.raises(SessionClosedError, match="nothing was sent"):
+            await submit
+    with pytest.raises(SessionClosedError):
+        await session.submit("Too late")
+    assert len(server.posts) == 1
+
+
+async def test_a_loop_that_dies_leaves_the_key_in_the_log(
+    server: HostileServer, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cancelling everything, as asyncio.run does at its end, does not lose a POST silently."""
+    arrived = asyncio.Event()
+    server.script = [hang]
+    server.on_request = lambda _: arrived.set()
+    session = connect(server, clock)
+    with caplog.at_level(logging.WARNING):
+        submit = asyncio.create_task(session.submit("A lake"))
+        await arrived.wait()
+        post, *_ = (t for t in asyncio.all_tasks() if "_submit_and_watch" in repr(t.get_coro()))
+        post.cancel()
+        with pytest.raises(SubmitUncertainError):
+            await submit
+    assert server.posts[0].headers["Idempotency-Key"] in caplog.text
+    await session.aclose()

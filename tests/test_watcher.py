@@ -1,0 +1,434 @@
+"""The watcher alone: virtual time, and a reader that answers what a test tells it to."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import weakref
+from collections.abc import AsyncIterator, Callable, Mapping
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from attrs import define, field, frozen
+
+from evolink_async import (
+    APIConnectionError,
+    AuthenticationError,
+    EvolinkError,
+    ImageRequest,
+    InvalidRequestError,
+    InvalidResponseError,
+    NotFoundError,
+    PollPolicy,
+    RetryPolicy,
+    ServerError,
+    SessionClosedError,
+    TaskSnapshot,
+    TaskTimeoutError,
+)
+from evolink_async._watcher import Watch, Watcher
+from evolink_async.emulator import ManualClock
+from evolink_async.errors import APIStatusError
+
+Answer = TaskSnapshot | EvolinkError | None
+REQUEST = ImageRequest("A lake")
+
+
+def task(task_id: str, status: str = "processing", **more: Any) -> TaskSnapshot:
+    value = {"id": task_id, "status": status, **more}
+    return TaskSnapshot.from_json(value, body=json.dumps(value).encode())
+
+
+def refusal(kind: type[APIStatusError], status: int, *, from_api: bool = True) -> APIStatusError:
+    return kind(f"HTTP {status}", status=status, from_api=from_api)
+
+
+@frozen(kw_only=True)
+class Reading:
+    sent_at: float
+    received_at: float
+    answers: Mapping[str, Answer]
+    single: bool
+
+
+@define
+class Reader:
+    """Answers each id by asking *say*; notes who was asked for when."""
+
+    clock: ManualClock
+    say: Callable[[str], Answer] = task
+    read_limit: int = 1
+    asked: list[tuple[float, str]] = field(factory=list)
+    gate: asyncio.Event | None = None
+    in_air: int = 0
+    peak: int = 0
+
+    async def fetch(self, ids: tuple[str, ...]) -> Reading:
+        now = self.clock.now()
+        self.asked += [(now, task_id) for task_id in ids]
+        self.in_air += 1
+        self.peak = max(self.peak, self.in_air)
+        try:
+            with self.clock.hold():
+                await asyncio.sleep(0)
+            if self.gate is not None:
+                await self.gate.wait()
+        finally:
+            self.in_air -= 1
+        return Reading(
+            sent_at=now,
+            received_at=self.clock.now(),
+            answers={task_id: self.say(task_id) for task_id in ids},
+            single=len(ids) == 1,
+        )
+
+    def ages(self, start: float) -> list[float]:
+        return [when - start for when, _ in self.asked]
+
+
+@pytest.fixture
+def reader(clock: ManualClock) -> Reader:
+    return Reader(clock)
+
+
+Make = Callable[..., Watcher]
+
+
+@pytest.fixture
+async def make(reader: Reader, clock: ManualClock) -> AsyncIterator[Make]:
+    """Makes watchers and stops them in the end."""
+    made: list[Watcher] = []
+
+    def make(**policy: Any) -> Watcher:
+        watcher = Watcher(
+            reader,
+            clock=clock,
+            policy=PollPolicy(**policy),
+            retry_wait=RetryPolicy(wait_jitter=0).wait_after,
+            closed_until=lambda: reader_closed_until[0],
+            max_reads=4,
+        )
+        made.append(watcher)
+        return watcher
+
+    reader_closed_until[0] = 0.0
+    yield make
+    for watcher in made:
+        await watcher.stop(lambda task_id: SessionClosedError("over", task_id=task_id))
+
+
+reader_closed_until = [0.0]
+
+
+def submit(watcher: Watcher, clock: ManualClock, task_id: str, **more: Any) -> Watch:
+    return watcher.submitted(
+        task(task_id, "pending", **more),
+        started=clock.now(),
+        request=REQUEST,
+        idempotency_key="k" * 32,
+        on_end=lambda: None,
+    )
+
+
+async def test_watches_until_the_end(make: Make, reader: Reader, clock: ManualClock) -> None:
+    """A task is read until it is completed, at intervals within the policy's bounds."""
+    start = clock.now()
+    reader.say = lambda i: task(i, "completed" if clock.now() - start > 90 else "processing")
+    watcher = make(min_interval=1, max_interval=20)
+    watch = submit(watcher, clock, "task-1")
+    await watcher.until_ended(watch)
+    assert watch.snapshot is not None
+    assert watch.snapshot.status == "completed"
+    ages = reader.ages(start)
+    gaps = [b - a for a, b in pairwise([0.0, *ages])]
+    assert all(1 <= gap <= 20 + 1e-6 for gap in gaps)
+    assert watcher.watches == ()
+
+
+async def test_a_task_that_is_over_at_submit_is_never_read(
+    make: Make, reader: Reader, clock: ManualClock
+) -> None:
+    """A submit may be answered with an ended task: its slot comes back at once."""
+    ended: list[str] = []
+    watcher = make()
+    watch = watcher.submitted(
+        task("task-1", "completed"),
+        started=clock.now(),
+        request=REQUEST,
+        idempotency_key="k" * 32,
+        on_end=lambda: ended.append("task-1"),
+    )
+    await watcher.until_ended(watch)
+    assert ended == ["task-1"]
+    assert reader.asked == []
+
+
+async def test_one_watch_per_id(make: Make, reader: Reader, clock: ManualClock) -> None:
+    """Whoever asks for the same id shares one watch; a repeated submit gives its slot back."""
+    freed: list[int] = []
+    watcher = make()
+    watch = submit(watcher, clock, "task-1")
+    assert watcher.attach("task-1") is watch
+    again = watcher.submitted(
+        task("task-1"),
+        started=clock.now(),
+        request=REQUEST,
+        idempotency_key="k" * 32,
+        on_end=lambda: freed.append(1),
+    )
+    assert again is watch
+    assert freed == [1]
+
+
+async def test_an_attached_task_is_read_at_once(
+    make: Make, reader: Reader, clock: ManualClock
+) -> None:
+    """Nothing is known of a task found by its id, so the first look is now."""
+    watcher = make()
+    start = clock.now()
+    watch = watcher.attach("task-1")
+    await watcher.until_changed(watch)
+    assert reader.asked == [(start, "task-1")]
+    assert watch.snapshot is not None
+
+
+async def test_deadline(make: Make, reader: Reader, clock: ManualClock) -> None:
+    """A task that never ends is given up at the deadline, after one last look before it."""
+    watcher = make(deadline=100, max_interval=30)
+    start = clock.now()
+    watch = submit(watcher, clock, "task-1")
+    await watcher.until_ended(watch)
+    assert isinstance(watch.reason, TaskTimeoutError)
+    assert watch.reason.task_id == "task-1"
+    assert watch.reason.snapshot is watch.snapshot
+    assert clock.now() - start == 100
+    assert max(reader.ages(start)) == pytest.approx(99.75)
+
+
+async def test_a_read_in_the_air_does_not_hold_up_the_deadline(
+    make: Make, reader: Reader, clock: ManualClock
+) -> None:
+    """The deadline passes on time though the server never answers."""
+    reader.gate = asyncio.Event()
+    watcher = make(deadline=50)
+    start = clock.now()
+    watch = submit(watcher, clock, "task-1")
+    await watcher.until_ended(watch)
+    assert clock.now() - start == 50
+    assert isinstance(watch.reason, TaskTimeoutError)
+
+
+async def test_without_a_deadline_it_waits_for_ever(
+    make: Make, reader: Reader, clock: ManualClock
+) -> None:
+    """deadline=None watches a task for days."""
+    start = clock.now()
+    reader.say = lambda i: task(i, "completed" if clock.now() - start > 200_000 else "processing")
+    watcher = make(deadline=None, min_interval=500, max_interval=5000)
+    await watcher.until_ended(watch := submit(watcher, clock, "task-1"))
+    assert watch.reason is None
+
+
+async def test_failed_reads_never_end_a_wait(
+    make: Make, reader: Reader, clock: ManualClock
+) -> None:
+    """Broken connections, 500s, garbage and a proxy's 404 are no information."""
+    failures: list[EvolinkError] = [
+        APIConnectionError("broken", sent=True),
+        refusal(ServerError, 500),
+        InvalidResponseError("garbage"),
+        refusal(NotFoundError, 404, from_api=False),
+        refusal(AuthenticationError, 401, from_api=False),
+    ] * 8
+    reader.say = lambda i: failures.pop() if failures else task(i, "completed")
+    watcher = make()
+    await watcher.until_ended(watch := submit(watcher, clock, "task-1"))
+    assert watch.reason is None
+    assert failures == []
+
+
+async def test_failed_reads_back_off(make: Make, reader: Reader, clock: ManualClock) -> None:
+    """The more reads fail in a row, the longer the watcher waits, up to the policy's bound."""
+    reader.say = lambda _: APIConnectionError("broken")
+    watcher = make(deadline=600)
+    await watcher.until_ended(submit(watcher, clock, "task-1"))
+    ages = reader.ages(0)
+    gaps = [b - a for a, b in pairwise(ages)]
+    assert gaps[:6] == pytest.approx([0.5, 1, 2, 4, 8, 16])
+    assert max(gaps) <= 30
+
+
+@pytest.mark.parametrize(
+    ("error", "reads"),
+    [
+        (refusal(AuthenticationError, 401), 2),
+        (refusal(NotFoundError, 404), 5),  # 0, 0.5, 1.5, 3.5, 7.5 s: only the last is 5 s apart
+        (refusal(InvalidRequestError, 400), 3),
+    ],
+    ids=["401", "404", "400"],
+)
+async def test_confirmed_refusals_end_it(
+    make: Make, reader: Reader, clock: ManualClock, error: APIStatusError, reads: int
+) -> None:
+    """The API's own final refusals end the watch, once confirmed as often as they must be."""
+    reader.say = lambda _: error
+    watcher = make()
+    await watcher.until_ended(watch := watcher.attach("task-1"))
+    assert type(watch.reason) is type(error)
+    assert len(reader.asked) == reads
+
+
+async def test_a_404_right_after_the_submit_is_replica_lag(
+    make: Make, reader: Reader, clock: ManualClock
+) -> None:
+    """For a minute after our own submit a 404 does not count."""
+    start = clock.now()
+    reader.say = lambda i: (
+        refusal(NotFoundError, 404) if clock.now() - start < 59 else task(i, "completed")
+    )
+    watcher = make()
+    await watcher.until_ended(watch := submit(watcher, clock, "task-1"))
+    assert watch.reason is None
+    reader.say = lambda _: refusal(NotFoundError, 404)
+    start = clock.now()
+    await watcher.until_ended(watch := submit(watcher, clock, "task-2"))
+    assert isinstance(watch.reason, NotFoundError)
+    assert clock.now() - start > 60
+
+
+async def test_a_good_read_forgets_refusals(make: Make, reader: Reader, clock: ManualClock) -> None:
+    """Refusals count only in a row."""
+    answers: list[Answer] = [
+        task("task-1", "completed"),
+        refusal(AuthenticationError, 401),
+        task("task-1"),
+        refusal(AuthenticationError, 401),
+    ]
+    reader.say = lambda _: answers.pop()
+    watcher = make()
+    await watcher.until_ended(watch := watcher.attach("task-1"))
+    assert watch.reason is None
+
+
+async def test_nothing_is_read_during_a_cool_down(
+    make: Make, reader: Reader, clock: ManualClock
+) -> None:
+    """While the session cools down, due tasks wait."""
+    start = clock.now()
+    reader_closed_until[0] = start + 120
+    watcher = make()
+    watch = watcher.attach("task-1")
+    await watcher.until_changed(watch)
+    assert reader.ages(start) == [120]
+
+
+async def test_nudge_and_look(make: Make, reader: Reader, clock: ManualClock) -> None:
+    """A nudge moves the next look to now; one during a read earns one more read."""
+    watcher = make(deadline=None)
+    watch = submit(watcher, clock, "task-1", task_info={"estimated_time": 1000})
+    assert watcher.nudge("task-1")
+    assert not watcher.nudge("another")
+    start = clock.now()
+    await watcher.look(watch)
+    assert reader.ages(start) == [0]
+    reader.gate = asyncio.Event()
+    looks = [asyncio.create_task(watcher.look(watch)) for _ in range(3)]
+    while reader.in_air == 0:  # noqa: ASYNC110 - it has no event
+        await asyncio.sleep(0)
+    looks += [asyncio.create_task(watcher.look(watch)) for _ in range(3)]
+    await asyncio.sleep(0)
+    reader.gate.set()
+    await asyncio.gather(*looks)
+    assert reader.ages(start) == [0, 0, 0]
+
+
+async def test_reads_in_the_air_are_bounded(make: Make, reader: Reader, clock: ManualClock) -> None:
+    """However many tasks are due, only so many readings are in the air."""
+    reader.gate = asyncio.Event()
+    watcher = make(deadline=None)
+    watches = [watcher.attach(f"task-{i}") for i in range(20)]
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert reader.in_air == 4
+    reader.gate.set()
+    reader.say = lambda i: task(i, "completed")
+    await asyncio.gather(*(watcher.until_ended(watch) for watch in watches))
+    assert reader.peak == 4
+
+
+async def test_a_cancelled_waiter_leaves_no_trace(
+    make: Make, reader: Reader, clock: ManualClock
+) -> None:
+    """Cancelling one awaiter neither stops the watch nor leaves a future behind."""
+    watcher = make(deadline=None)
+    watch = submit(watcher, clock, "task-1", task_info={"estimated_time": 1000})
+    waits = [asyncio.create_task(watcher.until_ended(watch)) for _ in range(3)]
+    await asyncio.sleep(0)
+    waits[1].cancel()
+    await asyncio.gather(waits[1], return_exceptions=True)
+    assert watch.waiters is not None
+    assert len(watch.waiters) == 2
+    reader.say = lambda i: task(i, "completed")
+    await asyncio.gather(waits[0], waits[2])
+
+
+async def test_unknown_statuses_are_running(
+    make: Make, reader: Reader, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A status word the API has added since counts as running and is logged once."""
+    answers = [task("task-1", "completed")] + [task("task-1", "up\x1b[31mscaling")] * 3
+    reader.say = lambda _: answers.pop()
+    watcher = make()
+    await watcher.until_ended(watch := watcher.attach("task-1"))
+    assert watch.reason is None
+    assert caplog.text.count("unknown task status") == 1
+    assert "\x1b" not in caplog.text
+
+
+async def test_a_crash_reaches_every_waiter(
+    make: Make, reader: Reader, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An unexpected error inside the watcher does not leave anybody waiting for ever."""
+
+    def explode(_: str) -> Answer:
+        raise ZeroDivisionError("a bug")
+
+    reader.say = explode
+    watcher = make()
+    watches = [watcher.attach("task-1"), watcher.attach("task-2")]
+    await asyncio.gather(*(watcher.until_ended(watch) for watch in watches))
+    for watch in watches:
+        assert isinstance(watch.reason, EvolinkError)
+        assert isinstance(watch.reason.__cause__, ZeroDivisionError)
+    reader.say = lambda i: task(i, "completed")
+    await watcher.until_ended(watch := watcher.attach("task-1"))
+    assert watch.reason is None
+
+
+async def test_stop_ends_every_watch(make: Make, reader: Reader, clock: ManualClock) -> None:
+    """Stopping wakes the waiters with the reason given and names what was running."""
+    watcher = make(deadline=None)
+    watch = submit(watcher, clock, "task-1")
+    waiter = asyncio.create_task(watcher.until_ended(watch))
+    await asyncio.sleep(0)
+    running = await watcher.stop(lambda i: SessionClosedError("closed", task_id=i))
+    await waiter
+    assert running == ("task-1",)
+    assert isinstance(watch.reason, SessionClosedError)
+
+
+async def test_ended_watches_are_forgotten(make: Make, reader: Reader, clock: ManualClock) -> None:
+    """A service that runs for a year does not grow: ended and moved entries leave the heap."""
+    reader.say = lambda i: task(i, "completed")
+    watcher = make(deadline=None)
+    ghosts = []
+    for i in range(300):
+        watch = submit(watcher, clock, f"task-{i}", task_info={"estimated_time": 900})
+        await watcher.look(watch)
+        ghosts.append(weakref.ref(watch))
+    del watch
+    gc.collect()
+    assert sum(ghost() is not None for ghost in ghosts) <= 65
+    assert len(watcher._heap) <= 65
