@@ -1,0 +1,631 @@
+"""A result stream to a file: under a temporary name until it is whole, checked and on disk.
+
+Nothing about the name or the type is taken from outside: the name comes from the task's id,
+the extension from the first bytes. Knows no HTTP; what it reads from is a `Stream`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import re
+import secrets
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import IO, Any, Final, Protocol
+
+from attrs import define, field
+
+from evolink_async._hosts import shown_url
+from evolink_async._text import printable
+from evolink_async.errors import DownloadError
+
+__all__ = [
+    "MAX_BYTES",
+    "MAX_FILES",
+    "Interrupted",
+    "OpenResult",
+    "Stream",
+    "media_type",
+    "safe_name",
+    "save",
+    "save_all",
+]
+
+logger = logging.getLogger(__name__)
+
+MAX_BYTES: Final = 64 * 1024 * 1024
+"""Largest file that is saved unless told otherwise: ten 1440x1440 pictures, uncompressed."""
+MAX_FILES: Final = 100
+"""Most links of one task that are followed; the API's page allows 4 pictures."""
+
+_ATTEMPTS: Final = 5
+_HEAD: Final = 64
+_TAIL: Final = 64 * 1024
+_FLUSH_AT: Final = 512 * 1024
+_NAME_LIMIT: Final = 120
+
+
+class Interrupted(DownloadError):  # noqa: N818 - an event in a download, rarely its end
+    """A download that broke off, or could not begin, for a reason that may pass.
+
+    Never leaves this package: `save` tries again, and in the end raises `DownloadError`.
+
+    Attributes:
+        restart: True if what has been received so far cannot be continued.
+    """
+
+    def __init__(self, message: str, *, restart: bool = False, **data: Any) -> None:
+        super().__init__(message, **data)
+        self.restart = restart
+
+
+class Stream(Protocol):
+    """A result that has begun to arrive."""
+
+    @property
+    def offset(self) -> int:
+        """Position of the first byte."""
+        ...
+
+    @property
+    def total(self) -> int | None:
+        """Bytes of the whole result, if known."""
+        ...
+
+    @property
+    def etag(self) -> str | None:
+        """Strong entity tag, if any."""
+        ...
+
+    @property
+    def accepts_ranges(self) -> bool:
+        """False if it cannot be resumed."""
+        ...
+
+    def chunks(self) -> AsyncGenerator[bytes, None]:
+        """The bytes."""
+        ...
+
+
+class OpenResult(Protocol):
+    """Opens a link, from a byte on where the host can."""
+
+    def __call__(
+        self, url: str, /, *, offset: int = 0, etag: str | None = None
+    ) -> AbstractAsyncContextManager[Stream]:
+        """The stream behind *url*."""
+        ...
+
+
+def _backoff(failures: int) -> float:
+    return float(min(8.0, 0.5 * 2.0 ** (failures - 1)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Saving
+
+
+async def save_all(
+    open_result: OpenResult,
+    urls: Sequence[str],
+    folder: str | os.PathLike[str],
+    *,
+    task_id: str,
+    overwrite: bool = False,
+    max_bytes: int = MAX_BYTES,
+    attempts: int = _ATTEMPTS,
+    wait_after: Callable[[int], float] = _backoff,
+    sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+) -> tuple[Path, ...]:
+    """Save every link of a task as ``<folder>/<task id>-<k>.<ext>``, k from 1; returns the paths.
+
+    All are tried, at the same time. The parameters are those of `save`.
+
+    Raises:
+        DownloadError: The first of the failures, saying which files were saved; they stay.
+    """
+    if len(urls) > MAX_FILES:
+        raise DownloadError(
+            f"task {printable(task_id)} has {len(urls)} links; at most {MAX_FILES} are followed",
+            url="",
+            task_id=task_id,
+        )
+    stem = safe_name(task_id, _NAME_LIMIT - 8)
+    outcomes = await asyncio.gather(
+        *(
+            save(
+                open_result,
+                url,
+                folder,
+                f"{stem}-{k}",
+                overwrite=overwrite,
+                max_bytes=max_bytes,
+                task_id=task_id,
+                attempts=attempts,
+                wait_after=wait_after,
+                sleep=sleep,
+            )
+            for k, url in enumerate(urls, 1)
+        ),
+        return_exceptions=True,
+    )
+    return _all_saved(outcomes, task_id)
+
+
+def _all_saved(outcomes: Sequence[Path | BaseException], task_id: str) -> tuple[Path, ...]:
+    saved = tuple(o for o in outcomes if isinstance(o, Path))
+    failures = [o for o in outcomes if not isinstance(o, Path)]
+    if not failures:
+        return saved
+    # A closed session, a cancelled save, a mistake of ours: not about this file.
+    first = next((f for f in failures if not isinstance(f, DownloadError)), failures[0])
+    if len(outcomes) == 1 or not isinstance(first, DownloadError):
+        raise first
+    names = ", ".join(path.name for path in saved) or "none"
+    raise _plain(
+        first,
+        f"{len(failures)} of {len(outcomes)} results of task {printable(task_id)} could not be "
+        f"saved (saved: {names}): {first}",
+        task_id=task_id,
+    ) from first
+
+
+async def save(
+    open_result: OpenResult,
+    url: str,
+    folder: str | os.PathLike[str],
+    stem: str,
+    *,
+    overwrite: bool = False,
+    max_bytes: int = MAX_BYTES,
+    task_id: str | None = None,
+    attempts: int = _ATTEMPTS,
+    wait_after: Callable[[int], float] = _backoff,
+    sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+) -> Path:
+    """Save the result behind *url* as ``<folder>/<stem>.<ext>``; returns that path.
+
+    The extension is that of what really arrived. Under that name there is, at any moment,
+    either nothing, what was there before, or the whole file.
+
+    Args:
+        open_result: Opens the link.
+        url: The link.
+        folder: Where to save; made if missing.
+        stem: Name without extension; made safe by `safe_name`.
+        overwrite: Whether an existing file may be replaced.
+        max_bytes: Largest file, in bytes, that is accepted.
+        task_id: For the errors.
+        attempts: How often to try in all. A broken download goes on where it broke off if
+            the host can do that and the result is still the same, else it starts over.
+        wait_after: Seconds to wait after that many failures.
+        sleep: Waits that long.
+
+    Raises:
+        DownloadError: It could not be saved; nothing is left behind.
+    """
+    partial = _Partial(Path(folder), stem=safe_name(stem), overwrite=overwrite)
+    transfer = _Transfer(partial, max_bytes=max_bytes)
+    try:
+        await asyncio.to_thread(partial.create)
+        return await _persist(
+            open_result, url, transfer, attempts=attempts, wait_after=wait_after, sleep=sleep
+        )
+    except DownloadError as exc:
+        raise _plain(exc, str(exc), task_id=task_id) from exc.__cause__
+    except (_Refused, OSError) as exc:
+        raise _not_saved(exc, url, partial.folder, task_id) from exc
+    finally:
+        if partial.pending:
+            # In an executor's future, not in an asyncio task: cancelling us again, or closing
+            # the loop, must not keep the file from being removed.
+            removal = asyncio.get_running_loop().run_in_executor(None, partial.discard)
+            await asyncio.shield(removal)
+
+
+async def _persist(
+    open_result: OpenResult,
+    url: str,
+    transfer: _Transfer,
+    *,
+    attempts: int,
+    wait_after: Callable[[int], float],
+    sleep: Callable[[float], Awaitable[object]],
+) -> Path:
+    """Attempts until one succeeds."""
+    failures = 0
+    while True:
+        try:
+            await transfer.receive(open_result, url)
+            return await transfer.publish(url)
+        except Interrupted as exc:
+            failures += 1
+            if failures >= attempts:
+                raise
+            if exc.restart:
+                transfer.forget()
+            logger.warning("download attempt %d: %s", failures, exc)
+            await sleep(wait_after(failures))
+
+
+def _plain(error: DownloadError, message: str, *, task_id: str | None) -> DownloadError:
+    return DownloadError(
+        message,
+        url=error.url,
+        path=error.path,
+        status=error.status,
+        expired=error.expired,
+        task_id=task_id,
+    )
+
+
+def _not_saved(
+    exc: _Refused | OSError, url: str, folder: Path, task_id: str | None
+) -> DownloadError:
+    bare = shown_url(url)
+    if isinstance(exc, _Refused):
+        return DownloadError(
+            f"{bare}: {exc}" if exc.path is None else str(exc),
+            url=bare,
+            path=exc.path,
+            task_id=task_id,
+        )
+    return DownloadError(
+        f"cannot save to {printable(str(folder))}: {_why(exc)}",
+        url=bare,
+        path=folder,
+        task_id=task_id,
+    )
+
+
+def _why(exc: OSError) -> str:
+    words = {
+        errno.ENOSPC: "the disk is full",
+        errno.EDQUOT: "the disk quota is used up",
+        errno.EACCES: "no permission to write there",
+        errno.EPERM: "no permission to write there",
+        errno.EROFS: "it is read-only",
+        errno.ENOTDIR: "part of the path is a file, not a folder",
+        errno.EISDIR: "there is a folder of the file's name",
+    }
+    return words.get(exc.errno or 0, exc.strerror or type(exc).__name__)
+
+
+class _Refused(Exception):  # noqa: N818 - a verdict on its way to becoming a DownloadError
+    """What arrived, or where it should go, cannot be used, and another try would not help."""
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+# ---------------------------------------------------------------------------------------------
+# Receiving
+
+
+@define(eq=False)
+class _Transfer:
+    """What has been received so far, over however many attempts."""
+
+    _partial: _Partial
+    _max_bytes: int = field(kw_only=True)
+    _received: int = field(default=0, init=False)
+    _total: int | None = field(default=None, init=False)
+    _etag: str | None = field(default=None, init=False)
+    _head: bytes = field(default=b"", init=False)
+    _type: str | None = field(default=None, init=False)
+    _buffer: list[bytes] = field(factory=list, init=False)
+    _buffered: int = field(default=0, init=False)
+    _rewind: bool = field(default=False, init=False)
+
+    def forget(self) -> None:
+        """Start over with the next attempt."""
+        self._received = self._buffered = 0
+        self._total = self._etag = self._type = None
+        self._head = b""
+        self._buffer.clear()
+        self._rewind = True
+
+    async def receive(self, open_result: OpenResult, url: str) -> None:
+        """One attempt: everything, or what is still missing.
+
+        Raises:
+            Interrupted: It broke off.
+        """
+        if self._etag is None:  # nothing says that the rest would belong to this beginning
+            self.forget()
+        async with open_result(url, offset=self._received, etag=self._etag) as stream:
+            self._begin(stream, url)
+            async with contextlib.aclosing(stream.chunks()) as chunks:
+                async for chunk in chunks:
+                    await self._take(chunk)
+        self._end(url)
+
+    def _begin(self, stream: Stream, url: str) -> None:
+        if stream.offset != self._received:
+            self.forget()
+        if self._received:
+            self._check_same(stream, url)
+        else:
+            self._total = stream.total
+            self._etag = stream.etag if stream.accepts_ranges else None
+        if self._total is not None and self._total > self._max_bytes:
+            raise _too_large(self._max_bytes, self._total)
+
+    def _check_same(self, stream: Stream, url: str) -> None:
+        same_size = stream.total is None or stream.total == self._total
+        if not same_size or stream.etag not in {None, self._etag}:
+            raise Interrupted(
+                f"{shown_url(url)} changed while it was downloaded",
+                url=shown_url(url),
+                restart=True,
+            )
+
+    async def _take(self, chunk: bytes) -> None:
+        self._received += len(chunk)
+        if self._received > self._max_bytes:
+            raise _too_large(self._max_bytes)
+        self._buffer.append(chunk)
+        self._buffered += len(chunk)
+        if len(self._head) < _HEAD:
+            self._head += chunk[: _HEAD - len(self._head)]
+            if len(self._head) == _HEAD:
+                self._recognise()
+        if self._buffered >= _FLUSH_AT:
+            await self._flush()
+
+    def _recognise(self) -> None:
+        self._type = media_type(self._head)
+        if self._type is None:
+            raise _Refused(
+                "what the host sent is no picture, video or sound that is known here; "
+                f"it begins with {printable(repr(self._head[:40]))}"
+            )
+
+    async def _flush(self) -> None:
+        data, rewind = b"".join(self._buffer), self._rewind
+        self._buffer.clear()
+        self._buffered, self._rewind = 0, False
+        await asyncio.to_thread(self._partial.write, data, rewind=rewind)
+
+    def _end(self, url: str) -> None:
+        missing = self._total is not None and self._received != self._total
+        if missing or not self._received:
+            expected = "more" if self._total is None else self._total
+            raise Interrupted(
+                f"{shown_url(url)} ended after {self._received} bytes, {expected} were announced",
+                url=shown_url(url),
+                restart=not missing,
+            )
+        if self._type is None:
+            self._recognise()
+
+    async def publish(self, url: str) -> Path:
+        """Give the file its final name.
+
+        Raises:
+            Interrupted: It is not whole.
+        """
+        await self._flush()
+        path = await asyncio.to_thread(self._partial.publish, self._type or "", self._head)
+        if path is None:
+            raise Interrupted(
+                f"{shown_url(url)} is incomplete: {self._received} bytes arrived, without the end "
+                f"of a {self._type} file",
+                url=shown_url(url),
+                restart=True,
+            )
+        return path
+
+
+def _too_large(limit: int, size: int | None = None) -> _Refused:
+    has = "it has more" if size is None else f"it has {size}"
+    return _Refused(f"at most {limit} bytes are accepted (max_bytes), {has}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing. Everything below blocks, and runs in a thread.
+
+
+@define(eq=False)
+class _Partial:
+    """A file that does not have its final name yet.
+
+    A thread cannot be cancelled: the lock makes `discard` wait for a write still under
+    way, and keeps a late `create` from leaving a file behind.
+    """
+
+    folder: Path
+    _stem: str = field(kw_only=True)
+    _overwrite: bool = field(kw_only=True)
+    _lock: threading.Lock = field(factory=threading.Lock, init=False)
+    _file: IO[bytes] | None = field(default=None, init=False)
+    _temporary: Path = field(default=Path(), init=False)
+    _discarded: bool = field(default=False, init=False)
+    pending: bool = field(default=True, init=False)
+
+    def create(self) -> None:
+        """Make the folder if it is missing, and in it the temporary file."""
+        with self._lock:
+            if self._discarded:
+                return
+            self._make_folder()
+            if not self._overwrite:
+                self._check_free()
+            self._temporary = self.folder / f".{self._stem}.{secrets.token_hex(8)}.part"
+            self._file = os.fdopen(os.open(self._temporary, _OPEN_FLAGS, 0o666), "r+b")
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            why = "is a file, not a folder"
+        except ValueError:  # a NUL character, half a surrogate pair
+            why = "cannot be the name of a folder"
+        else:
+            return
+        raise _Refused(f"{printable(str(self.folder))} {why}", self.folder)
+
+    def _check_free(self) -> None:
+        for path in (self.folder / f"{self._stem}.{extension}" for extension in _EXTENSIONS):
+            if os.path.lexists(path):
+                raise _exists(path)
+
+    def write(self, data: bytes, *, rewind: bool) -> None:
+        """Append *data*; instead of what there is if *rewind*."""
+        with self._lock:
+            if self._file is None:
+                return
+            if rewind and self._file.tell():
+                self._file.seek(0)
+                self._file.truncate()
+            self._file.write(data)
+
+    def publish(self, extension: str, head: bytes) -> Path | None:
+        """Flush to disk and rename; None if the file is not whole."""
+        with self._lock:
+            if self._file is None:
+                return None
+            self._file.flush()
+            if not _is_whole(self._file, extension, head):
+                return None
+            os.fsync(self._file.fileno())
+            self._file.close()
+            target = self.folder / f"{self._stem}.{extension}"
+            _rename(self._temporary, target, overwrite=self._overwrite)
+            self._file = None
+            self.pending = False
+        _sync_folder(self.folder)
+        return target
+
+    def discard(self) -> None:
+        """Remove the temporary file."""
+        with self._lock:
+            self._discarded = True
+            if self._file is None:
+                return
+            with contextlib.suppress(OSError):
+                self._file.close()
+            with contextlib.suppress(OSError):
+                self._temporary.unlink()
+            self._file = None
+
+
+_OPEN_FLAGS: Final = (
+    os.O_CREAT
+    | os.O_EXCL
+    | os.O_RDWR
+    | getattr(os, "O_NOFOLLOW", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_BINARY", 0)
+)
+
+
+def _exists(path: Path) -> _Refused:
+    return _Refused(f"{printable(str(path))} exists; pass overwrite=True to replace it", path)
+
+
+def _rename(source: Path, target: Path, *, overwrite: bool) -> None:
+    """Give *source* the name *target*; unless *overwrite*, only if nobody has it."""
+    if overwrite:
+        source.replace(target)
+        return
+    try:
+        # Unlike a check followed by a rename, this cannot replace a file made in between.
+        target.hardlink_to(source)
+    except FileExistsError:
+        raise _exists(target) from None
+    except OSError:  # a file system without links
+        _rename_into_reservation(source, target)
+    else:
+        source.unlink()
+
+
+def _rename_into_reservation(source: Path, target: Path) -> None:
+    try:
+        target.touch(exist_ok=False)
+    except FileExistsError:
+        raise _exists(target) from None
+    try:
+        source.replace(target)
+    except OSError:
+        target.unlink()
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    # The file is there under its name already: where a folder cannot be flushed, so be it.
+    with contextlib.suppress(OSError, AttributeError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------
+# Names and types
+
+
+_DEVICE: Final = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|$)", re.IGNORECASE)
+
+
+def safe_name(text: str, limit: int = _NAME_LIMIT) -> str:
+    """*text* as a file name, without extension, on any system; *text* itself if it is one.
+
+    Otherwise what is not allowed is replaced, and a hash keeps different texts apart.
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip(".-").rstrip(".") or "file"
+    if _DEVICE.match(name):
+        name = f"_{name}"
+    if name == text and len(name) <= limit:
+        return name
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{name[: limit - 9]}-{digest}"
+
+
+_SIGNATURES: Final = (
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), "png"),
+    (re.compile(rb"\xff\xd8\xff"), "jpg"),
+    (re.compile(rb"RIFF.{4}WEBP", re.DOTALL), "webp"),
+    (re.compile(rb"RIFF.{4}WAVE", re.DOTALL), "wav"),
+    (re.compile(rb"GIF8[79]a"), "gif"),
+    # "BM" alone begins many a text: the size of the second header must be one that exists.
+    (re.compile(rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", re.DOTALL), "bmp"),
+    (re.compile(rb"II\*\0|MM\0\*"), "tiff"),
+    (re.compile(rb".{4}ftypavi[fs]|.{4}ftypm[is]f1.{0,40}avif", re.DOTALL), "avif"),
+    (re.compile(rb".{4}ftyp(?:hei|hev|mif1|msf1)", re.DOTALL), "heic"),
+    (re.compile(rb".{4}ftypM4[AB] ", re.DOTALL), "m4a"),
+    (re.compile(rb".{4}ftypqt  ", re.DOTALL), "mov"),
+    (re.compile(rb"\0\0\0.ftyp[A-Za-z0-9][A-Za-z0-9 ]{3}", re.DOTALL), "mp4"),
+    (re.compile(rb"\x1a\x45\xdf\xa3.{0,40}webm", re.DOTALL), "webm"),
+    (re.compile(rb"\x1a\x45\xdf\xa3.{0,40}matroska", re.DOTALL), "mkv"),
+    (re.compile(rb"OggS\0"), "ogg"),
+    (re.compile(rb"fLaC"), "flac"),
+    (re.compile(rb"ID3[\x02-\x04]|\xff[\xe2\xe3\xf2\xf3\xfa\xfb][^\xf0-\xff]", re.DOTALL), "mp3"),
+)
+_EXTENSIONS: Final = tuple(dict.fromkeys(extension for _, extension in _SIGNATURES))
+
+
+def media_type(head: bytes) -> str | None:
+    """The extension for a file that begins with *head* (64 bytes suffice), None if unknown."""
+    return next((ext for signature, ext in _SIGNATURES if signature.match(head)), None)
+
+
+def _is_whole(file: IO[bytes], extension: str, head: bytes) -> bool:
+    """False if a file of that type surely misses its end; tolerates bytes after it."""
+    size = file.seek(0, os.SEEK_END)
+    if extension == "webp":
+        return size >= int.from_bytes(head[4:8], "little") + 8
+    file.seek(max(0, size - _TAIL))
+    tail = file.read()
+    if extension == "gif":
+        return tail.rstrip(b"\0").endswith(b";")
+    return {"png": b"IEND\xaeB`\x82", "jpg": b"\xff\xd9"}.get(extension, b"") in tail

@@ -1,0 +1,309 @@
+"""Which hosts and URLs may be public: no I/O, every spelling of an internal address.
+
+A callback URL must be reachable by the API, which takes https on a public host only
+(API page of the model, ``callback_url``). A result link must lead to a public host, or
+a lying answer could make us fetch from the network we run in. The base URL may be
+anything trusted, but the API key is never sent over plain http to another machine.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import unicodedata
+from typing import Final
+from urllib.parse import SplitResult, urlsplit
+
+from evolink_async._text import printable
+from evolink_async.errors import ConfigurationError
+
+__all__ = [
+    "check_base_url",
+    "check_callback_url",
+    "internal_host_reason",
+    "is_loopback_host",
+    "is_public_address",
+    "shown_url",
+    "split_url",
+]
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_CALLBACK_LIMIT: Final = 2048
+_RESERVED: Final = "a reserved address"
+
+# Written out, because what ipaddress calls global differs between patch releases of Python.
+_INTERNAL: Final = tuple(
+    (ipaddress.ip_network(network), words)
+    for network, words in (
+        ("0.0.0.0/32", "the unspecified address"),
+        ("0.0.0.0/8", _RESERVED),
+        ("10.0.0.0/8", "a private address"),
+        ("100.64.0.0/10", "a carrier-grade NAT address"),
+        ("127.0.0.0/8", "a loopback address"),
+        ("169.254.0.0/16", "a link-local address"),
+        ("172.16.0.0/12", "a private address"),
+        ("192.0.0.0/24", _RESERVED),
+        ("192.0.2.0/24", _RESERVED),
+        ("192.88.99.0/24", _RESERVED),
+        ("192.168.0.0/16", "a private address"),
+        ("198.18.0.0/15", _RESERVED),
+        ("198.51.100.0/24", _RESERVED),
+        ("203.0.113.0/24", _RESERVED),
+        ("224.0.0.0/4", "a multicast address"),
+        ("240.0.0.0/4", _RESERVED),
+        ("::/128", "the unspecified address"),
+        ("::1/128", "a loopback address"),
+        ("64:ff9b:1::/48", "a NAT64 address for local use"),
+        ("2001::/32", "a Teredo address"),
+        ("2001::/23", _RESERVED),
+        ("2001:db8::/32", _RESERVED),
+        ("3fff::/20", _RESERVED),
+        ("fc00::/7", "a private address"),
+        ("fe80::/10", "a link-local address"),
+        ("fec0::/10", "a private address"),
+        ("ff00::/8", "a multicast address"),
+    )
+)
+_GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")
+_NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
+
+_INTERNAL_NAMES: Final = (
+    ("localhost", "this machine's own name"),
+    ("localdomain", "a name of the local network"),
+    ("local", "a name of the local network"),
+    ("internal", "a name of a private network"),
+    ("intranet", "a name of a private network"),
+    ("private", "a name of a private network"),
+    ("corp", "a name of a private network"),
+    ("home", "a name of a home network"),
+    ("lan", "a name of the local network"),
+    ("home.arpa", "a name of a home network"),
+)
+
+_ASCII_LABEL: Final = re.compile(r"[a-z0-9_-]{1,63}")
+_NUMBER: Final = re.compile(r"0x[0-9a-f]*|[0-9]+")
+_CANONICAL_V4: Final = re.compile(r"(?:(?:0|[1-9][0-9]{0,2})\.){3}(?:0|[1-9][0-9]{0,2})")
+_NETLOC: Final = re.compile(r"(\[[^\[\]@]*:[^\[\]@]*\]|[^\[\]:@]+)(?::([0-9]{1,5}))?")
+_DEFAULT_PORTS: Final = {"https": 443, "http": 80}
+_BASE_PATH: Final = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*/?")
+_UNSEEN: Final = frozenset({"Cc", "Cf", "Cs", "Zs", "Zl", "Zp"})
+# What IDNA and resolvers skip without being a format character: joiners, fillers, variation
+# selectors (DerivedCoreProperties.txt, Default_Ignorable_Code_Point).
+_IGNORED: Final = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
+)
+_DOTS: Final = str.maketrans(dict.fromkeys("\u3002\uff0e\uff61", "."))
+
+
+def is_public_address(ip: str | Address) -> bool:
+    """True if *ip* is a unicast address of the public internet; False for any other text.
+
+    An IPv4 address wrapped in an IPv6 one (mapped, 6to4, NAT64) is judged itself.
+    """
+    try:
+        return _internal_address_reason(ipaddress.ip_address(ip)) is None
+    except ValueError:
+        return False
+
+
+def _internal_address_reason(address: Address) -> str | None:
+    address = _unwrapped(address)
+    for network, words in _INTERNAL:
+        if address in network:
+            return words
+    unicast = address.version == 4 or address in _GLOBAL_UNICAST
+    return None if unicast and address.is_global else _RESERVED
+
+
+def _unwrapped(address: Address) -> Address:
+    """The address a packet to *address* is really delivered to."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return address
+    if address in _NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour or address
+
+
+def internal_host_reason(host: str) -> str | None:
+    """Why *host* cannot be a public host, in words; None if it may be one.
+
+    Args:
+        host: A name or an address as it stands in a URL, brackets or not. Spelled in
+            any way some resolver accepts: ``127.1``, ``0x7f000001``, full-width digits.
+    """
+    if ":" in host or "[" in host:
+        return _ipv6_reason(host)
+    name = _plain(host)
+    labels = name.split(".")
+    if _NUMBER.fullmatch(labels[-1]):
+        return _ipv4_reason(name)
+    if not _is_name(labels):
+        return "not a host name"
+    for suffix, words in _INTERNAL_NAMES:
+        if name == suffix or name.endswith("." + suffix):
+            return words
+    return "a name without a domain" if len(labels) == 1 else None
+
+
+def _ipv6_reason(host: str) -> str | None:
+    address, _, zone = host.removeprefix("[").removesuffix("]").partition("%")
+    try:
+        reason = _internal_address_reason(ipaddress.IPv6Address(address))
+    except ValueError:
+        return "not an address"
+    return reason or ("an address with a zone" if zone or "%" in host else None)
+
+
+def _ipv4_reason(name: str) -> str | None:
+    number = _read_ipv4(name)
+    if number is None:
+        return "not an address"
+    # 010.8.8.8 is 8.8.8.8 to one resolver and 10.8.8.8 to another: no odd spelling is safe.
+    odd = None if _CANONICAL_V4.fullmatch(name) else "an IPv4 address in an ambiguous spelling"
+    return _internal_address_reason(ipaddress.IPv4Address(number)) or odd
+
+
+def _read_ipv4(name: str) -> int | None:
+    """The number that C's ``inet_aton`` reads: 1 to 4 parts, decimal, octal or hexadecimal."""
+    parts = name.split(".")
+    if len(parts) > 4 or not all(len(p) <= 40 and _NUMBER.fullmatch(p) for p in parts):
+        return None
+    try:
+        *leading, last = (_read_number(part) for part in parts)
+    except ValueError:  # 09: not octal
+        return None
+    if any(n > 255 for n in leading) or last >= 256 ** (4 - len(leading)):
+        return None
+    return int(sum(n << (24 - 8 * i) for i, n in enumerate(leading)) + last)
+
+
+def _read_number(text: str) -> int:
+    if text.startswith("0x"):
+        return int(text[2:] or "0", 16)
+    return int(text, 8) if len(text) > 1 and text.startswith("0") else int(text)
+
+
+def _plain(host: str) -> str:
+    """*host* as a lenient resolver may read it: compatibility forms, case, invisible characters."""
+    text = unicodedata.normalize("NFKC", host).casefold().translate(_DOTS)
+    text = _IGNORED.sub("", unicodedata.normalize("NFKC", text))
+    shown = (c for c in text if unicodedata.category(c) != "Cf")
+    return "".join(str(unicodedata.decimal(c, c)) for c in shown).rstrip(".")
+
+
+def _is_name(labels: list[str]) -> bool:
+    return sum(map(len, labels)) + len(labels) <= 254 and all(map(_is_label, labels))
+
+
+def _is_label(label: str) -> bool:
+    if label.isascii():
+        return _ASCII_LABEL.fullmatch(label) is not None
+    letters = (c for c in label if c not in "-_")
+    return len(label) <= 63 and all(unicodedata.category(c)[0] in "LMN" for c in letters)
+
+
+def is_loopback_host(host: str) -> bool:
+    """True for ``localhost``, ``127.0.0.0/8`` and ``::1`` in their usual spellings only."""
+    plain = host.lower().removeprefix("[").removesuffix("]")
+    if plain == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(plain).is_loopback and "%" not in plain
+    except ValueError:
+        return False
+
+
+def split_url(url: str) -> SplitResult:
+    """*url* in parts, if every parser reads the same host and port from it.
+
+    The result has a host, no user info, and a port that is absent or 1 to 65535.
+
+    Raises:
+        ValueError: Its message says what is wrong, never quoting the URL.
+    """
+    if "\\" in url or any(unicodedata.category(c) in _UNSEEN for c in url):
+        # urlsplit drops tabs and line ends, others do not; a backslash is a slash to browsers.
+        raise ValueError("it holds a space, a control character or a backslash")
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise ValueError("it is not a URL") from None
+    if "@" in parts.netloc:
+        raise ValueError("it holds user info")
+    match = _NETLOC.fullmatch(parts.netloc)
+    if match is None:
+        raise ValueError(
+            "it has no host, or an unusual one" if parts.scheme else "it has no scheme"
+        )
+    if match[2] is not None and not 1 <= int(match[2]) <= 65535:
+        raise ValueError("its port is not 1 to 65535")
+    return parts
+
+
+def shown_url(url: str) -> str:
+    """*url* for a message: without user info, and without its query, which may be signed."""
+    scheme, separator, rest = re.split(r"[?#]", url, maxsplit=1)[0].partition("//")
+    authority, slash, path = rest.partition("/")
+    return printable(f"{scheme}{separator}{authority.rpartition('@')[2]}{slash}{path}", 200)
+
+
+def check_callback_url(url: str) -> str | None:
+    """Why the API would refuse *url* as a callback, None if it would not.
+
+    The rules of the API's page: https, at most 2048 characters, no internal address.
+    Names are not resolved.
+    """
+    if len(url) > _CALLBACK_LIMIT:
+        return f"it has {len(url)} characters"
+    try:
+        parts = split_url(url)
+    except ValueError as exc:
+        return str(exc)
+    if parts.scheme != "https":
+        return f"its scheme is {printable(parts.scheme, 20)!r}"
+    reason = internal_host_reason(parts.hostname or "")
+    return None if reason is None else f"its host is {reason}"
+
+
+def check_base_url(url: str) -> str:
+    """*url* as origin and path, in lower case, without a default port or final slash.
+
+    https is required unless the host is this machine (``localhost``, ``127.0.0.0/8``,
+    ``::1``): the API key must not cross a network in clear.
+
+    Raises:
+        ConfigurationError: It cannot be the base of the API.
+    """
+    try:
+        return _normal_base(split_url(url))
+    except ValueError as exc:
+        raise ConfigurationError(
+            f"base_url={shown_url(url)!r} is not allowed: {exc}; it is an https address such as "
+            "https://api.evolink.ai, or http on this machine"
+        ) from None
+
+
+def _normal_base(parts: SplitResult) -> str:
+    host = parts.hostname or ""
+    loopback = is_loopback_host(host)
+    if parts.scheme != "https" and not (parts.scheme == "http" and loopback):
+        raise ValueError("it is not https")
+    if parts.query or parts.fragment:
+        raise ValueError("it has a query or a fragment")
+    if not _BASE_PATH.fullmatch(parts.path):
+        raise ValueError("its path is not plain")
+    if not loopback and not _is_plain_host(host):
+        raise ValueError("its host is not a plain host name or address")
+    host = f"[{host}]" if ":" in host else host
+    port = "" if parts.port in {None, _DEFAULT_PORTS[parts.scheme]} else f":{parts.port}"
+    return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
+
+
+def _is_plain_host(host: str) -> bool:
+    """True for what every parser reads alike; internal or not."""
+    if ":" in host:
+        return "%" not in host and internal_host_reason(host) != "not an address"
+    if _NUMBER.fullmatch(_plain(host).split(".")[-1]):
+        return _CANONICAL_V4.fullmatch(host) is not None and _read_ipv4(host) is not None
+    return host.isascii() and not host.endswith(".") and _is_name(host.split("."))
