@@ -1,0 +1,170 @@
+"""Control over HTTP, under ``/_emulator``, with the emulator's key like everything else.
+
+=========================== ======================================================
+``GET  /books``             the totals
+``GET  /books/requests``    every request; ``?route=&status=&task=&prompt=``
+``GET  /books/tasks``       every accepted task; ``?prompt=&status=``
+``GET  /books/callbacks``   every callback sent; ``?task=``
+``GET  /faults``            the faults in place
+``POST /faults``            one more: ``{"fault": "Status", "status": 503, "nth": 3}``
+``DELETE /faults``          no more faults
+``GET  /clock``             the time
+``POST /clock``             ``{"advance": 60}``, on a clock that can be moved
+``POST /tasks/{task_id}``   end a task: ``{"status": "failed", "code": "service_error"}``
+=========================== ======================================================
+
+Nothing of this is in the books, and no fault strikes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+from attrs import asdict
+
+from evolink_async.emulator import faults
+from evolink_async.emulator._books import as_json
+from evolink_async.emulator._errors import ApiError
+from evolink_async.emulator._exchange import json_response
+from evolink_async.emulator._openapi import document
+
+if TYPE_CHECKING:
+    from evolink_async.emulator._server import Emulator
+
+__all__ = ["Control"]
+
+
+class Control:
+    """The handlers of these paths."""
+
+    def __init__(self, emulator: Emulator) -> None:
+        self._emulator = emulator
+
+    def add_to(self, app: web.Application) -> None:
+        """Add the paths, and ``/openapi.json``, to *app*."""
+        routes: tuple[tuple[str, str, Callable[[web.Request], Awaitable[Any]]], ...] = (
+            ("GET", "/books", self._totals),
+            ("GET", "/books/requests", self._requests),
+            ("GET", "/books/tasks", self._tasks),
+            ("GET", "/books/callbacks", self._callbacks),
+            ("GET", "/faults", self._faults),
+            ("POST", "/faults", self._add_fault),
+            ("DELETE", "/faults", self._clear_faults),
+            ("GET", "/clock", self._clock),
+            ("POST", "/clock", self._advance),
+            ("POST", "/tasks/{task_id}", self._end),
+        )
+        for method, path, handler in routes:
+            app.router.add_route(method, f"/_emulator{path}", self._guarded(handler))
+        app.router.add_get("/openapi.json", self._openapi)
+
+    def _guarded(
+        self, handler: Callable[[web.Request], Awaitable[Any]]
+    ) -> Callable[[web.Request], Awaitable[web.Response]]:
+        async def guarded(request: web.Request) -> web.Response:
+            try:
+                self._emulator.authorize(request)
+                return json_response(await handler(request))
+            except ApiError as error:
+                return json_response(error.body(), status=error.status)
+
+        return guarded
+
+    async def _openapi(self, _request: web.Request) -> web.Response:
+        return json_response(document(self._emulator.base_url, self._emulator.without))
+
+    async def _totals(self, _request: web.Request) -> Any:
+        return self._emulator.books.summary()
+
+    async def _requests(self, request: web.Request) -> Any:
+        query = request.query
+        status = query.get("status")
+        found = self._emulator.books.requests(
+            query.get("route"),
+            status=None if status is None else _number(status),
+            task=query.get("task"),
+            prompt=query.get("prompt"),
+        )
+        return {"data": [as_json(each) for each in found]}
+
+    async def _tasks(self, request: web.Request) -> Any:
+        query = request.query
+        found = self._emulator.books.tasks(query.get("prompt"), status=query.get("status"))
+        return {"data": [as_json(each) for each in found]}
+
+    async def _callbacks(self, request: web.Request) -> Any:
+        found = self._emulator.books.callbacks(request.query.get("task"))
+        return {"data": [as_json(each) for each in found]}
+
+    async def _faults(self, _request: web.Request) -> Any:
+        return {
+            "data": [
+                {"fault": type(fault).__name__, **asdict(fault)}
+                for fault in self._emulator.faults.active
+            ]
+        }
+
+    async def _add_fault(self, request: web.Request) -> Any:
+        fields = await _object(request)
+        name = fields.pop("fault", None)
+        kind = getattr(faults, str(name), None) if name in faults.__all__ else None
+        if not (isinstance(kind, type) and issubclass(kind, faults.Fault)):
+            raise ApiError(400, "fault must name a fault", param="fault")
+        try:
+            self._emulator.faults.add(kind(**fields))
+        except (TypeError, ValueError) as error:
+            raise ApiError(400, str(error), param="fault") from error
+        return await self._faults(request)
+
+    async def _clear_faults(self, request: web.Request) -> Any:
+        self._emulator.faults.clear()
+        return await self._faults(request)
+
+    async def _clock(self, _request: web.Request) -> Any:
+        return {"now": self._emulator.clock.now()}
+
+    async def _advance(self, request: web.Request) -> Any:
+        advance = getattr(self._emulator.clock, "advance", None)
+        if advance is None:
+            raise ApiError(400, "this emulator runs on a clock that cannot be moved")
+        try:
+            advance((await _object(request)).get("advance"))
+        except (TypeError, ValueError) as error:
+            raise ApiError(400, "advance must be a number from 0 up", param="advance") from error
+        return await self._clock(request)
+
+    async def _end(self, request: web.Request) -> Any:
+        fields = await _object(request)
+        task_id = request.match_info["task_id"]
+        emulator = self._emulator
+        ends = {"failed": emulator.fail, "cancelled": emulator.cancel}
+        end = {**ends, "completed": emulator.complete}.get(str(fields.pop("status", None)))
+        if end is None:
+            raise ApiError(400, "status must be completed, failed or cancelled", param="status")
+        try:
+            end(task_id, **fields)
+        except KeyError:
+            raise ApiError(404, f"task {task_id!r} not found") from None
+        except TypeError as error:
+            raise ApiError(400, "a failed task may have a code and a message") from error
+        return as_json(emulator.books.task(task_id))
+
+
+async def _object(request: web.Request) -> dict[str, Any]:
+    try:
+        fields = json.loads(await request.read())
+    except (ValueError, RecursionError, web.HTTPRequestEntityTooLarge):
+        fields = None
+    if not isinstance(fields, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    return fields
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ApiError(400, "status must be a number", param="status") from None

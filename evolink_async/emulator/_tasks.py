@@ -1,0 +1,180 @@
+"""The life of one task, computed from the time whenever somebody looks: no timers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from attrs import define, field, frozen
+
+from evolink_async.emulator._contract import Submission
+
+__all__ = ["RESULT_LIFETIME", "Course", "GenerationTask", "exact"]
+
+RESULT_LIFETIME = 24 * 3600.0
+"""Seconds a result link works after the task has completed (docs.evolink.ai, "query task")."""
+
+_SUFFIXES = {"image": "png", "audio": "wav", "video": "mp4"}
+
+
+def exact(amount: float) -> float:
+    """Credits without the dust of binary fractions; whole ones as an integer."""
+    rounded = round(amount, 6)
+    return int(rounded) if rounded == int(rounded) else rounded
+
+
+@frozen(kw_only=True)
+class Course:
+    """How a task is going to go, decided when it is accepted.
+
+    Attributes:
+        starts_at: When it turns from pending to processing.
+        ends_at: When it reaches *status*; infinite for one that hangs.
+        status: How it ends: ``completed``, ``failed``, ``cancelled``.
+        made: Results it will have, and is charged for.
+        error_code: Of a failed or cancelled task.
+        error_message: Of a failed or cancelled task.
+        stuck_at: Progress it never gets beyond, in percent.
+        vanishes_at: From when on the API does not know it any more.
+        lag: Seconds after its acceptance for which the API does not know it yet.
+        word: A status word shown instead of ``processing``.
+        falls_back: Whether progress goes back in the second half.
+    """
+
+    starts_at: float
+    ends_at: float
+    status: str = "completed"
+    made: int
+    error_code: str | None = None
+    error_message: str | None = None
+    stuck_at: int = 99
+    vanishes_at: float = math.inf
+    lag: float = 0.0
+    word: str | None = None
+    falls_back: bool = False
+
+    def status_at(self, now: float) -> str:
+        """The status word at *now*."""
+        if now >= self.ends_at:
+            return self.status
+        if now < self.starts_at:
+            return "pending"
+        return self.word or "processing"
+
+    def progress_at(self, now: float) -> int:
+        """Percent done at *now*: linear in time, 100 only once completed."""
+        if now >= self.ends_at and self.status == "completed":
+            return 100
+        share = self._share(min(now, self.ends_at))
+        if self.falls_back and share > 0.5:
+            share = 1 - share
+        return min(self.stuck_at, int(100 * share))
+
+    def _share(self, now: float) -> float:
+        if now <= self.starts_at:
+            return 0.0
+        if math.isinf(self.ends_at):
+            return 1.0
+        return (now - self.starts_at) / (self.ends_at - self.starts_at)
+
+
+@define(kw_only=True, eq=False)
+class GenerationTask:
+    """One accepted submit."""
+
+    id: str
+    submission: Submission
+    accepted_at: float
+    estimate: float
+    course: Course
+    reserved: float
+    secret: str
+    price: float
+    charged: float | None = None
+    reads: int = 0
+    delivered: int = 0
+    idempotency_key: str | None = field(default=None)
+
+    @property
+    def suffix(self) -> str:
+        """The file type of its results."""
+        return _SUFFIXES[self.submission.type]
+
+    def known_at(self, now: float) -> bool:
+        """Whether a read at *now* finds it."""
+        return self.accepted_at + self.course.lag <= now < self.course.vanishes_at
+
+    def result_paths(self) -> tuple[str, ...]:
+        """The paths of its results on the emulator's own origin."""
+        return tuple(
+            f"/results/{self.secret}/{self.id}-{number}.{self.suffix}"
+            for number in range(1, self.course.made + 1)
+        )
+
+    def answer(self, now: float, base_url: str, without: frozenset[str]) -> dict[str, Any]:
+        """The body of a read at *now*; *without* names undocumented features to leave out."""
+        status = self.course.status_at(now)
+        ended = now >= self.course.ends_at
+        passed = 0.0 if "remaining_time" in without else now - self.accepted_at
+        left = 0.0 if ended else max(0.0, self.estimate - passed)
+        answer: dict[str, Any] = {
+            "created": int(self.accepted_at),
+            "id": self.id,
+            "model": self.submission.model,
+            "object": f"{self.submission.type}.generation.task",
+            "progress": self.course.progress_at(now),
+            "status": status,
+            "task_info": {"can_cancel": not ended, "estimated_time": round(left)},
+            "type": self.submission.type,
+            "usage": {
+                "billing_rule": "per_call",
+                "credits_reserved": self.reserved,
+                "user_group": "default",
+            },
+        }
+        if ended:
+            self._add_end(answer, base_url, without)
+        return answer
+
+    def _add_end(self, answer: dict[str, Any], base_url: str, without: frozenset[str]) -> None:
+        course = self.course
+        if course.status == "completed":
+            urls = [base_url + path for path in self.result_paths()]
+            answer["results"] = urls
+            if "result_data" not in without:
+                name = f"{self.submission.type}_url"
+                answer["result_data"] = [{name: url} for url in urls]
+        else:
+            answer["error"] = self._error(without)
+        if "duration" not in without:
+            answer["duration"] = round(course.ends_at - self.accepted_at, 3)
+        if "credits_used" not in without:
+            used = exact(self.price * course.made) if course.status == "completed" else 0
+            answer["usage"]["credits_used"] = used
+            answer["usage"]["cost"] = used
+
+    def _error(self, without: frozenset[str]) -> dict[str, Any]:
+        error = {"code": self.course.error_code, "message": self.course.error_message}
+        if "error_details" not in without:
+            error["type"] = "task_error"
+            error["suggestion"] = "see the error code's page"
+        return error
+
+    def summary(self, now: float) -> dict[str, Any]:
+        """Its line in the list of tasks at *now* (observed, not documented)."""
+        course = self.course
+        ended = now >= course.ends_at
+        completed = ended and course.status == "completed"
+        return {
+            "id": self.id,
+            "model": self.submission.model,
+            "type": self.submission.type,
+            "status": course.status_at(now),
+            "progress": course.progress_at(now),
+            "created_at": int(self.accepted_at),
+            "duration": round(course.ends_at - self.accepted_at, 3) if ended else 0,
+            "has_results": completed,
+            "result_count": course.made if completed else 0,
+            "has_error": ended and course.error_code is not None,
+            "credits_used": exact(self.price * course.made) if completed else 0,
+        }
