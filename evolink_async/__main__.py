@@ -1,0 +1,59 @@
+"""``python -m evolink_async`` and the ``evolink-async`` command."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+
+_USAGE = 2
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments, without the program's name; default those of the process,
+            which then ends here if it was interrupted.
+
+    Returns:
+        The exit code: 0 done, 1 a task failed, 2 usage, 3 API or network, 130 interrupted.
+    """
+    code = _run(argv)
+    if code == _INTERRUPTED and argv is None:
+        # A thread may still be looking up a name, and the interpreter would wait for it.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        if not _has_extra():
+            sys.stderr.write(
+                "error: the command line needs packages that are not installed: "
+                "pip install 'evolink-async[cli]'\n"
+            )
+            return _USAGE
+        from evolink_async._cli import run  # noqa: PLC0415 - needs what was just looked for
+
+        return run(argv)
+    except KeyboardInterrupt:  # before there was anything to interrupt
+        return _INTERRUPTED
+
+
+def _has_extra() -> bool:
+    try:
+        import click  # noqa: F401, PLC0415 - only whether it is there
+        import rich  # noqa: F401, PLC0415 - only whether it is there
+    except ImportError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())
