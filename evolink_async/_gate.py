@@ -9,6 +9,8 @@ import random
 from collections import deque
 from typing import Final
 
+from attrs import define
+
 from evolink_async._clock import Clock
 from evolink_async._retry import MAX_RETRY_AFTER
 from evolink_async.errors import APIStatusError
@@ -20,6 +22,41 @@ logger = logging.getLogger(__name__)
 _FIRST_COOL_DOWN: Final = 1.0
 _LONGEST_COOL_DOWN: Final = 60.0
 _CHANNEL: Final = "no_available_channel"
+
+
+@define
+class _CoolDown:
+    """One cool-down, of the session or of the submits of one model.
+
+    Attributes:
+        until: When it ends, on the session's clock.
+        since: When it was last begun.
+        streak: How often it was begun in a row without a number of seconds.
+    """
+
+    until: float = float("-inf")
+    since: float = float("-inf")
+    streak: int = 0
+
+    def extend(self, retry_after: float | None, *, sent_at: float, now: float) -> bool:
+        """Obey one more answer; False if it says nothing new.
+
+        Answers to what was already in the air when it began come with a ``retry_after``
+        of their own, or say nothing new.
+        """
+        news = sent_at > self.since
+        delay = retry_after or 0.0  # "at once" is no answer to how long: back off as without
+        if not delay and not news:
+            return False
+        if not delay:
+            self.streak += 1
+            delay = min(_LONGEST_COOL_DOWN, _FIRST_COOL_DOWN * 2.0 ** min(self.streak - 1, 10))
+        # Synchronised clients are what a cool-down must not create: always a little late.
+        late = random.uniform(1.0, 1.1)  # noqa: S311 - jitter
+        self.until = max(self.until, now + min(delay, MAX_RETRY_AFTER) * late)
+        if news:
+            self.since = now
+        return True
 
 
 class Gate:
@@ -50,18 +87,16 @@ class Gate:
         self._rate = rate
         self._tokens = max(1.0, rate or 0.0)
         self._filled_at = 0.0
-        self._closed_until = 0.0
-        self._cooled_at = float("-inf")
+        self._closed = _CoolDown()
+        self._held: dict[str, _CoolDown] = {}
         self._window = float("inf")
-        self._streak = 0
-        self._held: dict[str, float] = {}
         self._alarm: asyncio.Task[None] | None = None
         self.cool_downs = 0
 
     @property
     def closed_until(self) -> float:
         """When the current cool-down ends, on the session's clock; in the past if none."""
-        return self._closed_until
+        return self._closed.until
 
     @property
     def waiting(self) -> int:
@@ -71,19 +106,21 @@ class Gate:
     async def enter(self, *, submit: bool = False, model: str = "") -> None:
         """Wait for a seat; `leave` gives it back."""
         while True:
-            if submit and (held := self._held.get(model)) is not None:
-                await self._clock.sleep_until(held)
-                if self._held.get(model) == held:
-                    del self._held[model]
+            if submit and self._is_held(model):
+                await self._clock.sleep_until(self._held[model].until)
                 continue
             await self._take_seat(submit=submit)
-            if not (submit and model in self._held):
+            if not (submit and self._is_held(model)):
                 return
-            self.leave(submit=submit)
+            self._decline(submit=submit)
+
+    def _is_held(self, model: str) -> bool:
+        held = self._held.get(model)
+        return held is not None and held.until > self._clock.now()
 
     async def _take_seat(self, *, submit: bool) -> None:
         queue = self._queues[submit]
-        if not queue and self._try(submit=submit):
+        if self._next() is None and self._try(submit=submit):
             return
         future = asyncio.get_running_loop().create_future()
         queue.append((next(self._order), future))
@@ -91,11 +128,14 @@ class Gate:
         try:
             await future
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
-                self.leave(submit=submit)
-            else:
-                self._pump()
+            if not future.cancelled():  # let in, and cancelled before it could run
+                self._decline(submit=submit)
             raise
+
+    def _decline(self, *, submit: bool) -> None:
+        """Give a seat back unused, and the rate's token with it."""
+        self._tokens += 1
+        self.leave(submit=submit)
 
     def leave(self, *, submit: bool = False) -> None:
         """Give a seat back."""
@@ -105,15 +145,18 @@ class Gate:
             self._reads -= 1
         self._pump()
 
-    def succeeded(self, *, sent_at: float) -> None:
+    def succeeded(self, *, sent_at: float, model: str = "") -> None:
         """An answer came that asks for no patience: widen the slow start.
 
         Args:
             sent_at: When its request was sent; from before a cool-down it says nothing.
+            model: The model of the submit it answers.
         """
-        if sent_at < self._cooled_at:
+        if (held := self._held.get(model)) is not None and sent_at > held.since:
+            del self._held[model]
+        if sent_at <= self._closed.since:
             return
-        self._streak = 0
+        self._closed.streak = 0
         if self._window != float("inf"):
             self._window += 1
             if self._window >= self._seats:
@@ -130,24 +173,17 @@ class Gate:
             model: The model of the submit it answers.
         """
         now = self._clock.now()
-        delay = error.retry_after
-        news = sent_at >= self._cooled_at
-        if delay is None:
-            if not news:
-                return
-            self._streak += 1
-            delay = min(_LONGEST_COOL_DOWN, _FIRST_COOL_DOWN * 2.0 ** min(self._streak - 1, 10))
-        # Synchronised clients are what a cool-down must not create: always a little late.
-        until = now + min(delay, MAX_RETRY_AFTER) * random.uniform(1.0, 1.1)  # noqa: S311 - jitter
         if error.code == _CHANNEL and model:
-            self._held[model] = max(until, self._held.get(model, until))
+            held = self._held.setdefault(model, _CoolDown())
+            held.extend(error.retry_after, sent_at=sent_at, now=now)
             return
+        news = sent_at > self._closed.since
+        if not self._closed.extend(error.retry_after, sent_at=sent_at, now=now):
+            return
+        self._window = 1
         if news:
             self.cool_downs += 1
-            self._cooled_at = now
-            logger.warning("cooling down for %.1f s: %s", until - now, error)
-        self._window = 1
-        self._closed_until = max(self._closed_until, until)
+            logger.warning("cooling down for %.1f s: %s", self._closed.until - now, error)
 
     def _try(self, *, submit: bool) -> bool:
         """Take a seat if one is free now."""
@@ -169,14 +205,14 @@ class Gate:
     def _ready_at(self) -> float:
         """When cool-down and rate allow the next request."""
         if self._rate is None:
-            return self._closed_until
+            return self._closed.until
         now = self._clock.now()
         earned = (now - self._filled_at) * self._rate
         self._tokens = min(max(1.0, self._rate), self._tokens + max(0.0, earned))
         self._filled_at = now
         missing = max(0.0, 1.0 - self._tokens) / self._rate
         # A token that is missing by less than the clock can tell counts as there.
-        return max(self._closed_until, now + missing if missing > 1e-9 else now)
+        return max(self._closed.until, now + missing if missing > 1e-9 else now)
 
     def _pump(self) -> None:
         """Let in whoever may enter now, first come first served, past submits without a seat."""

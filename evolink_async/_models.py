@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, Self
 
 from attrs import field, fields, frozen
 
 from evolink_async._hosts import check_callback_url
-from evolink_async._text import printable
+from evolink_async._text import printable, shown
 from evolink_async.errors import (
     ConfigurationError,
     InvalidResponseError,
@@ -58,6 +58,8 @@ RESUBMITTABLE: Final = frozenset(
 """Task error codes after which the same request may succeed later (API page on error codes)."""
 
 _PROMPT_LIMIT: Final = 2000
+_MAX_DEPTH: Final = 100
+"""Levels of nesting: far beyond what the API sends, far below where Python gives up."""
 _MIN_PIXELS: Final = 768 * 768
 _MAX_PIXELS: Final = 1440 * 1440
 _SIZE: Final = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
@@ -72,11 +74,33 @@ def parse_json(body: bytes | str) -> Any:
         InvalidResponseError: It is not JSON, too deep, or holds absurd numbers.
     """
     try:
-        return json.loads(body)
+        value = json.loads(body)
     except (ValueError, RecursionError) as exc:  # UnicodeDecodeError is a ValueError
         raise InvalidResponseError(
             f"the answer is not JSON: {printable(str(exc), 120)}", head=_head(body)
         ) from exc
+    if _is_deep(value):
+        raise InvalidResponseError(_TOO_DEEP, head=_head(body))
+    return value
+
+
+_TOO_DEEP: Final = f"the answer is nested deeper than {_MAX_DEPTH} levels"
+
+
+def _is_deep(value: object) -> bool:
+    """True for a JSON value of more than `_MAX_DEPTH` levels."""
+    level = [value]
+    for _ in range(_MAX_DEPTH + 1):
+        level = [child for node in level for child in _children(node)]
+        if not level:
+            return False
+    return True
+
+
+def _children(node: object) -> Iterable[object]:
+    if isinstance(node, dict):
+        return node.values()
+    return node if isinstance(node, list) else ()
 
 
 def _head(body: bytes | str) -> str:
@@ -100,9 +124,11 @@ def _is_task_id(text: str) -> bool:
 
 
 def _refuse(name: str, value: object, allowed: str, hint: str = "") -> RequestValidationError:
-    shown = printable(repr(value), 80)
     return RequestValidationError(
-        f"{name}={shown} is not allowed: {allowed}{hint}", field=name, value=value, allowed=allowed
+        f"{name}={shown(value)} is not allowed: {allowed}{hint}",
+        field=name,
+        value=value,
+        allowed=allowed,
     )
 
 
@@ -145,9 +171,12 @@ class ImageRequest:
 
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "extra", _private_copy("extra", self.extra, _BODY_FIELDS))
+        if not isinstance(self.validate, bool):
+            raise _refuse("validate", self.validate, "True or False")
         if self.validate:
             _check_contract(self)
-        _private_copy("request", self.body())
+        for name in _BODY_FIELDS:
+            _json_copy(name, getattr(self, name))
 
     @property
     def path(self) -> str:
@@ -244,8 +273,8 @@ class RawRequest:
         Raises:
             RequestValidationError: A field is unknown, missing or not allowed.
         """
-        if set(value) != {"path", "body"}:
-            raise _refuse("request", sorted(map(str, value)), "exactly the fields path and body")
+        if not isinstance(value, Mapping) or set(value) != {"path", "body"}:
+            raise _refuse("request", value, "a mapping of exactly the fields path and body")
         return cls(value["path"], body=value["body"])
 
 
@@ -269,7 +298,9 @@ def as_request(request: object, /, **given: Any) -> ImageRequest | RawRequest:
     raise _refuse("request", request, "a prompt, a mapping of fields, ImageRequest or RawRequest")
 
 
-def _check_names(value: Mapping[str, Any], cls: type) -> None:
+def _check_names(value: object, cls: type) -> None:
+    if not isinstance(value, Mapping):
+        raise _refuse("request", value, "a mapping of field names to values")
     known = {f.name for f in fields(cls)}
     for name in value:
         if name not in known:
@@ -283,20 +314,26 @@ def _check_names(value: Mapping[str, Any], cls: type) -> None:
 
 
 def _private_copy(name: str, value: object, reserved: tuple[str, ...] = ()) -> Mapping[str, Any]:
-    """A copy of a JSON object nobody else can change; refuses what JSON cannot say."""
+    """A copy of a JSON object nobody else can change."""
     if not isinstance(value, Mapping):
         raise _refuse(name, value, "a mapping of field names to JSON values")
     for key in value:
         if not isinstance(key, str) or key in reserved:
             raise _refuse(name, key, "names that are strings and not a field of their own")
+    copy: dict[str, Any] = _json_copy(name, dict(value))
+    return copy
+
+
+def _json_copy(name: str, value: object) -> Any:
+    """*value* as JSON brings it back; refuses what JSON, or UTF-8, cannot say."""
     try:
-        text = json.dumps(dict(value), allow_nan=False)
-        json.loads(text)
-        text.encode("ascii")
-        json.dumps(dict(value), allow_nan=False, ensure_ascii=False).encode("utf-8")
+        text = json.dumps(value, allow_nan=False)
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")
+        copy = json.loads(text)
     except (TypeError, ValueError, RecursionError) as exc:
         raise _refuse(name, value, f"JSON values only ({printable(str(exc), 100)})") from exc
-    copy: dict[str, Any] = json.loads(text)
+    if _is_deep(copy):
+        raise _refuse(name, value, f"at most {_MAX_DEPTH} levels of nesting")
     return copy
 
 
@@ -308,7 +345,7 @@ def _check_contract(request: ImageRequest) -> None:
     _check_prompt(request.prompt)
     if request.size is not None:
         _check_size(request.size)
-    if request.n is not None and (isinstance(request.n, bool) or request.n not in {1, 2, 4}):
+    if request.n is not None and (type(request.n) is not int or request.n not in {1, 2, 4}):
         raise _refuse("n", request.n, "1, 2 or 4", _UNCHECKED_HINT)
     if request.prompt_extend is not None and not isinstance(request.prompt_extend, bool):
         raise _refuse("prompt_extend", request.prompt_extend, "True or False")
@@ -406,6 +443,11 @@ class Usage:
         return {k: getattr(self, k) for k in names if getattr(self, k) is not None}
 
 
+def _respelled(body: bytes) -> str:
+    """A body without its accidents of white space and encoding, to compare by."""
+    return json.dumps(json.loads(body))
+
+
 @frozen
 class TaskSnapshot:
     """One look at a task. The answer's body is kept as bytes and parsed on access.
@@ -423,7 +465,7 @@ class TaskSnapshot:
     id: str
     status: str = field(kw_only=True)
     progress: int | None = field(default=None, kw_only=True)
-    body: bytes = field(kw_only=True, repr=False)
+    body: bytes = field(kw_only=True, repr=False, eq=_respelled)
 
     @classmethod
     def from_json(
@@ -454,6 +496,8 @@ class TaskSnapshot:
             progress = round(whole) if whole is not None and 0 <= whole <= 100 else None
         if body is None:
             body = _dump(value)
+            if _is_deep(value):
+                raise _unusable(value, _TOO_DEEP)
         return cls(task_id, status=word, progress=progress, body=body)
 
     def to_json(self) -> dict[str, Any]:
@@ -538,15 +582,11 @@ def _dump(value: dict[str, Any]) -> bytes:
     try:
         return json.dumps(value, separators=(",", ":")).encode()
     except (ValueError, RecursionError) as exc:
-        raise InvalidResponseError("the task is nested too deeply to be kept") from exc
+        raise InvalidResponseError("the task cannot be kept as JSON") from exc
 
 
 def _unusable(value: object, why: str) -> InvalidResponseError:
-    try:
-        shown = repr(value)
-    except (ValueError, RecursionError):
-        shown = type(value).__name__
-    return InvalidResponseError(f"{why}: {printable(shown, 120)}", head=_head(shown))
+    return InvalidResponseError(f"{why}: {shown(value, 120)}", head=shown(value, 200))
 
 
 @frozen

@@ -21,7 +21,7 @@ from attrs import frozen
 
 from evolink_async import errors
 from evolink_async._models import parse_json
-from evolink_async._text import printable
+from evolink_async._text import printable, shown
 from evolink_async.errors import (
     APIConnectionError,
     APIStatusError,
@@ -31,6 +31,7 @@ from evolink_async.errors import (
 )
 
 __all__ = [
+    "ANSWER_HEADERS",
     "BATCH_LIMIT",
     "BATCH_PATH",
     "CREDITS_PATH",
@@ -51,6 +52,15 @@ BATCH_PATH: Final = "/v1/tasks/batch"
 BATCH_LIMIT: Final = 50
 """Ids one batch read may ask for (observed)."""
 CREDITS_PATH: Final = "/v1/credits"
+
+ANSWER_HEADERS: Final = (
+    "Date",
+    "Idempotency-Replayed",
+    "Retry-After",
+    "X-Oneapi-Request-Id",
+    "X-Request-Id",
+)
+"""The response headers an answer's meaning depends on."""
 
 _KEY: Final = re.compile(r"[A-Za-z0-9._-]{16,96}")
 
@@ -75,7 +85,7 @@ def check_idempotency_key(key: object) -> str:
         return key
     allowed = "16 to 96 characters of A-Z a-z 0-9 . _ -"
     raise RequestValidationError(
-        f"idempotency_key={printable(repr(key), 120)} is not allowed: {allowed}",
+        f"idempotency_key={shown(key, 120)} is not allowed: {allowed}",
         field="idempotency_key",
         value=key,
         allowed=allowed,
@@ -221,17 +231,14 @@ def _error_object(body: bytes) -> Mapping[str, Any]:
     told = value.get("error") if isinstance(value, dict) else None
     if not isinstance(told, dict):
         return {}
-    return told if told.get("code") is not None or told.get("message") else {}
+    return told if _word(told.get("code")) or _word(told.get("message")) else {}
 
 
 def _word(value: object, limit: int = 200) -> str | None:
     """A field that may be a string or, in older answers, a number."""
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         return None
-    try:
-        return printable(str(value), limit)
-    except ValueError:  # an integer of thousands of digits
-        return None
+    return printable(str(value), limit)
 
 
 _ADVICE: Final = {
@@ -263,7 +270,9 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     try:
         seconds = float(given)
     except ValueError:
-        seconds = _seconds_until(given, headers.get("Date") or formatdate(usegmt=True))
+        dates = (headers.get("Date", ""), formatdate(usegmt=True))
+        told = (_seconds_until(given, date) for date in dates)
+        seconds = next(filter(math.isfinite, told), math.nan)
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
 

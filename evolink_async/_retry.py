@@ -20,6 +20,7 @@ from tenacity.wait import wait_base
 
 from evolink_async._clock import Clock
 from evolink_async._protocol import is_quota
+from evolink_async._text import shown
 from evolink_async.errors import APIStatusError, APITimeoutError, ConfigurationError, EvolinkError
 
 __all__ = ["MAX_RETRY_AFTER", "RetryBudget", "RetryPolicy", "is_throttle", "run"]
@@ -35,7 +36,7 @@ def _check_number(minimum: float) -> Callable[[object, Any, object], None]:
         number = not isinstance(value, bool) and isinstance(value, int | float)
         if not number or not minimum <= value < 1e12:  # type: ignore[operator]  # number says so
             raise ConfigurationError(
-                f"{attribute.name}={value!r} is not allowed: a number from {minimum:g} up"
+                f"{attribute.name}={shown(value)} is not allowed: a number from {minimum:g} up"
             )
 
     return check
@@ -83,7 +84,9 @@ class RetryPolicy:
     @property
     def _backoff(self) -> wait_base:
         growing = wait_exponential(
-            multiplier=self.wait_initial, max=self.wait_max, exp_base=self.wait_exp_base
+            multiplier=self.wait_initial,
+            max=self.wait_max if self.wait_initial else 0,  # what it returns on an overflow
+            exp_base=self.wait_exp_base,
         )
         return growing + wait_random(0, self.wait_jitter)
 

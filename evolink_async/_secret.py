@@ -4,6 +4,9 @@ from __future__ import annotations
 
 __all__ = ["Secret"]
 
+_MASK = "[API key]"
+_SHORTEST = 8
+
 
 class Secret:
     """A string that shows itself to nobody who prints, logs or pickles it."""
@@ -24,5 +27,10 @@ class Secret:
         return self._value
 
     def redact(self, text: str) -> str:
-        """*text* without it."""
-        return text.replace(self._value, "[API key]")
+        """*text* without it; a key too short to be one is left, or it would tear words apart."""
+        return text.replace(self._value, _MASK) if len(self._value) >= _SHORTEST else text
+
+    def redact_bytes(self, data: bytes) -> bytes:
+        """*data* without it."""
+        key = self._value.encode()
+        return data.replace(key, _MASK.encode()) if len(key) >= _SHORTEST else data

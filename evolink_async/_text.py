@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 
-__all__ = ["printable"]
+__all__ = ["printable", "shown"]
 
 _UNSHOWN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode categories that move the cursor, reorder text or cannot be encoded."""
@@ -15,3 +15,11 @@ def printable(text: str, limit: int = 300) -> str:
     head = text[: limit + 1]
     shown = "".join(" " if unicodedata.category(c) in _UNSHOWN else c for c in head)
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Any value as `repr` shows it, fit for a message; its type if it cannot be shown."""
+    try:
+        return printable(repr(value), limit)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; nested too deeply
+        return f"<{type(value).__name__}>"

@@ -201,8 +201,8 @@ class Transport:
                     content = await _read(response)
                     return Answer(
                         response.status,
-                        response.headers,
-                        content,
+                        self._known_headers(response),
+                        self._key.redact_bytes(content),
                         sent_at=sent_at,
                         received_at=self._clock.now(),
                     )
@@ -244,7 +244,7 @@ class Transport:
     def _decipher(self, answer: Answer, model: str = "") -> Any:
         """The answer's JSON, its effect on the gate noted; errors carry no key."""
         try:
-            value = protocol.decipher(answer.status, answer.headers, self._clean(answer.body))
+            value = protocol.decipher(answer.status, answer.headers, answer.body)
         except APIStatusError as exc:
             if retry.is_throttle(exc):
                 self._gate.cool_down(exc, sent_at=answer.sent_at, model=model)
@@ -253,9 +253,10 @@ class Transport:
         self._budget.give()
         return value
 
-    def _clean(self, body: bytes) -> bytes:
-        key = self._key.reveal().encode()
-        return body.replace(key, b"[API key]") if key in body else body
+    def _known_headers(self, response: aiohttp.ClientResponse) -> dict[str, str]:
+        """The headers that mean something to us; a server may echo our own in any."""
+        given = response.headers
+        return {k: self._key.redact(given[k]) for k in protocol.ANSWER_HEADERS if k in given}
 
     # -- submits --------------------------------------------------------------------------
 
@@ -313,7 +314,7 @@ class Transport:
         finally:
             self._gate.leave(submit=True)
         value = self._decipher(answer, request.model)
-        return TaskSnapshot.from_json(value, body=self._clean(answer.body), status="pending")
+        return TaskSnapshot.from_json(value, body=answer.body, status="pending")
 
     # -- reads ----------------------------------------------------------------------------
 
@@ -328,7 +329,7 @@ class Transport:
             self.counters.ids_read += 1
             answer = await self._exchange("GET", protocol.task_path(task_id))
             sent_at = answer.sent_at
-            found = TaskSnapshot.from_json(self._decipher(answer), body=self._clean(answer.body))
+            found = TaskSnapshot.from_json(self._decipher(answer), body=answer.body)
             if found.id != task_id:
                 found = InvalidResponseError(f"asked for task {task_id}, got {found.id}")
         except EvolinkError as exc:

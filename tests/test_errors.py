@@ -1,0 +1,178 @@
+"""The tree of errors: one base, data kept through pickling and copying."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evolink_async import ImageRequest, TaskSnapshot, errors
+from evolink_async.errors import EvolinkError
+
+SNAPSHOT = TaskSnapshot.from_json({"id": "task-1", "status": "failed"})
+STATUS = {
+    "status": 429,
+    "code": "insufficient_quota",
+    "type": "insufficient_quota_error",
+    "param": "n",
+    "suggestion": "top up",
+    "request_id": "req-1",
+    "retry_after": 7.5,
+    "from_api": True,
+    "replayed": True,
+}
+TASK = {"task_id": "task-1", "snapshot": SNAPSHOT}
+# Every class with all the data it can carry, and the built-in errors it also is.
+DATA: dict[type[EvolinkError], dict[str, Any]] = {
+    errors.EvolinkError: {},
+    errors.ConfigurationError: {},
+    errors.RequestValidationError: {"field": "n", "value": 3, "allowed": "1, 2 or 4"},
+    errors.APIConnectionError: {"sent": True},
+    errors.APITimeoutError: {"sent": True},
+    errors.APIStatusError: STATUS,
+    errors.InvalidRequestError: STATUS,
+    errors.AuthenticationError: STATUS,
+    errors.InsufficientCreditsError: STATUS,
+    errors.PermissionDeniedError: STATUS,
+    errors.NotFoundError: STATUS,
+    errors.RequestTooLargeError: STATUS,
+    errors.RateLimitError: STATUS,
+    errors.ServerError: STATUS,
+    errors.InvalidResponseError: {"status": 200, "head": "<html>", "request_id": "req-1"},
+    errors.SubmitUncertainError: {
+        "request": ImageRequest("A lake", n=2, extra={"seed": 7}),
+        "idempotency_key": "0123456789abcdef",
+    },
+    errors.TaskError: TASK,
+    errors.TaskFailedError: {
+        **TASK,
+        "code": "service_error",
+        "reason": "the provider is down",
+        "retryable": True,
+    },
+    errors.TaskCancelledError: TASK,
+    errors.TaskTimeoutError: TASK,
+    errors.SessionClosedError: {"task_id": "task-1"},
+    errors.DownloadError: {
+        "url": "https://r.example/1.png",
+        "path": Path("out/1.png"),
+        "status": 403,
+        "expired": True,
+        "task_id": "task-1",
+    },
+    errors.LedgerError: {"path": Path("ledger.db")},
+}
+PARENTS = {
+    "ConfigurationError": "EvolinkError ValueError",
+    "RequestValidationError": "EvolinkError ValueError",
+    "APIConnectionError": "EvolinkError",
+    "APITimeoutError": "APIConnectionError TimeoutError",
+    "APIStatusError": "EvolinkError",
+    "InvalidRequestError": "APIStatusError",
+    "AuthenticationError": "APIStatusError",
+    "InsufficientCreditsError": "APIStatusError",
+    "PermissionDeniedError": "APIStatusError",
+    "NotFoundError": "APIStatusError",
+    "RequestTooLargeError": "APIStatusError",
+    "RateLimitError": "APIStatusError",
+    "ServerError": "APIStatusError",
+    "InvalidResponseError": "EvolinkError",
+    "SubmitUncertainError": "EvolinkError",
+    "TaskError": "EvolinkError",
+    "TaskFailedError": "TaskError",
+    "TaskCancelledError": "TaskError",
+    "TaskTimeoutError": "TaskError TimeoutError",
+    "SessionClosedError": "EvolinkError",
+    "DownloadError": "EvolinkError",
+    "LedgerError": "EvolinkError",
+}
+every_error = pytest.mark.parametrize("kind", DATA, ids=lambda kind: kind.__name__)
+
+
+def test_the_tree() -> None:
+    """Each error has the parents its users catch it by, and all of them are listed."""
+    classes = {
+        name: value
+        for name, value in vars(errors).items()
+        if inspect.isclass(value) and issubclass(value, BaseException)
+    }
+    assert set(classes) == {"EvolinkError", *PARENTS} == set(errors.__all__)
+    for name, parents in PARENTS.items():
+        assert " ".join(base.__name__ for base in classes[name].__bases__) == parents
+
+
+def test_every_error_is_under_the_base() -> None:
+    """`except EvolinkError` catches all of them, and the table of these tests has them all."""
+    assert {kind.__name__ for kind in DATA} == set(errors.__all__)
+    assert all(issubclass(kind, EvolinkError) for kind in DATA)
+
+
+def test_the_tree_is_drawn() -> None:
+    """The module's docstring draws the tree as it is."""
+    drawn: dict[str, str] = {}
+    path: list[tuple[int, str]] = []
+    for indent, name in re.findall(r"^( {4,})(\w+Error)\b", errors.__doc__ or "", re.MULTILINE):
+        while path and path[-1][0] >= len(indent):
+            path.pop()
+        if path:
+            drawn[name] = path[-1][1]
+        path.append((len(indent), name))
+    assert drawn == {name: parents.split()[0] for name, parents in PARENTS.items()}
+
+
+@every_error
+def test_data_is_kept(kind: type[EvolinkError]) -> None:
+    """What an error is made with are its attributes, and its text is the message."""
+    error = kind("It went wrong.", **DATA[kind])
+    assert str(error) == "It went wrong."
+    assert vars(error) == DATA[kind]
+
+
+@every_error
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_errors_survive_pickling(kind: type[EvolinkError], protocol: int) -> None:
+    """Class, message, data and notes come back from a pickle."""
+    error = kind("It went wrong.", **DATA[kind])
+    error.add_note("while testing")
+    again = pickle.loads(pickle.dumps(error, protocol))  # noqa: S301 - just made here
+    assert type(again) is kind
+    assert str(again) == "It went wrong."
+    assert again.args == error.args
+    assert vars(again) == {**DATA[kind], "__notes__": ["while testing"]}
+
+
+@every_error
+def test_errors_can_be_copied(kind: type[EvolinkError]) -> None:
+    """A copy says the same and shares no attributes with the original."""
+    error = kind("It went wrong.", **DATA[kind])
+    for again in (copy.copy(error), copy.deepcopy(error)):
+        assert type(again) is kind
+        assert str(again) == str(error)
+        assert repr(again) == repr(error)
+        assert vars(again) == DATA[kind]
+        again.add_note("only here")
+        assert not hasattr(error, "__notes__")
+
+
+@every_error
+def test_data_is_passed_by_keyword(kind: type[EvolinkError]) -> None:
+    """Only the message has a position, so that data can be added later."""
+    first, *others = inspect.signature(kind).parameters.values()
+    assert first.name == "message"
+    assert all(other.kind is inspect.Parameter.KEYWORD_ONLY for other in others)
+    assert {other.name for other in others} == set(DATA[kind])
+
+
+@every_error
+def test_data_is_documented(kind: type[EvolinkError]) -> None:
+    """Each attribute is described by the class, or by the parent that has it."""
+    documented = "".join(
+        base.__doc__ or "" for base in kind.__mro__ if base.__module__ == errors.__name__
+    )
+    for name in DATA[kind]:
+        assert re.search(rf"^ +{name}: ", documented, re.MULTILINE), name
