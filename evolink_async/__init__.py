@@ -10,6 +10,8 @@ poller watches them all::
 
 from __future__ import annotations
 
+import typing
+
 from evolink_async import errors
 from evolink_async._clock import Clock
 from evolink_async._models import (
@@ -95,9 +97,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> str:
-    if name == "__version__":
-        from importlib.metadata import version  # noqa: PLC0415 - reads files; few ask
+if typing.TYPE_CHECKING:
+    __version__: str
+else:
 
-        return version("evolink-async")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name):  # noqa: ANN001, ANN202 - type checkers are told above
+        if name == "__version__":
+            from importlib.metadata import version  # noqa: PLC0415 - reads files; few ask
+
+            return version("evolink-async")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

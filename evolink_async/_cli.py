@@ -22,7 +22,6 @@ from contextlib import (
     asynccontextmanager,
     contextmanager,
     nullcontext,
-    suppress,
 )
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
@@ -136,16 +135,29 @@ def _say_json(value: object) -> None:
 
 
 def _print(text: str | bytes) -> None:
-    with suppress(BrokenPipeError):  # whoever read this has seen enough
+    try:
         click.echo(text, file=_lenient(sys.stdout))
+    except OSError as exc:
+        _discard(sys.stdout)
+        if not isinstance(exc, BrokenPipeError):  # whose reader has seen enough
+            raise
 
 
 def _tell(text: str) -> None:
     """A line for the person at the terminal, on stderr, without the key."""
     key = os.environ.get("EVOLINK_API_KEY", "").strip()
     line = printable(Secret(key).redact(text) if key else text, _LINE)
-    with suppress(OSError):  # a paid generation is not given up because nobody listens
+    try:
         click.echo(line, file=_lenient(sys.stderr))
+    except OSError:  # a paid generation is not given up because nobody listens
+        _discard(sys.stderr)
+
+
+def _discard(stream: IO[Any]) -> None:
+    """Send what *stream* could not write nowhere, or the interpreter fails at its last flush."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _lenient(stream: IO[Any]) -> IO[Any]:

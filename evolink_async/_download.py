@@ -118,15 +118,17 @@ async def save_all(
     folder: str | os.PathLike[str],
     *,
     task_id: str,
+    stem: str | None = None,
     overwrite: bool = False,
     max_bytes: int = MAX_BYTES,
     attempts: int = _ATTEMPTS,
     wait_after: Callable[[int], float] = _backoff,
     sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
 ) -> tuple[Path, ...]:
-    """Save every link of a task as ``<folder>/<task id>-<k>.<ext>``, k from 1; returns the paths.
+    """Save every link of a task as ``<folder>/<stem>-<k>.<ext>``, k from 1; returns the paths.
 
-    All are tried, at the same time. The parameters are those of `save`.
+    All are tried, at the same time. *stem* is the task's id unless told; the other
+    parameters are those of `save`.
 
     Raises:
         DownloadError: The first of the failures, saying which files were saved; they stay.
@@ -137,7 +139,7 @@ async def save_all(
             url="",
             task_id=task_id,
         )
-    stem = safe_name(task_id, _NAME_LIMIT - 8)
+    stem = safe_name(task_id if stem is None else stem, _NAME_LIMIT - 8)
     outcomes = await asyncio.gather(
         *(
             save(
@@ -169,12 +171,14 @@ def _all_saved(outcomes: Sequence[Path | BaseException], task_id: str) -> tuple[
     if len(outcomes) == 1 or not isinstance(first, DownloadError):
         raise first
     names = ", ".join(path.name for path in saved) or "none"
-    raise _plain(
+    error = _plain(
         first,
         f"{len(failures)} of {len(outcomes)} results of task {printable(task_id)} could not be "
         f"saved (saved: {names}): {first}",
         task_id=task_id,
-    ) from first
+    )
+    error.saved = saved
+    raise error from first
 
 
 async def save(

@@ -69,7 +69,7 @@ class Gate:
       four or more; one of two or three), so that a burst of submits cannot starve polling.
     - *Cool-down.* `cool_down` closes the gate for everybody. Afterwards it opens one
       request at a time, each success admitting one more, until all seats are open.
-    - *Rate.* A token bucket of one second's requests.
+    - *Rate.* A token bucket of one request: they are spaced, never bunched.
     """
 
     def __init__(self, clock: Clock, *, seats: int, rate: float | None = None) -> None:
@@ -85,7 +85,7 @@ class Gate:
         }
         self._order = itertools.count()
         self._rate = rate
-        self._tokens = max(1.0, rate or 0.0)
+        self._tokens = 1.0
         self._filled_at = 0.0
         self._closed = _CoolDown()
         self._held: dict[str, _CoolDown] = {}
@@ -208,7 +208,7 @@ class Gate:
             return self._closed.until
         now = self._clock.now()
         earned = (now - self._filled_at) * self._rate
-        self._tokens = min(max(1.0, self._rate), self._tokens + max(0.0, earned))
+        self._tokens = min(1.0, self._tokens + max(0.0, earned))
         self._filled_at = now
         missing = max(0.0, 1.0 - self._tokens) / self._rate
         # A token that is missing by less than the clock can tell counts as there.

@@ -147,9 +147,9 @@ _OTHER_4XX: Final = Rule(errors.InvalidRequestError, False, _REFUSED)
 _OTHER: Final = Rule(errors.ServerError, True, _UNCERTAIN)
 
 
-def rule_for(status: int, *, from_api: bool, code: str | None) -> Rule:
+def rule_for(status: int, *, from_api: bool, quota: bool) -> Rule:
     """The row of the table for an answer that is not a success."""
-    if status == 429 and is_quota(code):
+    if status == 429 and quota:
         return _QUOTA
     table = _FROM_API if from_api else _FROM_ELSEWHERE
     if status in table:
@@ -162,7 +162,9 @@ def rule_for(status: int, *, from_api: bool, code: str | None) -> Rule:
 def rule_of(error: EvolinkError) -> tuple[bool, Submit]:
     """(may a read be tried again, what became of a submit) for an error of this exchange."""
     if isinstance(error, APIStatusError):
-        rule = rule_for(error.status, from_api=error.from_api, code=error.code)
+        rule = rule_for(
+            error.status, from_api=error.from_api, quota=is_quota(error.code, error.type)
+        )
         return rule.read, rule.submit
     if isinstance(error, APIConnectionError):
         return True, Submit.UNCERTAIN if error.sent else Submit.RESEND
@@ -171,9 +173,9 @@ def rule_of(error: EvolinkError) -> tuple[bool, Submit]:
     return False, Submit.REFUSED  # never left: a setting of ours
 
 
-def is_quota(code: str | None) -> bool:
-    """True for the codes that mean "nothing left to spend" rather than "too fast"."""
-    return code is not None and "quota" in code
+def is_quota(*words: str | None) -> bool:
+    """True if a code or type means "nothing left to spend" rather than "too fast"."""
+    return any("quota" in word for word in words if word is not None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -207,12 +209,13 @@ def _status_error(status: int, headers: Mapping[str, str], body: bytes) -> APISt
     code = _word(told.get("code"))
     message = _word(told.get("message"), 500)
     suggestion = _word(told.get("fallback_suggestion")) or _word(told.get("suggestion"))
-    rule = rule_for(status, from_api=bool(told), code=code)
+    kind = _word(told.get("type"))
+    rule = rule_for(status, from_api=bool(told), quota=is_quota(code, kind))
     return rule.error(
         _sentence(status, code, message, suggestion, body),
         status=status,
         code=code,
-        type=_word(told.get("type")),
+        type=kind,
         param=_word(told.get("param")),
         suggestion=suggestion,
         request_id=_id(headers),

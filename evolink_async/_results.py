@@ -13,10 +13,9 @@ import asyncio
 import contextlib
 import re
 import socket
-import urllib.request
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Final
-from urllib.parse import SplitResult, quote, urljoin, urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, urljoin, urlunsplit
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -31,6 +30,7 @@ from evolink_async._hosts import (
     shown_url,
     split_url,
 )
+from evolink_async._proxy import environment_proxy
 from evolink_async._text import printable
 from evolink_async.errors import DownloadError, SessionClosedError
 
@@ -201,7 +201,6 @@ class ResultClient:
         self._slots = asyncio.Semaphore(max_connections)
         self._direct: aiohttp.ClientSession | None = None
         self._proxied: aiohttp.ClientSession | None = None
-        self._proxies: Mapping[str, str] | None = None
         self._closed = False
 
     @contextlib.asynccontextmanager
@@ -259,19 +258,7 @@ class ResultClient:
 
     def _proxy_for(self, url: URL) -> str | None:
         """The environment's proxy for *url*; this machine is never reached through one."""
-        host = url.raw_host or ""
-        if not self._trust_env or is_loopback_host(host):
-            return None
-        if self._proxies is None:
-            self._proxies = urllib.request.getproxies()
-        proxy = self._proxies.get(url.scheme)
-        if not proxy or urllib.request.proxy_bypass(host):
-            return None
-        proxy = proxy if "://" in proxy else f"http://{proxy}"
-        parts = urlsplit(proxy)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise ValueError("the proxy set in the environment is not an http proxy")
-        return proxy
+        return environment_proxy(str(url)) if self._trust_env else None
 
     async def _request(self, hop: _Hop, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
         """The answer's head.

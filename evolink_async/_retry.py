@@ -119,7 +119,7 @@ def is_throttle(error: BaseException | None) -> bool:
     return (
         isinstance(error, APIStatusError)
         and error.status in {429, 503}
-        and not is_quota(error.code)
+        and not is_quota(error.code, error.type)
     )
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from evolink_async._clock import Clock, LoopClock, hold
 from evolink_async._gate import Gate
@@ -65,6 +65,8 @@ T = TypeVar("T")
 
 DEFAULT_BASE_URL: Final = "https://api.evolink.ai"
 _PAGE: Final = 50
+_LARGEST: Final = {"image": 64 << 20, "audio": 1 << 30, "video": 8 << 30}
+"""Bytes one result may have, by the task's type."""
 
 BeforeSend = Callable[[str], Awaitable[object]]
 Prompt = str | Mapping[str, Any] | ImageRequest | RawRequest
@@ -365,7 +367,9 @@ class Session:
     def _with_callback(self, request: ImageRequest | RawRequest) -> ImageRequest | RawRequest:
         if self._callback is None or request.callback_url is not None:
             return request
-        return as_request({**request.to_json(), "callback_url": self._callback})
+        if isinstance(request, RawRequest):
+            return RawRequest(request.path, body={**request.body(), "callback_url": self._callback})
+        return evolve(request, callback_url=self._callback)
 
     async def _take_slot(self) -> None:
         self._waiting += 1
@@ -425,6 +429,21 @@ class Session:
         del self._posts[post]
         if post.cancelled() or post.exception() is not None:
             self._slots.release()
+
+    @property
+    def max_in_flight(self) -> int:
+        """Generations running at once."""
+        return self._max_in_flight
+
+    @property
+    def max_connections(self) -> int:
+        """HTTP requests in the air at once."""
+        return self._max_connections
+
+    @property
+    def clock(self) -> Clock:
+        """Where the session takes its time from."""
+        return self._clock
 
     # -- many ------------------------------------------------------------------------------
 
@@ -562,7 +581,7 @@ class Session:
             for row in fresh[: None if limit is None else limit - len(seen)]:
                 seen.add(row.id)
                 yield row
-            if not fresh or page * _PAGE >= total:
+            if page * _PAGE >= total or (not fresh and page > 1):
                 return
 
     async def credits(self) -> Credits:
@@ -580,6 +599,7 @@ class Session:
         folder: str | os.PathLike[str],
         *,
         overwrite: bool = False,
+        name: str | None = None,
     ) -> tuple[Path, ...]:
         """Save all files of a result as ``<folder>/<task id>-<k>.<ext>``; returns their paths.
 
@@ -590,6 +610,8 @@ class Session:
             result: A result, or a task, which is awaited first.
             folder: Where to save; made if missing.
             overwrite: Whether existing files may be replaced.
+            name: What to call the files instead of the task's id; characters that not
+                every file system takes are replaced.
 
         Raises:
             DownloadError: A file could not be saved, e.g. because its link has expired.
@@ -607,7 +629,11 @@ class Session:
                 result.urls,
                 Path(folder),
                 task_id=result.task_id,
+                stem=name,
                 overwrite=overwrite,
+                max_bytes=_LARGEST.get(result.snapshot.type or "", _LARGEST["image"]),
+                attempts=self._retry.attempts,
+                wait_after=self._retry.wait_after,
             )
 
     @property
@@ -674,7 +700,13 @@ def _rows(answer: Any) -> tuple[list[TaskSummary], int]:
     if not isinstance(data, list):
         raise InvalidResponseError("the task list has no list named data")
     total = answer.get("total")
-    return [TaskSummary.from_json(row) for row in data], total if isinstance(total, int) else 10**9
+    rows = []
+    for row in data:
+        try:
+            rows.append(TaskSummary.from_json(row))
+        except InvalidResponseError as exc:  # the others may be what somebody is looking for
+            logger.warning("a row of the task list was left out: %s", exc)
+    return rows, total if isinstance(total, int) else 10**9
 
 
 # -- settings ----------------------------------------------------------------------------------

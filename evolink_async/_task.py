@@ -67,7 +67,7 @@ class Task:
     def __repr__(self) -> str:
         progress = "" if self.progress is None else f" {self.progress} %"
         given_up = self._watch is not None and self._watch.reason is not None
-        return f"<Task {self._id} {self.status or 'not read yet'}{progress}" + (
+        return f"<Task {self._id} {self._shown_status}{progress}" + (
             f", given up: {type(self._watch.reason).__name__}>" if given_up and self._watch else ">"
         )
 
@@ -85,6 +85,10 @@ class Task:
     def status(self) -> str | None:
         """The API's word for its state as last read; None if not read yet."""
         return self.snapshot.status if self.snapshot is not None else None
+
+    @property
+    def _shown_status(self) -> str:
+        return "not read yet" if self.status is None else printable(self.status, 60)
 
     @property
     def progress(self) -> int | None:
@@ -126,7 +130,7 @@ class Task:
             await self._watcher().until_ended(watch)
         elif not await self._ended_within(watch, timeout):
             raise TaskTimeoutError(
-                f"task {self._id} is {self.status or 'not read yet'} after waiting {timeout:g} s; "
+                f"task {self._id} is {self._shown_status} after waiting {timeout:g} s; "
                 f"it goes on, wait again or see session.task({self._id!r})",
                 task_id=self._id,
                 snapshot=self.snapshot,

@@ -248,8 +248,10 @@ class Transport:
         except APIStatusError as exc:
             if retry.is_throttle(exc):
                 self._gate.cool_down(exc, sent_at=answer.sent_at, model=model)
+            else:  # no success, but no request for patience either
+                self._gate.succeeded(sent_at=answer.sent_at)
             raise
-        self._gate.succeeded(sent_at=answer.sent_at)
+        self._gate.succeeded(sent_at=answer.sent_at, model=model)
         self._budget.give()
         return value
 

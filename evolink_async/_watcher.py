@@ -350,7 +350,9 @@ class Watcher:
             self._log_unknown(snapshot.status)
         if watch.estimate is None:
             watch.estimate = snapshot.estimated_time
-        logger.debug("task %s is %s at %s %%", watch.id, snapshot.status, snapshot.progress)
+        logger.debug(
+            "task %s is %s at %s %%", watch.id, printable(snapshot.status, 60), snapshot.progress
+        )
         self._schedule(
             watch, watch.started + self._policy.next_age(sent_at - watch.started, watch.estimate)
         )

@@ -315,6 +315,7 @@ class DownloadError(EvolinkError):
         status: HTTP status code of the result host, None if there was none.
         expired: True if the link seems to have passed its 24 hours.
         task_id: The task it belongs to, None if unknown.
+        saved: Files of the same result that were saved nevertheless.
     """
 
     def __init__(
@@ -326,8 +327,10 @@ class DownloadError(EvolinkError):
         status: int | None = None,
         expired: bool = False,
         task_id: str | None = None,
+        saved: tuple[Path, ...] = (),
     ) -> None:
         super().__init__(message)
+        self.saved = saved
         self.url = url
         self.path = path
         self.status = status

@@ -36,12 +36,12 @@ class Answer:
 
 @frozen
 class Caller:
-    """Sends requests with the emulator's key, each within two seconds."""
+    """Sends requests with the emulator's key, each within ten seconds."""
 
     http: aiohttp.ClientSession
 
     async def call(self, method: str, path: str, **options: Any) -> Answer:
-        async with asyncio.timeout(2), self.http.request(method, path, **options) as response:
+        async with asyncio.timeout(10), self.http.request(method, path, **options) as response:
             body = await response.read()
             return Answer(response.status, dict(response.headers), body)
 

@@ -163,9 +163,17 @@ def cut(body: bytes, after: int, headers: dict[str, str] | None = None) -> Behav
 
 
 def ranged(
-    body: bytes, etag: str = '"v1"', *, after: int | None = None, total: str | None = None
+    body: bytes,
+    etag: str = '"v1"',
+    *,
+    after: int | None = None,
+    hang: bool = False,
+    total: str | None = None,
 ) -> Behaviour:
-    """A host that can resume; closes once it has sent *after* bytes of an answer."""
+    """A host that can resume; sends *after* bytes of an answer, then closes, or stalls to *hang*.
+
+    A client may lose the last bytes before a close, but none before a stall.
+    """
 
     async def behave(hit: Hit, writer: asyncio.StreamWriter) -> None:
         start = int(hit.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
@@ -177,6 +185,8 @@ def ranged(
         writer.write(_head(206 if start else 200, headers))
         writer.write(body[start:] if after is None else body[start : start + after])
         await writer.drain()
+        if hang:
+            await asyncio.Event().wait()
 
     return behave
 

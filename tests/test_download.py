@@ -311,11 +311,11 @@ async def test_resume_from_any_byte(
 @pytest.mark.parametrize(
     ("headers", "then", "asked"),
     [
-        ({}, reply(PICTURE), None),
-        ({"ETag": 'W/"v1"'}, reply(PICTURE), None),
-        ({"ETag": '"v1"', "Accept-Ranges": "none"}, ranged(PICTURE), None),
-        ({"ETag": '"v1"'}, reply(PICTURE), "bytes=1000000-"),
-        ({"ETag": '"v0"'}, ranged(PICTURE), "bytes=1000000-"),
+        ({}, reply(PICTURE), False),
+        ({"ETag": 'W/"v1"'}, reply(PICTURE), False),
+        ({"ETag": '"v1"', "Accept-Ranges": "none"}, ranged(PICTURE), False),
+        ({"ETag": '"v1"'}, reply(PICTURE), True),
+        ({"ETag": '"v0"'}, ranged(PICTURE), True),
     ],
 )
 async def test_start_over(
@@ -325,19 +325,21 @@ async def test_start_over(
     *,
     headers: dict[str, str],
     then: Behaviour,
-    asked: str | None,
+    asked: bool,
 ) -> None:
     """Where the host cannot resume, or the result has changed, the download starts over."""
     url = host.url("/a", cut(png(2_000_000), 1_000_000, headers), then)
     assert (await fetch(client, url, tmp_path)).read_bytes() == PICTURE
-    assert host.hits[1].headers.get("Range") == asked
+    assert ("Range" in host.hits[1].headers) == asked
 
 
 async def test_unasked_part(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
     """A part that was not asked for is not put behind what was received."""
     size = len(PICTURE)
     part = reply(PICTURE[100:], 206, {"Content-Range": f"bytes 100-{size - 1}/{size}"})
-    error = await failure(client, host.url("/a", cut(PICTURE, 100), part), tmp_path)
+    error = await failure(
+        client, host.url("/a", ranged(PICTURE, 'W/"v1"', after=100, hang=True), part), tmp_path
+    )
     assert error.status == 206
 
 
@@ -356,7 +358,7 @@ async def test_part_of_something_else(
     """A part that does not belong to what was received is not put behind it."""
     url = host.url(
         "/a",
-        ranged(PICTURE, after=100),
+        ranged(PICTURE, after=100, hang=True),
         reply(b"\xee" * (len(PICTURE) - 112) + PICTURE[-12:], 206, headers),
         reply(PICTURE),
     )
@@ -371,9 +373,9 @@ async def test_part_of_unknown_whole(
     headers = {"Content-Range": f"bytes 100-{len(PICTURE) - 1}/*"}
     short = reply(PICTURE[100:200], 206, {"Content-Range": "bytes 100-199/*"})
     rest = reply(PICTURE[200:], 206, {"Content-Range": f"bytes 200-{len(PICTURE) - 1}/*"})
-    url = host.url("/a", ranged(PICTURE, after=100), short, rest)
+    url = host.url("/a", ranged(PICTURE, after=100, hang=True), short, rest)
     assert (await fetch(client, url, tmp_path)).read_bytes() == PICTURE
-    url = host.url("/b", ranged(PICTURE, after=100), reply(PICTURE[100:], 206, headers))
+    url = host.url("/b", ranged(PICTURE, after=100, hang=True), reply(PICTURE[100:], 206, headers))
     assert (await fetch(client, url, tmp_path, overwrite=True)).read_bytes() == PICTURE
 
 

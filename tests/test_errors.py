@@ -61,6 +61,7 @@ DATA: dict[type[EvolinkError], dict[str, Any]] = {
     errors.DownloadError: {
         "url": "https://r.example/1.png",
         "path": Path("out/1.png"),
+        "saved": (Path("out/2.png"),),
         "status": 403,
         "expired": True,
         "task_id": "task-1",

@@ -181,7 +181,10 @@ def test_every_module_says_what_it_does(path: Path) -> None:
 
 def test_importing_loads_no_aiohttp() -> None:
     """Programs and plugins that only import the package do not wait for aiohttp."""
-    code = "import evolink_async, sys; print(sorted({m.split('.')[0] for m in sys.modules}))"
+    code = (
+        "import sys; before = set(sys.modules); import evolink_async\n"
+        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
     loaded = set(ast.literal_eval(python(code)))
     assert "evolink_async" in loaded
     assert not loaded & {"aiohttp", "yarl", "click", "rich", "PIL", "sqlite3"}

@@ -720,6 +720,39 @@ async def test_downloads_refuse_what_is_no_result(session: Session, tmp_path: Pa
     assert path.read_bytes() == before
 
 
+async def test_a_callback_for_other_endpoints(emulator: Emulator) -> None:
+    """A raw request gets the session's callback URL as well, unless it has its own."""
+    async with connect(emulator, callback="https://example.com/hook") as session:
+        request = RawRequest("/v1/videos/generations", body={"model": "veo", "prompt": "A lake"})
+        task = await session.submit(request)
+        assert task.request is not None
+        assert task.request.callback_url == "https://example.com/hook"
+        assert task.request.path == request.path
+
+
+async def test_a_row_that_is_none_is_left_out(
+    emulator: Emulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One broken row of the task list does not hide the others."""
+    rows = '{"data": [{"id": 5}, {"id": "task-1234", "status": "completed"}], "total": 2}'
+    emulator.faults.add(faults.Garbled(rows, route="list"))
+    async with connect(emulator) as session:
+        assert [row.id async for row in session.list()] == ["task-1234"]
+    assert "left out" in caplog.text
+
+
+async def test_a_status_is_fit_for_a_terminal(emulator: Emulator) -> None:
+    """What the server calls a state is shown without what a terminal would obey."""
+    emulator.faults.add(faults.UnknownStatus("\x1b[2Jodd"))
+    async with connect(emulator) as session:
+        task = await session.submit("A lake")
+        await emulator.clock.sleep_until(emulator.clock.now() + 2)
+        await task.refresh()
+        with pytest.raises(TaskTimeoutError) as caught:
+            await task.wait(timeout=0)
+        assert (repr(task) + str(caught.value)).isprintable()
+
+
 async def test_a_list_that_is_none(emulator: Emulator) -> None:
     """A task list of another shape is our error, not a KeyError."""
     emulator.faults.add(faults.Garbled('{"data": {"a": 1}}', route="list"))
