@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
 
@@ -27,11 +28,9 @@ class Clock(Protocol):
 
 
 class LoopClock:
-    """The running event loop's own time."""
+    """Monotonic time, slept through on the running event loop."""
 
-    def now(self) -> float:
-        """The loop's monotonic seconds."""
-        return asyncio.get_running_loop().time()
+    now = staticmethod(time.monotonic)
 
     async def sleep_until(self, when: float) -> None:
         """Sleep on the loop."""

@@ -192,7 +192,7 @@ class Gate:
             return False
         if submit and self._submits >= self._submit_seats:
             return False
-        if self._ready_at() > self._clock.now():
+        if self.ready_at() > self._clock.now():
             return False
         if self._rate is not None:
             self._tokens -= 1
@@ -202,7 +202,7 @@ class Gate:
             self._reads += 1
         return True
 
-    def _ready_at(self) -> float:
+    def ready_at(self) -> float:
         """When cool-down and rate allow the next request."""
         if self._rate is None:
             return self._closed.until
@@ -233,12 +233,12 @@ class Gate:
         return False if reads else None
 
     def _set_alarm(self) -> None:
-        if self._ready_at() > self._clock.now() and self._alarm is None:
+        if self.ready_at() > self._clock.now() and self._alarm is None:
             self._alarm = asyncio.get_running_loop().create_task(self._ring())
 
     async def _ring(self) -> None:
         try:
-            while (at := self._ready_at()) > self._clock.now():
+            while (at := self.ready_at()) > self._clock.now():
                 await self._clock.sleep_until(at)
         finally:
             self._alarm = None

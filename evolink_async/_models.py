@@ -37,6 +37,7 @@ __all__ = [
     "Usage",
     "as_request",
     "check_task_id",
+    "load_json",
     "parse_json",
 ]
 
@@ -73,15 +74,24 @@ def parse_json(body: bytes | str) -> Any:
     Raises:
         InvalidResponseError: It is not JSON, too deep, or holds absurd numbers.
     """
+    value = load_json(body)
+    if _is_deep(value):
+        raise InvalidResponseError(_TOO_DEEP, head=_head(body))
+    return value
+
+
+def load_json(body: bytes | str) -> Any:
+    """The same without a look at its depth, for answers that are only partly used.
+
+    Raises:
+        InvalidResponseError: It is not JSON, or Python cannot hold it.
+    """
     try:
-        value = json.loads(body)
+        return json.loads(body)
     except (ValueError, RecursionError) as exc:  # UnicodeDecodeError is a ValueError
         raise InvalidResponseError(
             f"the answer is not JSON: {printable(str(exc), 120)}", head=_head(body)
         ) from exc
-    if _is_deep(value):
-        raise InvalidResponseError(_TOO_DEEP, head=_head(body))
-    return value
 
 
 _TOO_DEEP: Final = f"the answer is nested deeper than {_MAX_DEPTH} levels"
@@ -170,13 +180,16 @@ class ImageRequest:
     validate: bool = field(default=True, kw_only=True, eq=False)
 
     def __attrs_post_init__(self) -> None:
-        object.__setattr__(self, "extra", _private_copy("extra", self.extra, _BODY_FIELDS))
+        if self.extra or type(self.extra) is not dict:
+            object.__setattr__(self, "extra", _private_copy("extra", self.extra, _BODY_FIELDS))
         if not isinstance(self.validate, bool):
             raise _refuse("validate", self.validate, "True or False")
         if self.validate:
             _check_contract(self)
         for name in _BODY_FIELDS:
-            _json_copy(name, getattr(self, name))
+            value = getattr(self, name)
+            if not (value is None or (type(value) is str and value.isascii())):
+                _json_copy(name, value)
 
     @property
     def path(self) -> str:
@@ -443,7 +456,7 @@ class Usage:
         return {k: getattr(self, k) for k in names if getattr(self, k) is not None}
 
 
-def _respelled(body: bytes) -> str:
+def _respelled(body: bytes | str) -> str:
     """A body without its accidents of white space and encoding, to compare by."""
     return json.dumps(json.loads(body))
 
@@ -459,23 +472,24 @@ class TaskSnapshot:
         status: The API's word: ``pending``, ``processing``, ``completed``, ``failed``,
             ``cancelled``, or one it has added since (which counts as running).
         progress: 0 to 100, None if the API did not say.
-        body: The task as the API sent it, JSON in UTF-8.
     """
 
     id: str
     status: str = field(kw_only=True)
     progress: int | None = field(default=None, kw_only=True)
-    body: bytes = field(kw_only=True, repr=False, eq=_respelled)
+    _text: bytes | str | tuple[bytes, int] = field(
+        kw_only=True, repr=False, alias="body", eq=lambda text: _respelled(_cut_out(text))
+    )
 
     @classmethod
     def from_json(
-        cls, value: object, *, body: bytes | None = None, status: str | None = None
+        cls, value: object, *, body: bytes | str | None = None, status: str | None = None
     ) -> TaskSnapshot:
         """Read a task object.
 
         Args:
             value: The parsed object.
-            body: The bytes it was parsed from, if they hold it alone.
+            body: The text it was parsed from, if that holds it alone.
             status: What to assume where the object has no usable status; without
                 it such an object is refused.
 
@@ -484,30 +498,60 @@ class TaskSnapshot:
         """
         if type(value) is not dict:
             raise _unusable(value, "a task is not a JSON object")
-        task_id, word, progress = value.get("id"), value.get("status"), value.get("progress")
+        task_id, word = value.get("id"), value.get("status")
         if type(task_id) is not str or not _is_task_id(task_id):
             raise _unusable(value, "the task has no usable id")
         if type(word) is not str or not word:
             if status is None:
                 raise _unusable(value, f"task {task_id} has no status")
             word = status
-        if type(progress) is not int or not 0 <= progress <= 100:
-            whole = _number(progress)
-            progress = round(whole) if whole is not None and 0 <= whole <= 100 else None
         if body is None:
             body = _dump(value)
             if _is_deep(value):
                 raise _unusable(value, _TOO_DEEP)
-        return cls(task_id, status=word, progress=progress, body=body)
+        return cls(task_id, status=word, progress=_percent(value.get("progress")), body=body)
+
+    @classmethod
+    def from_page(cls, value: dict[str, Any], page: bytes | None, place: int) -> TaskSnapshot:
+        """Read a task object of a batch answer, whose id has been checked.
+
+        Thousands are read a second, most of them never looked at: the whole answer is kept
+        for all of its tasks, and cut up only for who asks.
+
+        Args:
+            value: The parsed object.
+            page: The whole answer's body; None if each task is to keep its own.
+            place: The object's place in the answer's ``data``.
+
+        Raises:
+            InvalidResponseError: It has no usable status.
+        """
+        word = value.get("status")
+        if page is None or type(word) is not str or not word or word in TERMINAL:
+            return cls.from_json(value)
+        snapshot: TaskSnapshot = _blank(cls)
+        _set_id(snapshot, value["id"])
+        _set_status(snapshot, word)
+        _set_progress(snapshot, _percent(value.get("progress")))
+        _set_text(snapshot, (page, place))
+        return snapshot
 
     def to_json(self) -> dict[str, Any]:
         """The task object as the API sent it."""
         return self.raw
 
     @property
+    def body(self) -> bytes | str:
+        """The task's JSON text."""
+        return _cut_out(self._text)
+
+    @property
     def raw(self) -> dict[str, Any]:
         """The task object as the API sent it, parsed anew on each access."""
-        raw: dict[str, Any] = json.loads(self.body)
+        text = self._text
+        raw: dict[str, Any] = (
+            json.loads(text[0])["data"][text[1]] if type(text) is tuple else json.loads(text)  # type: ignore[arg-type]  # no tuple here
+        )
         return raw
 
     @property
@@ -568,6 +612,26 @@ class TaskSnapshot:
     def error_message(self) -> str | None:
         """The API's ``error.message`` of a failed task."""
         return _text(_object(self.raw.get("error")).get("message"))
+
+
+# What the frozen class's own constructor does, without its detour through Python.
+_blank: Any = object.__new__
+_set_id, _set_status, _set_progress, _set_text = (
+    getattr(TaskSnapshot, name).__set__ for name in ("id", "status", "progress", "_text")
+)
+
+
+def _percent(progress: object) -> int | None:
+    """A progress of 0 to 100, None for anything else."""
+    if type(progress) is not int:
+        number = _number(progress)
+        return round(number) if number is not None and 0 <= number <= 100 else None
+    return progress if 0 <= progress <= 100 else None
+
+
+def _cut_out(text: bytes | str | tuple[bytes, int]) -> bytes | str:
+    """One task's own text."""
+    return _dump(json.loads(text[0])["data"][text[1]]) if isinstance(text, tuple) else text
 
 
 def _links_of(result_data: object) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from email.utils import formatdate, parsedate_to_datetime
 from enum import Enum
 from typing import Any, Final
@@ -20,7 +20,7 @@ from typing import Any, Final
 from attrs import frozen
 
 from evolink_async import errors
-from evolink_async._models import parse_json
+from evolink_async._models import TaskSnapshot, load_json, parse_json
 from evolink_async._text import printable, shown
 from evolink_async.errors import (
     APIConnectionError,
@@ -42,6 +42,8 @@ __all__ = [
     "encode",
     "is_quota",
     "new_idempotency_key",
+    "read_task",
+    "read_tasks",
     "rule_for",
     "rule_of",
     "task_path",
@@ -202,6 +204,47 @@ def decipher(status: int, headers: Mapping[str, str], body: bytes) -> Any:
                 f"HTTP {status}, but {exc}", status=status, head=exc.head, request_id=_id(headers)
             ) from exc
     raise _status_error(status, headers, body)
+
+
+def read_task(body: bytes, task_id: str) -> TaskSnapshot:
+    """The task of a single read's answer.
+
+    Raises:
+        InvalidResponseError: It is not that task.
+    """
+    snapshot = TaskSnapshot.from_json(parse_json(body), body=body)
+    if snapshot.id != task_id:
+        raise InvalidResponseError(f"asked for task {task_id}, got {snapshot.id}")
+    return snapshot
+
+
+_LONG_TASK: Final = 4096
+"""Bytes per task of a batch answer from which each task keeps a text of its own."""
+
+
+def read_tasks(body: bytes, ids: Collection[str]) -> dict[str, TaskSnapshot | EvolinkError | None]:
+    """The tasks of a batch read's answer, by id; None for those it left out.
+
+    Order, duplicates (the first counts) and tasks nobody asked for do no harm.
+
+    Raises:
+        InvalidResponseError: There is no list of tasks named ``data``.
+    """
+    value = load_json(body)
+    data = value.get("data") if type(value) is dict else None
+    if type(data) is not list:
+        raise InvalidResponseError("the batch answer has no list named data")
+    answers: dict[str, TaskSnapshot | EvolinkError | None] = dict.fromkeys(ids)
+    page = body if len(body) <= _LONG_TASK * len(answers) else None
+    for place, task in enumerate(data):
+        task_id = task.get("id") if type(task) is dict else None
+        if type(task_id) is not str or answers.get(task_id, task) is not None:
+            continue
+        try:
+            answers[task_id] = TaskSnapshot.from_page(task, page, place)
+        except InvalidResponseError as exc:
+            answers[task_id] = exc
+    return answers
 
 
 def _status_error(status: int, headers: Mapping[str, str], body: bytes) -> APIStatusError:

@@ -138,6 +138,16 @@ async def run(
         EvolinkError: The last attempt's error, as it was.
     """
     started = clock.now()
+    try:
+        return await call()
+    except EvolinkError as exc:
+        failures = [exc]
+
+    async def attempt() -> T:
+        # tenacity is shown the first failure, not the many first attempts that succeed.
+        if failures:
+            raise failures.pop()
+        return await call()
 
     def wanted(error: BaseException) -> bool:
         return isinstance(error, EvolinkError) and again(error)
@@ -169,7 +179,7 @@ async def run(
         before_sleep=announce,
         reraise=True,
     )
-    return await attempts(call)
+    return await attempts(attempt)
 
 
 def _error(state: RetryCallState) -> BaseException | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 import warnings
 from collections.abc import (
     AsyncGenerator,
@@ -103,6 +104,8 @@ class Stats:
         ids_read: Tasks those reads asked for.
         retries: Submits and single calls tried again.
         cool_downs: Times the API asked the session for patience.
+        typical: Learned median duration of a generation in seconds, by endpoint and model,
+            e.g. ``"/v1/images/generations wan2.5-text-to-image"``.
     """
 
     running: int = 0
@@ -112,6 +115,7 @@ class Stats:
     ids_read: int = 0
     retries: int = 0
     cool_downs: int = 0
+    typical: Mapping[str, float] = field(factory=dict, hash=False)
 
 
 class Session:
@@ -224,9 +228,9 @@ class Session:
             self._transport,
             clock=self._clock,
             policy=self._poll,
-            retry_wait=self._retry.wait_after,
-            closed_until=lambda: self._gate.closed_until,
+            ready_at=self._gate.ready_at,
             max_reads=seats,
+            wall=time.time if isinstance(self._clock, LoopClock) else None,
         )
         self._loop = loop
 
@@ -299,7 +303,7 @@ class Session:
 
     def __repr__(self) -> str:
         state = "closed" if self._closing else "open" if self._loop is not None else "not opened"
-        running = len(self._watcher.watches) if self._loop is not None else 0
+        running = self._watcher.running if self._loop is not None else 0
         return f"<Session {self._base_url} {state}, {running} running>"
 
     def __reduce__(self) -> str:
@@ -643,13 +647,14 @@ class Session:
             return Stats()
         counters = self._transport.counters
         return Stats(
-            running=len(self._watcher.watches),
+            running=self._watcher.running,
             waiting=self._waiting,
             submits=counters.submits,
             reads=counters.reads,
             ids_read=counters.ids_read,
             retries=counters.retries,
             cool_downs=self._gate.cool_downs,
+            typical=self._watcher.typical,
         )
 
 

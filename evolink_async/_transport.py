@@ -6,6 +6,7 @@ Imported when a session opens, because aiohttp is slow to import and ``--help`` 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Self, TypeVar
 
@@ -40,6 +41,8 @@ _SUBMIT_KEEP_ALIVE: Final = 2.0
 """Seconds a submit's connection may idle: a server that closes it under a POST leaves the
 outcome unknown, and aiohttp (rightly) does not resend a POST."""
 _READ_KEEP_ALIVE: Final = 15.0
+_BATCH_REST: Final = 300.0
+"""Seconds a batch endpoint that refuses is left alone."""
 
 
 @frozen
@@ -141,7 +144,7 @@ class Transport:
         self._read_http = http or self._client(_READ_KEEP_ALIVE)
         self.closing = False
         self.counters = Counters()
-        self.read_limit = 1
+        self._no_batch_until = -math.inf
 
     def _client(self, keep_alive: float) -> aiohttp.ClientSession:
         # limit=0: the gate is the limit; aiohttp's pool must never queue (see Gate).
@@ -151,6 +154,11 @@ class Transport:
         )
         self._own.append(client)
         return client
+
+    def renew(self) -> None:
+        """Read on new connections from now on: those at hand may be dead."""
+        if self._own:
+            self._read_http = self._client(_READ_KEEP_ALIVE)
 
     async def aclose(self) -> None:
         """Close what we opened."""
@@ -242,18 +250,32 @@ class Transport:
         return APIConnectionError(f"{stage} {self._base_url} ({kind}): {why}", sent=not never_sent)
 
     def _decipher(self, answer: Answer, model: str = "") -> Any:
-        """The answer's JSON, its effect on the gate noted; errors carry no key."""
+        """The JSON of a successful answer.
+
+        Raises:
+            EvolinkError: It is an error, or not JSON.
+        """
+        self._check_status(answer, model)
+        return protocol.decipher(answer.status, answer.headers, answer.body)
+
+    def _check_status(self, answer: Answer, model: str = "") -> None:
+        """Note what an answer means for those to come.
+
+        Raises:
+            APIStatusError: It is an error.
+        """
+        if 200 <= answer.status < 300:
+            self._gate.succeeded(sent_at=answer.sent_at, model=model)
+            self._budget.give()
+            return
         try:
-            value = protocol.decipher(answer.status, answer.headers, answer.body)
+            protocol.decipher(answer.status, answer.headers, answer.body)
         except APIStatusError as exc:
             if retry.is_throttle(exc):
                 self._gate.cool_down(exc, sent_at=answer.sent_at, model=model)
             else:  # no success, but no request for patience either
                 self._gate.succeeded(sent_at=answer.sent_at)
             raise
-        self._gate.succeeded(sent_at=answer.sent_at, model=model)
-        self._budget.give()
-        return value
 
     def _known_headers(self, response: aiohttp.ClientResponse) -> dict[str, str]:
         """The headers that mean something to us; a server may echo our own in any."""
@@ -320,30 +342,57 @@ class Transport:
 
     # -- reads ----------------------------------------------------------------------------
 
+    @property
+    def read_limit(self) -> int:
+        """Tasks one reading can ask for: one where the batch endpoint is not to be had."""
+        return 1 if self._clock.now() < self._no_batch_until else protocol.BATCH_LIMIT
+
     async def fetch(self, ids: tuple[str, ...]) -> Reading:
         """Read tasks once. Never raises for an id: what went wrong is its answer."""
-        (task_id,) = ids
+        single = len(ids) == 1
         await self._gate.enter()
         sent_at = self._clock.now()
-        found: TaskSnapshot | EvolinkError
+        answers: Mapping[str, TaskSnapshot | EvolinkError | None]
         try:
             self.counters.reads += 1
-            self.counters.ids_read += 1
-            answer = await self._exchange("GET", protocol.task_path(task_id))
+            self.counters.ids_read += len(ids)
+            answer = await (self._get_one(ids[0]) if single else self._get_many(ids))
             sent_at = answer.sent_at
-            found = TaskSnapshot.from_json(self._decipher(answer), body=answer.body)
-            if found.id != task_id:
-                found = InvalidResponseError(f"asked for task {task_id}, got {found.id}")
+            self._check_status(answer)
+            if single:
+                answers = {ids[0]: protocol.read_task(answer.body, ids[0])}
+            else:
+                answers = protocol.read_tasks(answer.body, ids)
         except EvolinkError as exc:
-            found = exc
+            answers = dict.fromkeys(ids, exc if single else self._batch_failed(exc))
         finally:
             self._gate.leave()
         return Reading(
-            sent_at=sent_at,
-            received_at=self._clock.now(),
-            answers={task_id: found},
-            single=True,
+            sent_at=sent_at, received_at=self._clock.now(), answers=answers, single=single
         )
+
+    async def _get_one(self, task_id: str) -> Answer:
+        return await self._exchange("GET", protocol.task_path(task_id))
+
+    async def _get_many(self, ids: tuple[str, ...]) -> Answer:
+        body = protocol.encode({"task_ids": ids})
+        return await self._exchange("POST", protocol.BATCH_PATH, body=body)
+
+    def _batch_failed(self, error: EvolinkError) -> EvolinkError | None:
+        """What a failed batch read says of each task: None, read it singly, if it says nothing.
+
+        The endpoint is undocumented: what is not there stays away, what refuses or talks
+        nonsense is left alone for a while.
+        """
+        status = error.status if isinstance(error, APIStatusError) else None
+        unavailable = status in {404, 405, 501}
+        refused = isinstance(error, InvalidResponseError) or not protocol.rule_of(error)[0]
+        if not unavailable and not refused:
+            return error
+        rest = math.inf if unavailable else _BATCH_REST
+        self._no_batch_until = self._clock.now() + rest
+        logger.info("reading tasks one by one for %s s: %s", rest, error)
+        return None
 
     async def get(self, path: str, params: Mapping[str, str] | None = None) -> Any:
         """Read anything else, trying again as the policy says."""
@@ -360,6 +409,12 @@ class Transport:
         return await self._retrying(
             attempt, lambda exc: not self.closing and protocol.rule_of(exc)[0]
         )
+
+    def wait_after(self, failures: int, error: EvolinkError) -> float:
+        """Seconds until a task whose read failed so often in a row is read again."""
+        if self._budget.take(error):
+            return self._policy.wait_after(failures)
+        return self._policy.wait_max
 
     async def _retrying(
         self, attempt: Callable[[], Awaitable[T]], again: Callable[[EvolinkError], bool]

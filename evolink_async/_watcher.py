@@ -10,17 +10,19 @@ import asyncio
 import heapq
 import itertools
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
-from attrs import define, field
+from attrs import define
 
-from evolink_async._clock import Clock
-from evolink_async._models import RUNNING, ImageRequest, RawRequest, TaskSnapshot
-from evolink_async._polling import PollPolicy
+from evolink_async._clock import Clock, LoopClock
+from evolink_async._models import RUNNING, TERMINAL, ImageRequest, RawRequest, TaskSnapshot
+from evolink_async._polling import Pacer, PollPolicy, Schedule
 from evolink_async._protocol import rule_of
 from evolink_async._text import printable
 from evolink_async.errors import (
+    APIConnectionError,
     APIStatusError,
     AuthenticationError,
     EvolinkError,
@@ -39,11 +41,20 @@ _STRIKE_GAP: Final = 5.0
 """Seconds that must lie between two refusals for the second to count."""
 _STRIKES: Final = 2
 _OTHER_STRIKES: Final = 3
+_SUSPENDED: Final = 30.0
+"""Seconds the time of day must run ahead of the clock to mean that the machine slept."""
+_ATTACHED: Final = "attached"
+"""The kind of tasks found by their id, of which nothing else is known."""
+_READING: Final = -1.0
+_ENDED: Final = -2.0
+"""In place of a due time: a read is in the air; nothing more will be read."""
 
 
 class _Reading(Protocol):
     @property
     def sent_at(self) -> float: ...
+    @property
+    def received_at(self) -> float: ...
     @property
     def answers(self) -> Mapping[str, TaskSnapshot | EvolinkError | None]: ...
     @property
@@ -56,6 +67,8 @@ class _Reader(Protocol):
     @property
     def read_limit(self) -> int: ...
     async def fetch(self, ids: tuple[str, ...]) -> _Reading: ...
+    def wait_after(self, failures: int, error: EvolinkError) -> float: ...
+    def renew(self) -> None: ...
 
 
 _Futures = list["asyncio.Future[None]"]
@@ -78,24 +91,47 @@ class Watch:
     id: str
     started: float
     deadline: float
+    schedule: Schedule
     request: ImageRequest | RawRequest | None = None
     idempotency_key: str | None = None
     snapshot: TaskSnapshot | None = None
-    estimate: float | None = None
     reason: EvolinkError | None = None
     on_end: Callable[[], None] | None = None
     ended: bool = False
-    reading: bool = False
+    # When it is looked at next, and has last been; both on the session's clock.
+    due: float = 0.0
+    looked: float = 0.0
+    looks: int = 0
     again: bool = False
-    when: float = 0.0
-    failures: int = 0
-    strikes: int = 0
-    struck_at: float = 0.0
-    struck_by: type[EvolinkError] | None = None
+    alone: bool = False
+    nudged: bool = False
+    calls_back: bool = False
+    trouble: Trouble | None = None
     waiters: _Futures | None = None
     listeners: _Futures | None = None
     lookers: _Futures | None = None
-    last_error: EvolinkError | None = field(default=None)
+
+    @property
+    def last_error(self) -> EvolinkError | None:
+        """Why the last read failed, None if it did not."""
+        return self.trouble.error if self.trouble is not None else None
+
+
+@define
+class Trouble:
+    """Failed reads of one task in a row.
+
+    Attributes:
+        error: The last one.
+        failures: How many.
+        strikes: How many of them were the same final refusal.
+        struck_at: When the first of these was.
+    """
+
+    error: EvolinkError
+    failures: int = 0
+    strikes: int = 0
+    struck_at: float = 0.0
 
 
 class Watcher:
@@ -107,9 +143,9 @@ class Watcher:
         *,
         clock: Clock,
         policy: PollPolicy,
-        retry_wait: Callable[[int], float],
-        closed_until: Callable[[], float],
+        ready_at: Callable[[], float],
         max_reads: int,
+        wall: Callable[[], float] | None = None,
     ) -> None:
         """A watcher on the running loop.
 
@@ -117,25 +153,32 @@ class Watcher:
             reader: Where tasks are read.
             clock: The session's clock.
             policy: When to look.
-            retry_wait: Seconds to wait after so many failed reads in a row.
-            closed_until: When the session-wide cool-down ends.
+            ready_at: When cool-down and rate allow the next request.
             max_reads: Readings in the air at once.
+            wall: The time of day in seconds, to notice that the machine was suspended;
+                None not to.
         """
         self._reader = reader
         self._clock = clock
         self._policy = policy
-        self._retry_wait = retry_wait
-        self._closed_until = closed_until
+        self._pacer = Pacer(policy)
+        self._ready_at = ready_at
         self._max_reads = max_reads
         self._live: dict[str, Watch] = {}
-        self._heap: list[_Entry] = []
+        # Due times: of tasks that share readings, and of those that must be read singly.
+        self._shared: list[_Entry] = []
+        self._single: list[_Entry] = []
         self._order = itertools.count()
         self._wake = asyncio.Event()
-        self._alarm: asyncio.Task[None] | None = None
-        self._alarm_at = float("inf")
+        self._alarm = Alarm(clock, self._wake.set, self._crash)
         self._loop: asyncio.Task[None] | None = None
-        self._readings: set[asyncio.Task[None]] = set()
+        # Readings in the air: what they ask for, and the first deadline among it.
+        self._readings: dict[asyncio.Task[None], tuple[list[Watch], float]] = {}
         self._unknown_words: set[str] = set()
+        self._wall = wall
+        self._drift = math.inf
+        self._resumed_at = -math.inf
+        self._fresh_start = False
 
     # -- what sessions and tasks ask -------------------------------------------------------
 
@@ -143,6 +186,16 @@ class Watcher:
     def watches(self) -> tuple[Watch, ...]:
         """What is watched now, oldest first."""
         return tuple(self._live.values())
+
+    @property
+    def running(self) -> int:
+        """How many tasks are watched now."""
+        return len(self._live)
+
+    @property
+    def typical(self) -> dict[str, float]:
+        """Learned median duration in seconds, by endpoint and model."""
+        return {str(key): seconds for key, seconds in self._pacer.typical.items()}
 
     def submitted(
         self,
@@ -158,21 +211,26 @@ class Watcher:
         if watch is not None:  # an idempotent repeat of a submit whose task is watched already
             on_end()
             return watch
+        schedule = self._pacer.model(f"{request.path} {request.model}", snapshot.estimated_time)
         watch = Watch(
             snapshot.id,
             started=started,
             deadline=self._deadline(started),
+            schedule=schedule,
             request=request,
             idempotency_key=idempotency_key,
             snapshot=snapshot,
-            estimate=snapshot.estimated_time,
             on_end=on_end,
+            looked=started,
+            calls_back=request.callback_url is not None,
         )
+        schedule.started()
         if snapshot.is_terminal:
             self._end(watch)
             return watch
         self._live[watch.id] = watch
-        self._schedule(watch, started + self._policy.next_age(0.0, watch.estimate))
+        price = self._price(watch, self._pacer.shared.price(len(self._live)))
+        self._queue(watch, started + schedule.next_age(0.0, price))
         self._start()
         return watch
 
@@ -181,9 +239,13 @@ class Watcher:
         watch = self._live.get(task_id)
         if watch is None:
             now = self._clock.now()
-            watch = Watch(task_id, started=now, deadline=self._deadline(now))
+            schedule = self._pacer.model(_ATTACHED)
+            watch = Watch(
+                task_id, started=now, deadline=self._deadline(now), schedule=schedule, looked=now
+            )
+            schedule.started()
             self._live[task_id] = watch
-            self._schedule(watch, now)
+            self._queue(watch, now)
             self._start()
         return watch
 
@@ -192,14 +254,15 @@ class Watcher:
         return self._live.get(task_id)
 
     def nudge(self, task_id: str) -> bool:
-        """Look at a task now; False if it is not watched."""
+        """Look at a task now, or its shortest interval after its last look.
+
+        Nudges of a task that come before that look are one. False if it is not watched.
+        """
         watch = self._live.get(task_id)
         if watch is None:
             return False
-        if watch.reading:
-            watch.again = True
-        else:
-            self._schedule(watch, self._clock.now())
+        watch.nudged = True
+        self._hurry(watch, watch.looked + self._policy.min_interval if watch.looks else 0.0)
         return True
 
     async def until_ended(self, watch: Watch) -> None:
@@ -215,52 +278,63 @@ class Watcher:
             await _wait_in(watch.listeners)
 
     async def look(self, watch: Watch) -> None:
-        """Read *watch* now and return once an answer to this read is in.
-
-        Raises:
-            EvolinkError: That read failed.
-        """
+        """Read *watch* now and return once an answer to this read is in."""
         if watch.ended:
             return
         watch.lookers = watch.lookers or []
-        self.nudge(watch.id)
+        self._hurry(watch, 0.0)
         await _wait_in(watch.lookers)
 
     async def stop(self, reason: Callable[[str], EvolinkError]) -> tuple[str, ...]:
         """End every watch with ``reason(task_id)``; returns the ids that were running."""
-        pending = [t for t in (self._loop, self._alarm, *self._readings) if t is not None]
+        pending = [task for task in (self._loop, *self._readings) if task is not None]
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
+        self._alarm.stop()
         running = tuple(self._live)
         for watch in self.watches:
             self._end(watch, reason(watch.id))
         return running
 
-    # -- the loop --------------------------------------------------------------------------
+    # -- due times -------------------------------------------------------------------------
 
     def _deadline(self, started: float) -> float:
         patience = self._policy.deadline
-        return float("inf") if patience is None else started + patience
+        return math.inf if patience is None else started + patience
 
-    def _schedule(self, watch: Watch, due: float) -> None:
+    def _price(self, watch: Watch, price: float) -> float:
+        """What a look at *watch* may cost: little where a callback will tell its end."""
+        return self._pacer.callbacks.price(price) if watch.calls_back else price
+
+    def _queue(self, watch: Watch, due: float) -> None:
         """Look at *watch* at *due*; once more shortly before the deadline, never after it."""
         if due >= watch.deadline:
             last = watch.deadline - self._policy.min_interval
-            due = last if last > self._clock.now() else watch.deadline
-        watch.when = due
-        if due == float("inf"):
-            return
-        heapq.heappush(self._heap, (due, next(self._order), watch))
-        if len(self._heap) > 2 * len(self._live) + 64:
-            self._compact()
-        if due < self._alarm_at:
+            due = last if last > max(watch.looked, self._clock.now()) else watch.deadline
+        watch.due = due
+        heap = self._single if watch.alone else self._shared
+        heapq.heappush(heap, (due, next(self._order), watch))
+        if due < self._alarm.at:
             self._wake.set()
+
+    def _hurry(self, watch: Watch, due: float) -> None:
+        """Look at *watch* at *due* at the latest, but after the read that is in the air."""
+        if watch.due == _READING:
+            watch.again = True
+        elif (due := max(due, self._clock.now())) < watch.due:
+            self._queue(watch, due)
+            if len(self._shared) + len(self._single) > 2 * len(self._live) + 64:
+                self._compact()
 
     def _compact(self) -> None:
         """Drop the entries of ended and moved watches, which would keep them in memory."""
-        self._heap = [entry for entry in self._heap if not _is_stale(entry)]
-        heapq.heapify(self._heap)
+        self._shared = [entry for entry in self._shared if entry[0] == entry[2].due]
+        self._single = [entry for entry in self._single if entry[0] == entry[2].due]
+        heapq.heapify(self._shared)
+        heapq.heapify(self._single)
+
+    # -- the loop --------------------------------------------------------------------------
 
     def _start(self) -> None:
         if self._loop is None:
@@ -271,92 +345,140 @@ class Watcher:
         while True:
             self._wake.clear()
             now = self._clock.now()
-            at = self._next_due()
-            if at <= now:
-                self._start_reading(now)
-            else:
-                self._set_alarm(at)
+            self._notice_resume(now)
+            at = self._next_event()
+            if at > now:
+                self._alarm.set(at)
                 await self._wake.wait()
+                continue
+            self._give_up_late(now)
+            if self._may_read(now) and (batch := self._take(now)):
+                task = asyncio.get_running_loop().create_task(self._read(batch))
+                self._readings[task] = batch, min(watch.deadline for watch in batch)
+                task.add_done_callback(self._reading_ended)
 
-    def _next_due(self) -> float:
+    def _next_event(self) -> float:
         """When the loop has something to do, infinity if only others can say."""
-        while self._heap and _is_stale(self._heap[0]):
-            heapq.heappop(self._heap)
-        if not self._heap:
-            return float("inf")
-        due, _, watch = self._heap[0]
-        if due >= watch.deadline:
-            return watch.deadline
-        if len(self._readings) >= self._max_reads:
-            return float("inf")
-        return max(due, self._closed_until())
+        at = min((deadline for _, deadline in self._readings.values()), default=math.inf)
+        due = min(_first(self._shared), _first(self._single))
+        if len(self._readings) < self._max_reads:
+            return min(at, max(due, self._ready_at()))
+        return at
 
-    def _start_reading(self, now: float) -> None:
-        batch = self._take(now)
-        if not batch:
-            return
-        task = asyncio.get_running_loop().create_task(self._read(batch))
-        self._readings.add(task)
-        task.add_done_callback(self._reading_ended)
+    def _may_read(self, now: float) -> bool:
+        return len(self._readings) < self._max_reads and self._ready_at() <= now
+
+    def _give_up_late(self, now: float) -> None:
+        """End what is past its deadline, in the air or due."""
+        for task, (batch, deadline) in self._readings.items():
+            if deadline > now:
+                continue
+            for watch in batch:
+                if watch.deadline <= now and not watch.ended:
+                    self._give_up(watch)
+            waiting = (watch.deadline for watch in batch if not watch.ended)
+            self._readings[task] = batch, min(waiting, default=math.inf)
+        for heap in (self._shared, self._single):
+            while _first(heap) <= now and heap[0][2].deadline <= now:
+                self._give_up(heapq.heappop(heap)[2])
 
     def _take(self, now: float) -> list[Watch]:
-        """The tasks due earliest, at most as many as one reading can ask for."""
-        batch: list[Watch] = []
-        while self._heap and len(batch) < self._reader.read_limit:
-            entry = self._heap[0]
-            if not _is_stale(entry):
-                due, _, watch = entry
-                if due > now:
-                    break
-                if now >= watch.deadline:
-                    self._give_up(watch)
-                else:
-                    batch.append(watch)
-            heapq.heappop(self._heap)
+        """The tasks due earliest, due or not: as many as one reading can ask for."""
+        limit = self._reader.read_limit
+        single = _first(self._single)
+        if single <= now and single <= _first(self._shared):
+            batch = [heapq.heappop(self._single)[2]]
+        elif _first(self._shared) <= now:
+            batch = self._take_shared(now, limit)
+        else:
+            return []
         for watch in batch:
-            watch.reading = True
-            self._schedule(watch, watch.deadline)
+            watch.due = _READING
+        return batch
+
+    def _take_shared(self, now: float, limit: int) -> list[Watch]:
+        heap = self._shared
+        batch: list[Watch] = []
+        while len(batch) < limit and heap:
+            due, _, watch = heapq.heappop(heap)
+            if due == watch.due:
+                batch.append(watch)
+        shared = self._pacer.shared
+        shared.limit = limit
+        shared.saw_read(now, [(watch.looked, watch.due) for watch in batch])
         return batch
 
     async def _read(self, batch: list[Watch]) -> None:
-        reading = await self._reader.fetch(tuple(watch.id for watch in batch))
+        reading = await self._reader.fetch(tuple([watch.id for watch in batch]))
+        if self._fresh_start and any(
+            isinstance(answer, APIConnectionError) for answer in reading.answers.values()
+        ):
+            # The first read after the machine slept went out on a dead connection.
+            self._fresh_start = False
+            for watch in batch:
+                self._look_again(watch)
+            return
+        self._fresh_start = False
+        price = self._pacer.shared.price(len(self._live))
         for watch in batch:
             if not watch.ended:
-                self._apply(watch, reading)
+                self._apply(watch, reading, price)
 
-    def _apply(self, watch: Watch, reading: _Reading) -> None:
-        watch.reading = False
+    def _look_again(self, watch: Watch) -> None:
+        if not watch.ended:
+            self._queue(watch, self._clock.now())
+
+    def _apply(self, watch: Watch, reading: _Reading, price: float) -> None:
         answer = reading.answers.get(watch.id)
         if isinstance(answer, TaskSnapshot):
-            watch.last_error = None
-            self._store(watch, answer, reading.sent_at)
+            self._store(watch, answer, reading, price)
         elif answer is not None:
-            watch.last_error = answer
             self._failed(watch, answer, reading)
-        if not watch.ended and watch.again:
-            watch.again = False
-            self._schedule(watch, self._clock.now())
+        else:  # a batch answer left it out, which proves nothing
+            watch.alone = self._reader.read_limit > 1
+            self._look_again(watch)
             return
-        _wake_all(watch.lookers)
-        watch.lookers = None
+        if watch.again and not watch.ended:
+            watch.again = False
+            self._look_again(watch)
+        elif watch.lookers is not None:
+            _wake_all(watch.lookers)
+            watch.lookers = None
 
-    def _store(self, watch: Watch, snapshot: TaskSnapshot, sent_at: float) -> None:
+    def _store(self, watch: Watch, snapshot: TaskSnapshot, reading: _Reading, price: float) -> None:
         before, watch.snapshot = watch.snapshot, snapshot
-        watch.failures = watch.strikes = 0
-        if snapshot.is_terminal:
+        watch.trouble = None
+        # What was seen of tasks of unknown age, or across a suspension, teaches nothing.
+        instructive = watch.request is not None and watch.looked >= self._resumed_at
+        started = watch.started
+        if snapshot.status in TERMINAL:
+            if instructive:
+                watch.schedule.saw_end(
+                    watch.looked - started, reading.received_at - started, snapshot.duration
+                )
             self._end(watch)
             return
+        age = reading.sent_at - started
+        if instructive:
+            watch.schedule.saw_running(watch.looked - started, age)
+        watch.looked = reading.sent_at
+        watch.looks += 1
+        watch.nudged = False
+        if watch.calls_back:
+            price = self._pacer.callbacks.price(price)
+        due = max(reading.received_at, started + watch.schedule.next_age(age, price, watch.looks))
+        self._queue(watch, due)
         if snapshot.status not in RUNNING:
             self._log_unknown(snapshot.status)
-        if watch.estimate is None:
-            watch.estimate = snapshot.estimated_time
-        logger.debug(
-            "task %s is %s at %s %%", watch.id, printable(snapshot.status, 60), snapshot.progress
-        )
-        self._schedule(
-            watch, watch.started + self._policy.next_age(sent_at - watch.started, watch.estimate)
-        )
-        if (
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug(
+                "task %s is %s at %s %%, next look in %.2f s",
+                watch.id,
+                printable(snapshot.status, 60),
+                snapshot.progress,
+                due - reading.received_at,
+            )
+        if watch.listeners is not None and (
             before is None
             or before.status != snapshot.status
             or before.progress != snapshot.progress
@@ -369,36 +491,32 @@ class Watcher:
             self._unknown_words.add(status)
             logger.warning("unknown task status %s: treated as running", printable(status, 60))
 
+    def _notice_resume(self, now: float) -> None:
+        """Notice that the machine was suspended: the time of day ran ahead of the clock."""
+        if self._wall is None:
+            return
+        drift = self._wall() - now
+        if drift > self._drift + _SUSPENDED:
+            logger.warning("the machine was suspended for about %.0f s", drift - self._drift)
+            self._resumed_at = now
+            self._fresh_start = True
+            self._reader.renew()
+        self._drift = drift
+
     # -- failed reads ----------------------------------------------------------------------
 
     def _failed(self, watch: Watch, error: EvolinkError, reading: _Reading) -> None:
         """A failed read is no information; only a repeated, final refusal ends the watch."""
         now = self._clock.now()
-        if reading.single and self._strike(watch, error, now):
+        trouble = watch.trouble = watch.trouble or Trouble(error)
+        trouble.failures += 1
+        if reading.single and _strike(watch, trouble, error, now):
             self._end(watch, error)
             return
-        watch.failures += 1
-        wait = self._retry_wait(watch.failures)
-        logger.debug("reading task %s failed, again in %.1f s: %s", watch.id, wait, error)
-        self._schedule(watch, now + max(wait, self._policy.min_interval))
-
-    def _strike(self, watch: Watch, error: EvolinkError, now: float) -> bool:
-        """Note a refusal; True if it was the last that was needed."""
-        final = isinstance(error, APIStatusError) and error.from_api and not rule_of(error)[0]
-        if not final:
-            return False
-        kind = type(error)
-        missing = isinstance(error, NotFoundError)
-        if missing and watch.request is not None and now - watch.started < _REPLICA_LAG:
-            return False
-        if kind is not watch.struck_by or watch.strikes == 0:
-            watch.struck_by, watch.strikes, watch.struck_at = kind, 1, now
-            return False
-        if missing and now - watch.struck_at < _STRIKE_GAP:
-            return False
-        watch.strikes += 1
-        few = isinstance(error, NotFoundError | AuthenticationError | PermissionDeniedError)
-        return watch.strikes >= (_STRIKES if few else _OTHER_STRIKES)
+        trouble.error = error
+        wait = max(self._reader.wait_after(trouble.failures, error), self._policy.min_interval)
+        logger.debug("reading task %s failed, again in %.2f s: %s", watch.id, wait, error)
+        self._queue(watch, now + wait)
 
     # -- ends ------------------------------------------------------------------------------
 
@@ -416,11 +534,13 @@ class Watcher:
         )
 
     def _end(self, watch: Watch, reason: EvolinkError | None = None) -> None:
-        watch.ended, watch.reason = True, reason
+        watch.ended, watch.reason, watch.due = True, reason, _ENDED
+        watch.schedule.left()
         if self._live.get(watch.id) is watch:
             del self._live[watch.id]
-        if watch.snapshot is not None and reason is None:
-            logger.debug("task %s ended: %s", watch.id, watch.snapshot.status)
+        if reason is None:
+            self._count_callback(watch)
+            logger.debug("task %s ended", watch.id)
         for futures in (watch.waiters, watch.listeners, watch.lookers):
             _wake_all(futures)
         watch.waiters = watch.listeners = watch.lookers = None
@@ -428,19 +548,26 @@ class Watcher:
             watch.on_end()
             watch.on_end = None
 
+    def _count_callback(self, watch: Watch) -> None:
+        """Learn whether the ends of tasks are told by callbacks or found by looking."""
+        if watch.nudged:
+            self._pacer.callbacks.saw_callback()
+        elif watch.calls_back:
+            self._pacer.callbacks.saw_missed()
+
     def _reading_ended(self, task: asyncio.Task[None]) -> None:
-        self._readings.discard(task)
+        del self._readings[task]
         self._wake.set()
-        self._check(task)
+        if not task.cancelled() and (crash := task.exception()) is not None:
+            self._crash(crash)
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
         self._loop = None
-        self._check(task)
+        if not task.cancelled() and (crash := task.exception()) is not None:
+            self._crash(crash)
 
-    def _check(self, task: asyncio.Task[None]) -> None:
+    def _crash(self, crash: BaseException) -> None:
         """An unexpected error reaches every waiter: it must not die silently."""
-        if task.cancelled() or (crash := task.exception()) is None:
-            return
         logger.error("the watcher failed", exc_info=crash)
         for watch in self.watches:
             reason = EvolinkError(
@@ -450,21 +577,84 @@ class Watcher:
             reason.__cause__ = crash
             self._end(watch, reason)
 
-    # -- the alarm -------------------------------------------------------------------------
 
-    def _set_alarm(self, at: float) -> None:
-        if self._alarm is not None and not self._alarm.done():
-            if self._alarm_at <= at:
-                return  # rings early at worst, and the loop looks again
-            self._alarm.cancel()
-        self._alarm_at = at
-        if at != float("inf"):
-            self._alarm = asyncio.get_running_loop().create_task(self._ring(at))
-            self._alarm.add_done_callback(self._check)
+class Alarm:
+    """Calls back at a time that may be moved; one at a time.
 
-    async def _ring(self, at: float) -> None:
+    Attributes:
+        at: When it is set for, infinity if it is not.
+    """
+
+    def __init__(
+        self, clock: Clock, ring: Callable[[], None], crash: Callable[[BaseException], None]
+    ) -> None:
+        """An alarm that is not set; *crash* hears of a clock that fails."""
+        self._clock = clock
+        self._ring = ring
+        self._crash = crash
+        self._sleeper: asyncio.Task[None] | asyncio.TimerHandle | None = None
+        self.at = math.inf
+
+    def set(self, at: float) -> None:
+        """Ring at *at*, or earlier where it was set to: who rings too early is set again."""
+        if self._sleeper is not None and self.at <= at:
+            return
+        self.stop()
+        self.at = at
+        if at == math.inf:
+            return
+        loop = asyncio.get_running_loop()
+        if isinstance(self._clock, LoopClock):  # the same, cheaper
+            self._sleeper = loop.call_later(at - self._clock.now(), self._rung)
+        else:
+            self._sleeper = loop.create_task(self._sleep(at))
+            self._sleeper.add_done_callback(self._woke)
+
+    def stop(self) -> None:
+        """Do not ring."""
+        if self._sleeper is not None:
+            self._sleeper.cancel()
+        self._sleeper = None
+        self.at = math.inf
+
+    async def _sleep(self, at: float) -> None:
         await self._clock.sleep_until(at)
-        self._wake.set()
+
+    def _woke(self, sleeper: asyncio.Task[None]) -> None:
+        if sleeper.cancelled() or sleeper is not self._sleeper:
+            return
+        if (crash := sleeper.exception()) is not None:
+            self._crash(crash)
+        self._rung()
+
+    def _rung(self) -> None:
+        self._sleeper = None
+        self.at = math.inf
+        self._ring()
+
+
+def _first(heap: list[_Entry]) -> float:
+    """When the first entry that still counts is due; entries before it are dropped."""
+    while heap and heap[0][0] != heap[0][2].due:
+        heapq.heappop(heap)
+    return heap[0][0] if heap else math.inf
+
+
+def _strike(watch: Watch, trouble: Trouble, error: EvolinkError, now: float) -> bool:
+    """Note a final refusal of a single read; True if it was the last that was needed."""
+    if not isinstance(error, APIStatusError) or not error.from_api or rule_of(error)[0]:
+        return False
+    missing = isinstance(error, NotFoundError)
+    if missing and watch.request is not None and now - watch.started < _REPLICA_LAG:
+        return False
+    if type(error) is not type(trouble.error) or trouble.strikes == 0:
+        trouble.strikes, trouble.struck_at = 1, now
+        return False
+    if missing and now - trouble.struck_at < _STRIKE_GAP:
+        return False
+    trouble.strikes += 1
+    few = isinstance(error, NotFoundError | AuthenticationError | PermissionDeniedError)
+    return trouble.strikes >= (_STRIKES if few else _OTHER_STRIKES)
 
 
 async def _wait_in(futures: _Futures) -> None:
@@ -482,9 +672,3 @@ def _wake_all(futures: _Futures | None) -> None:
     for future in futures or ():
         if not future.done():
             future.set_result(None)
-
-
-def _is_stale(entry: _Entry) -> bool:
-    """True for a heap entry whose watch has ended or has been given another time."""
-    due, _, watch = entry
-    return watch.ended or due != watch.when

@@ -64,6 +64,7 @@ class Reader:
     gate: asyncio.Event | None = None
     in_air: int = 0
     peak: int = 0
+    renewed: int = 0
 
     async def fetch(self, ids: tuple[str, ...]) -> Reading:
         now = self.clock.now()
@@ -83,6 +84,12 @@ class Reader:
             answers={task_id: self.say(task_id) for task_id in ids},
             single=len(ids) == 1,
         )
+
+    def wait_after(self, failures: int, error: EvolinkError) -> float:
+        return RetryPolicy(wait_jitter=0).wait_after(failures)
+
+    def renew(self) -> None:
+        self.renewed += 1
 
     def ages(self, start: float) -> list[float]:
         return [when - start for when, _ in self.asked]
@@ -106,8 +113,7 @@ async def make(reader: Reader, clock: ManualClock) -> AsyncIterator[Make]:
             reader,
             clock=clock,
             policy=PollPolicy(**policy),
-            retry_wait=RetryPolicy(wait_jitter=0).wait_after,
-            closed_until=lambda: reader_closed_until[0],
+            ready_at=lambda: reader_closed_until[0],
             max_reads=4,
         )
         made.append(watcher)
@@ -431,4 +437,4 @@ async def test_ended_watches_are_forgotten(make: Make, reader: Reader, clock: Ma
     del watch
     gc.collect()
     assert sum(ghost() is not None for ghost in ghosts) <= 65
-    assert len(watcher._heap) <= 65
+    assert len(watcher._shared) <= 65

@@ -1,0 +1,461 @@
+"""Many tasks, few reads: shared readings, their fallbacks, patience, rate and push."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import tenacity
+from hostile import HostileServer, Received, Wire, answer, error, http, snapshot
+
+from evolink_async import (
+    APIConnectionError,
+    ConfigurationError,
+    EvolinkError,
+    NotFoundError,
+    PollPolicy,
+    RetryPolicy,
+    Session,
+    TaskSnapshot,
+    TaskTimeoutError,
+    Timeout,
+)
+from evolink_async._protocol import read_tasks
+from evolink_async._watcher import Watcher
+from evolink_async.emulator import Emulator, ManualClock, faults
+
+
+def connect(emulator: Emulator, **settings: Any) -> Session:
+    settings.setdefault("clock", emulator.clock)
+    return Session(emulator.api_key, base_url=emulator.base_url, **settings)
+
+
+@pytest.fixture
+async def crowd(clock: ManualClock) -> AsyncIterator[Emulator]:
+    """An emulator for many tasks of about 25 s."""
+    async with Emulator(
+        clock=clock, duration=(15, 40), pictures="tiny", credits=100_000
+    ) as emulator:
+        yield emulator
+
+
+async def test_many_tasks_share_reads(crowd: Emulator) -> None:
+    """Five hundred tasks at once cost less than a read each, and are noticed within seconds."""
+    async with connect(crowd, max_in_flight=500) as session:
+        tasks = await asyncio.gather(*(session.submit(f"lake {i}") for i in range(500)))
+        noticed = {}
+
+        async def wait(task: Any) -> None:
+            await task
+            noticed[task.id] = crowd.clock.now()
+
+        await asyncio.gather(*map(wait, tasks))
+        assert session.stats.reads < 500
+        assert session.stats.ids_read > 10 * session.stats.reads
+        (kind,) = session.stats.typical
+        assert kind == "/v1/images/generations wan2.5-text-to-image"
+        assert 15 < session.stats.typical[kind] < 40
+    delays = [noticed[record.id] - record.ends_at for record in crowd.books.tasks()]
+    assert min(delays) >= 0
+    assert sum(delays) / len(delays) < 1.0
+    assert max(len(r.task_ids) for r in crowd.books.requests("batch")) == 50
+
+
+async def test_one_task_alone_is_read_singly(crowd: Emulator) -> None:
+    """There is nothing to share: the documented endpoint is enough."""
+    async with connect(crowd) as session:
+        await session.generate("A lake")
+    assert crowd.books.requests("batch") == ()
+    assert crowd.books.requests("read")
+
+
+async def test_without_the_batch_endpoint(clock: ManualClock) -> None:
+    """A server that does not have it is read singly for good, at the cost of lone tasks."""
+    async with Emulator(
+        clock=clock, duration=(15, 40), pictures="tiny", without=("batch",), credits=1000
+    ) as emulator:
+        async with connect(emulator, max_in_flight=100) as session:
+            await asyncio.gather(*(session.generate(f"lake {i}") for i in range(100)))
+            reads = len(emulator.books.requests("read"))
+        # The simulated cost of one task alone is about five reads.
+        assert reads < 800
+        unknown = [r for r in emulator.books.requests() if r.path == "/v1/tasks/batch"]
+        assert 1 <= len(unknown) <= 16
+        assert len(emulator.books.tasks(status="completed")) == 100
+
+
+@pytest.mark.parametrize("status", [400, 403, 413])
+async def test_a_batch_endpoint_that_refuses_is_left_alone_for_a_while(
+    crowd: Emulator, status: int
+) -> None:
+    """After another refusal tasks are read singly, and the endpoint is tried again later."""
+    crowd.faults.add(faults.Status(status, route="batch", times=1))
+    async with connect(crowd, max_in_flight=20) as session:
+        await asyncio.gather(*(session.generate(f"lake {i}") for i in range(20)))
+        assert len(crowd.books.requests("batch")) == 1
+        await crowd.clock.sleep_until(crowd.clock.now() + 400)
+        await asyncio.gather(*(session.generate(f"pond {i}") for i in range(20)))
+        assert len(crowd.books.requests("batch")) > 1
+
+
+async def test_nonsense_from_the_batch_endpoint_does_no_harm(crowd: Emulator) -> None:
+    """A 200 that is no list of tasks means single reads."""
+    crowd.faults.add(faults.Garbled("<html>", route="batch"))
+    async with connect(crowd, max_in_flight=20) as session:
+        await asyncio.gather(*(session.generate(f"lake {i}") for i in range(20)))
+    assert len(crowd.books.tasks(status="completed")) == 20
+
+
+async def test_order_duplicates_and_strangers_do_no_harm(clock: ManualClock) -> None:
+    """A batch answer is read by id: another order, repeats and other tasks change nothing."""
+    served = Counter[str]()
+
+    async def shuffled(request: Received, wire: Wire) -> None:
+        if request.method == "GET":
+            ids = [request.path.rsplit("/", 1)[1]]
+        else:
+            ids = request.json["task_ids"]
+        served.update(ids)
+        tasks = [
+            snapshot(id=i, status="completed" if served[i] > 3 else "processing")
+            for i in reversed(ids)
+        ]
+        if request.method == "GET":
+            await wire.send(http(200, json.dumps(tasks[0]).encode()))
+            return
+        strangers: list[Any] = [snapshot(id="task-of-a-stranger", status="failed"), None, 5, []]
+        data = [*strangers, *tasks, *tasks]
+        await wire.send(http(200, json.dumps({"more": 1, "data": data}).encode()))
+
+    async with HostileServer(script=[], reads=[shuffled]) as server:
+        server.script = [answer(200, snapshot(id=f"task-{i:04}")) for i in range(12)]
+        server.script.append(answer(500, b""))
+        async with Session("k" * 20, base_url=server.base_url, clock=clock) as session:
+            tasks = [await session.submit(f"lake {i}") for i in range(12)]
+            results = await asyncio.gather(*tasks)
+    assert sorted(r.task_id for r in results) == [f"task-{i:04}" for i in range(12)]
+    assert any(r.path == "/v1/tasks/batch" for r in server.received)
+
+
+async def test_ids_missing_from_a_batch_answer_are_read_singly(clock: ManualClock) -> None:
+    """Being left out of a batch answer proves nothing: the documented read decides."""
+    reads = Counter[str]()
+    hidden = "task-0003"
+
+    async def leave_out(request: Received, wire: Wire) -> None:
+        if request.method == "GET":
+            task_id = request.path.rsplit("/", 1)[1]
+            reads[task_id] += 1
+            status = "completed" if reads[task_id] > 2 else "processing"
+            await wire.send(http(200, json.dumps(snapshot(id=task_id, status=status)).encode()))
+            return
+        reads["batch"] += 1
+        status = "completed" if reads["batch"] > 5 else "processing"
+        data = [snapshot(id=i, status=status) for i in request.json["task_ids"] if i != hidden]
+        await wire.send(http(200, json.dumps({"data": data}).encode()))
+
+    async with HostileServer(reads=[leave_out]) as server:
+        server.script = [answer(200, snapshot(id=f"task-{i:04}")) for i in range(6)]
+        server.script.append(answer(500, b""))
+        async with Session("k" * 20, base_url=server.base_url, clock=clock) as session:
+            tasks = [await session.submit(f"lake {i}") for i in range(6)]
+            await asyncio.gather(*tasks)
+    assert reads[hidden] == 3
+    asked = [r.json["task_ids"] for r in server.received if r.path == "/v1/tasks/batch"]
+    assert sum(hidden in ids for ids in asked) == 1
+
+
+async def test_an_unknown_id_among_many(crowd: Emulator) -> None:
+    """An id the API does not know ends with NotFoundError, the others with their pictures."""
+    async with connect(crowd, max_in_flight=10) as session:
+        tasks = [await session.submit(f"lake {i}") for i in range(10)]
+        waiter = asyncio.create_task(session.task("task-that-never-was").wait())
+        await asyncio.gather(*tasks)
+        with pytest.raises(NotFoundError):
+            await waiter
+    assert len(crowd.books.requests("read", task="task-that-never-was")) >= 2
+
+
+async def test_strange_tasks_among_many_are_not_noticed_by_the_others(crowd: Emulator) -> None:
+    """One id that is gone, one that never ends, garbage between: 497 others end in time."""
+    crowd.faults.add(faults.TaskVanishes(prompt="gone"))
+    crowd.faults.add(faults.TaskHangs(prompt="endless"))
+    policy = PollPolicy(deadline=200)
+    async with connect(crowd, max_in_flight=500, poll=policy) as session:
+        strange = [await session.submit(p) for p in ("gone", "endless")]
+        crowd.faults.add(faults.Garbled("garbage", route="read", task=strange[0].id, times=5))
+        others = await asyncio.gather(*(session.submit(f"lake {i}") for i in range(497)))
+        start = crowd.clock.now()
+        await asyncio.gather(*others)
+        assert crowd.clock.now() - start < 60
+        with pytest.raises(EvolinkError):
+            await strange[0]
+        with pytest.raises(TaskTimeoutError):
+            await strange[1]
+        assert session.stats.reads < 1.2 * 500
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b'{"data": null}',
+        b'{"data": {}}',
+        b'{"data": [' + b"[" * 100_000,
+        b'{"tasks": []}',
+        b"\xff\xfe",
+        b'{"data": [1, 2',
+    ],
+)
+def test_a_batch_answer_that_is_none(body: bytes) -> None:
+    """Anything but an object with a list named data is one error of ours."""
+    with pytest.raises(EvolinkError):
+        read_tasks(body, ("task-1234",))
+
+
+def test_a_batch_answer_task_by_task() -> None:
+    """Each task is what a single read would have given; a broken one breaks only itself."""
+    tasks: list[Any] = [
+        snapshot(id="task-good", progress=40),
+        snapshot(id="task-done", status="completed", results=["https://example.com/1.png"]),
+        snapshot(id="task-bad1", status=None),
+        snapshot(id="task-good", progress=99),
+        snapshot(id="task-odd1", progress="half", status="upscaling"),
+    ]
+    body = json.dumps({"data": tasks}).encode()
+    ids = ("task-good", "task-done", "task-bad1", "task-odd1", "task-gone")
+    read = read_tasks(body, ids)
+    assert list(read) == list(ids)
+    for place, task_id in ((0, "task-good"), (1, "task-done"), (4, "task-odd1")):
+        found = read[task_id]
+        assert isinstance(found, TaskSnapshot)
+        assert found == TaskSnapshot.from_json(tasks[place])
+        assert found.raw == tasks[place]
+        assert json.loads(found.body) == tasks[place]
+    assert isinstance(read["task-bad1"], EvolinkError)
+    assert read["task-gone"] is None
+    padded = json.dumps({"data": tasks, "padding": "x" * 100_000}).encode()
+    assert read_tasks(padded, ids)["task-good"] == read["task-good"]
+
+
+# -- patience ----------------------------------------------------------------------------------
+
+
+async def test_a_cool_down_is_everybodys(crowd: Emulator) -> None:
+    """After a 429 the server sees nothing but what was in the air, and no herd afterwards."""
+    async with connect(crowd, max_in_flight=300) as session:
+        tasks = await asyncio.gather(*(session.submit(f"lake {i}") for i in range(200)))
+        start = crowd.clock.now()
+        crowd.faults.add(faults.Status(429, route="batch", retry_after=60, nth=3))
+        submits = [asyncio.create_task(session.submit(f"pond {i}")) for i in range(100)]
+        await asyncio.gather(*tasks, *submits)
+        await asyncio.gather(*session.tasks)
+        assert session.stats.cool_downs == 1
+    records = crowd.books.requests()
+    refused = next(r for r in records if r.status == 429)
+    assert refused.time >= start
+    during = [r for r in records if refused.time < r.time < refused.time + 60]
+    assert len(during) <= 16
+    after = [r.time for r in records if r.time >= refused.time + 60]
+    assert after[0] - refused.time <= 67
+    first_second = [t for t in after if t < after[0] + 0.5]
+    assert len(first_second) < 60
+
+
+async def test_an_outage_is_not_answered_with_a_storm(crowd: Emulator) -> None:
+    """A server answering 503 for a minute sees at most the seats and a probe per cool-down."""
+    async with connect(crowd, max_in_flight=1000) as session:
+        await asyncio.gather(*(session.submit(f"lake {i}") for i in range(1000)))
+        start = crowd.clock.now()
+        crowd.faults.add(faults.Outage(start - crowd.clock.now(), 60, status=503))
+        await asyncio.gather(*session.tasks)
+        assert all(task.done() for task in session.tasks)
+    seen = [r for r in crowd.books.requests() if r.status == 503]
+    # 16 seats, then one probe after 1, 2, 4, 8, 16 and 32 s.
+    assert 1 <= len(seen) <= 16 + 7
+
+
+async def test_the_request_rate_is_kept(crowd: Emulator) -> None:
+    """Never more than the bucket and its refill in any stretch of time."""
+    rate = 5.0
+    async with connect(crowd, max_in_flight=200, max_requests_per_second=rate) as session:
+        await asyncio.gather(*(session.generate(f"lake {i}") for i in range(100)))
+    times = [r.time for r in crowd.books.requests() if r.route != "result"]
+    for i, first in enumerate(times):
+        for j in range(i, min(i + 60, len(times))):
+            assert j - i + 1 <= rate + rate * (times[j] - first) + 1e-6
+
+
+async def test_a_retry_budget_slows_failing_reads(clock: ManualClock) -> None:
+    """With the budget spent, failed reads wait as long as any retry waits."""
+    async with HostileServer(script=[answer(200, snapshot())], reads=[error(500)]) as server:
+        retry = RetryPolicy(budget=10, wait_initial=0.1, wait_jitter=0)
+        async with Session("k" * 20, base_url=server.base_url, clock=clock, retry=retry) as session:
+            task = await session.submit("A lake")
+            start = clock.now()
+            with pytest.raises(TaskTimeoutError):
+                await task.wait(timeout=200)
+    assert start
+    reads = [r for r in server.received if r.method == "GET"]
+    assert 5 <= len(reads) <= 12
+
+
+# -- plain policies ----------------------------------------------------------------------------
+
+
+async def test_plain_backoff(crowd: Emulator) -> None:
+    """A tenacity wait strategy decides alone when to look."""
+    async with connect(crowd, poll=PollPolicy(wait=tenacity.wait_fixed(3))) as session:
+        task = await session.submit("A lake")
+        start = crowd.clock.now()
+        await task
+    times = [r.time - start for r in crowd.books.requests("read")]
+    assert times[0] == pytest.approx(3, abs=0.01)
+    assert all(b - a == pytest.approx(3, abs=0.01) for a, b in pairwise(times))
+
+
+def test_wait_strategies_that_need_an_outcome_are_refused() -> None:
+    """There is no outcome to look at between two looks: refused at once."""
+    with pytest.raises(ConfigurationError, match="wait"):
+        PollPolicy(wait=tenacity.wait_exception(lambda _: 1.0))
+
+
+# -- callbacks and nudges ----------------------------------------------------------------------
+
+
+async def test_tasks_with_callbacks_are_hardly_looked_at(crowd: Emulator) -> None:
+    """While nudges tell every end, a task costs its confirming read and little else."""
+    async with connect(crowd, callback="https://example.com/hook") as session:
+        total = 0
+        for i in range(30):
+            task = await session.submit(f"lake {i}")
+            record = crowd.books.task(task.id)
+            await crowd.clock.sleep_until(record.ends_at)
+            session._watcher.nudge(task.id)
+            before = crowd.clock.now()
+            await task
+            assert crowd.clock.now() - before < 0.3
+            total += len(crowd.books.requests("read", task=task.id))
+    assert total <= 1.5 * 30
+
+
+async def test_lost_callbacks_degrade_to_plain_polling(crowd: Emulator) -> None:
+    """When no callback ever comes, the looks soon are as frequent as without."""
+    async with connect(crowd, callback="https://example.com/hook") as session:
+        delays = []
+        for i in range(20):
+            task = await session.submit(f"lake {i}")
+            await task
+            delays.append(crowd.clock.now() - crowd.books.task(task.id).ends_at)
+    assert sum(delays[-10:]) / 10 < 6
+
+
+async def test_nudges_coalesce(crowd: Emulator) -> None:
+    """A thousand nudges of a running task are one read per shortest interval."""
+    async with connect(crowd, poll=PollPolicy(min_interval=1)) as session:
+        task = await session.submit("A lake")
+        start = crowd.clock.now()
+        for _ in range(10):
+            for _ in range(100):
+                assert session._watcher.nudge(task.id)
+            await crowd.clock.sleep_until(crowd.clock.now() + 0.5)
+        reads = len(crowd.books.requests("read"))
+        assert 1 <= reads <= crowd.clock.now() - start + 1
+        await task
+        assert not session._watcher.nudge(task.id)
+
+
+# -- a machine that sleeps ---------------------------------------------------------------------
+
+
+async def test_a_suspended_machine(clock: ManualClock, caplog: pytest.LogCaptureFixture) -> None:
+    """After a suspension the first failed read is retried at once, and nothing is learned of it."""
+    ahead = 0.0
+    asked: list[float] = []
+    failing = False
+
+    class Reader:
+        read_limit = 1
+        renewed = 0
+
+        async def fetch(self, ids: tuple[str, ...]) -> Any:
+            asked.append(clock.now())
+            with clock.hold():
+                await asyncio.sleep(0)
+            nonlocal failing
+            found: Any = TaskSnapshot.from_json(
+                snapshot(id=ids[0], status="completed" if len(asked) > 4 else "processing")
+            )
+            if failing:
+                failing, found = False, APIConnectionError("dead", sent=True)
+            return type(
+                "Reading",
+                (),
+                {
+                    "sent_at": asked[-1],
+                    "received_at": clock.now(),
+                    "answers": {ids[0]: found},
+                    "single": True,
+                },
+            )
+
+        def wait_after(self, failures: int, error: EvolinkError) -> float:
+            raise AssertionError((failures, error))
+
+        def renew(self) -> None:
+            self.renewed += 1
+
+    reader = Reader()
+    watcher = Watcher(
+        reader,
+        clock=clock,
+        policy=PollPolicy(min_interval=1, max_interval=10),
+        ready_at=lambda: 0.0,
+        max_reads=4,
+        wall=lambda: clock.now() + ahead,
+    )
+    watch = watcher.attach("task-1234")
+    await watcher.until_changed(watch)
+    ahead, failing = 3600.0, True
+    await watcher.until_ended(watch)
+    assert reader.renewed == 1
+    assert "suspended for about 3600 s" in caplog.text
+    gaps = [b - a for a, b in pairwise(asked)]
+    assert gaps.count(0.0) == 1
+    await watcher.stop(EvolinkError)
+
+
+async def test_reads_use_new_connections_after_a_suspension(crowd: Emulator) -> None:
+    """Connections from before the machine slept are not used again."""
+    async with connect(crowd, timeout=Timeout()) as session:
+        await session.credits()
+        old = session._transport._read_http
+        session._transport.renew()
+        await session.credits()
+        assert session._transport._read_http is not old
+    assert old.closed
+
+
+# -- why is it not looking? --------------------------------------------------------------------
+
+
+async def test_debug_logs_say_when_it_looks_next(
+    crowd: Emulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At DEBUG each look is logged with the time of the next, each failure with its reason."""
+    caplog.set_level(logging.DEBUG, logger="evolink_async")
+    crowd.faults.add(faults.Status(500, route="read", nth=2))
+    async with connect(crowd) as session:
+        task = await session.submit("A lake")
+        await task
+    assert f"task {task.id} is processing" in caplog.text
+    assert "next look in" in caplog.text
+    assert "again in" in caplog.text
