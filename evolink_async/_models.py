@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, Self
 
@@ -30,6 +31,7 @@ __all__ = [
     "Credits",
     "GenerationResult",
     "ImageRequest",
+    "Page",
     "RawRequest",
     "TaskSnapshot",
     "TaskSummary",
@@ -461,6 +463,41 @@ def _respelled(body: bytes | str) -> str:
     return json.dumps(json.loads(body))
 
 
+class Page:
+    """A batch answer's body, kept once for all of its tasks.
+
+    With many tasks running the bodies are most of what they hold: beyond `_ROOM` bytes of
+    them in this process, new ones are kept compressed.
+    """
+
+    __slots__ = ("_body", "_packed")
+    _plain = 0
+
+    def __init__(self, body: bytes) -> None:
+        self._packed = Page._plain > _ROOM
+        self._body = zlib.compress(body, 1) if self._packed else body
+        if not self._packed:
+            Page._plain += len(body)
+
+    def __del__(self) -> None:
+        if not self._packed:
+            Page._plain -= len(self._body)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Page, (self._text(),)
+
+    def _text(self) -> bytes:
+        return zlib.decompress(self._body) if self._packed else self._body
+
+    def task(self, place: int) -> dict[str, Any]:
+        """The task at *place* of the answer's ``data``, parsed anew."""
+        task: dict[str, Any] = json.loads(self._text())["data"][place]
+        return task
+
+
+_ROOM: Final = 1 << 20
+
+
 @frozen
 class TaskSnapshot:
     """One look at a task. The answer's body is kept as bytes and parsed on access.
@@ -477,7 +514,7 @@ class TaskSnapshot:
     id: str
     status: str = field(kw_only=True)
     progress: int | None = field(default=None, kw_only=True)
-    _text: bytes | str | tuple[bytes, int] = field(
+    _text: bytes | str | tuple[Page, int] = field(
         kw_only=True, repr=False, alias="body", eq=lambda text: _respelled(_cut_out(text))
     )
 
@@ -512,15 +549,18 @@ class TaskSnapshot:
         return cls(task_id, status=word, progress=_percent(value.get("progress")), body=body)
 
     @classmethod
-    def from_page(cls, value: dict[str, Any], page: bytes | None, place: int) -> TaskSnapshot:
-        """Read a task object of a batch answer, whose id has been checked.
+    def from_page(
+        cls, task_id: str, value: dict[str, Any], page: Page | None, place: int
+    ) -> TaskSnapshot:
+        """Read a task object of a batch answer, whose id is known to be *task_id*.
 
         Thousands are read a second, most of them never looked at: the whole answer is kept
         for all of its tasks, and cut up only for who asks.
 
         Args:
+            task_id: Its id.
             value: The parsed object.
-            page: The whole answer's body; None if each task is to keep its own.
+            page: The whole answer; None if each task is to keep its own text.
             place: The object's place in the answer's ``data``.
 
         Raises:
@@ -530,8 +570,8 @@ class TaskSnapshot:
         if page is None or type(word) is not str or not word or word in TERMINAL:
             return cls.from_json(value)
         snapshot: TaskSnapshot = _blank(cls)
-        _set_id(snapshot, value["id"])
-        _set_status(snapshot, word)
+        _set_id(snapshot, task_id)
+        _set_status(snapshot, _WORDS.get(word, word))
         _set_progress(snapshot, _percent(value.get("progress")))
         _set_text(snapshot, (page, place))
         return snapshot
@@ -549,9 +589,7 @@ class TaskSnapshot:
     def raw(self) -> dict[str, Any]:
         """The task object as the API sent it, parsed anew on each access."""
         text = self._text
-        raw: dict[str, Any] = (
-            json.loads(text[0])["data"][text[1]] if type(text) is tuple else json.loads(text)  # type: ignore[arg-type]  # no tuple here
-        )
+        raw: dict[str, Any] = text[0].task(text[1]) if isinstance(text, tuple) else json.loads(text)
         return raw
 
     @property
@@ -614,6 +652,9 @@ class TaskSnapshot:
         return _text(_object(self.raw.get("error")).get("message"))
 
 
+_WORDS: Final = {word: word for word in (*RUNNING, *TERMINAL)}
+"""One string per status, where each answer brings its own."""
+
 # What the frozen class's own constructor does, without its detour through Python.
 _blank: Any = object.__new__
 _set_id, _set_status, _set_progress, _set_text = (
@@ -629,9 +670,9 @@ def _percent(progress: object) -> int | None:
     return progress if 0 <= progress <= 100 else None
 
 
-def _cut_out(text: bytes | str | tuple[bytes, int]) -> bytes | str:
+def _cut_out(text: bytes | str | tuple[Page, int]) -> bytes | str:
     """One task's own text."""
-    return _dump(json.loads(text[0])["data"][text[1]]) if isinstance(text, tuple) else text
+    return _dump(text[0].task(text[1])) if isinstance(text, tuple) else text
 
 
 def _links_of(result_data: object) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from typing import Any, Final
 from attrs import frozen
 
 from evolink_async import errors
-from evolink_async._models import TaskSnapshot, load_json, parse_json
+from evolink_async._models import Page, TaskSnapshot, load_json, parse_json
 from evolink_async._text import printable, shown
 from evolink_async.errors import (
     APIConnectionError,
@@ -235,13 +235,14 @@ def read_tasks(body: bytes, ids: Collection[str]) -> dict[str, TaskSnapshot | Ev
     if type(data) is not list:
         raise InvalidResponseError("the batch answer has no list named data")
     answers: dict[str, TaskSnapshot | EvolinkError | None] = dict.fromkeys(ids)
-    page = body if len(body) <= _LONG_TASK * len(answers) else None
+    asked = dict(zip(ids, ids, strict=True))  # to keep one string per id, not one per answer
+    page = Page(body) if len(body) <= _LONG_TASK * len(answers) else None
     for place, task in enumerate(data):
         task_id = task.get("id") if type(task) is dict else None
         if type(task_id) is not str or answers.get(task_id, task) is not None:
             continue
         try:
-            answers[task_id] = TaskSnapshot.from_page(task, page, place)
+            answers[task_id] = TaskSnapshot.from_page(asked[task_id], task, page, place)
         except InvalidResponseError as exc:
             answers[task_id] = exc
     return answers

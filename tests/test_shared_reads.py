@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
+import pickle
 from collections import Counter
 from collections.abc import AsyncIterator
 from itertools import pairwise
@@ -26,6 +28,7 @@ from evolink_async import (
     TaskTimeoutError,
     Timeout,
 )
+from evolink_async._models import Page
 from evolink_async._protocol import read_tasks
 from evolink_async._watcher import Watcher
 from evolink_async.emulator import Emulator, ManualClock, faults
@@ -244,6 +247,23 @@ def test_a_batch_answer_task_by_task() -> None:
     assert read["task-gone"] is None
     padded = json.dumps({"data": tasks, "padding": "x" * 100_000}).encode()
     assert read_tasks(padded, ids)["task-good"] == read["task-good"]
+
+
+def test_many_pages_are_kept_compressed() -> None:
+    """Beyond a megabyte of batch answers, new ones take a fraction, and read the same."""
+    tasks = [snapshot(id=f"task-{k:04}", progress=k) for k in range(50)]
+    body = json.dumps({"data": tasks}).encode()
+    pages = [Page(body) for _ in range(2 * (1 << 20) // len(body))]
+    sizes = [len(page._body) for page in pages]
+    assert sizes[0] == len(body)
+    assert sizes[-1] < len(body) / 5
+    assert pages[0].task(7) == pages[-1].task(7) == tasks[7]
+    assert pickle.loads(pickle.dumps(pages[-1])).task(7) == tasks[7]  # noqa: S301 - made here
+    ids = [str(task["id"]) for task in tasks]
+    assert read_tasks(body, ids)["task-0007"] == TaskSnapshot.from_json(tasks[7])
+    del pages
+    gc.collect()
+    assert len(Page(body)._body) == len(body)
 
 
 # -- patience ----------------------------------------------------------------------------------
