@@ -137,7 +137,8 @@ def test_defaults_are_those_of_the_code(setting: str, default: str) -> None:
         "Timeout": Timeout,
     }
     value = inspect.signature(owners[owner]).parameters[name].default
-    assert f"{value:g}" == default if not isinstance(value, bool) else str(value) == default
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    assert (f"{value:g}" if number else str(value)) == default
 
 
 def test_every_default_is_in_the_table() -> None:
