@@ -1,0 +1,897 @@
+"""The memory of a batch: an SQLite file beside its pictures. Knows no HTTP.
+
+One thread owns the connection; the event loop never waits for a disk. Each change of an
+item's state is one ``await`` that returns once the change is on disk; changes that wait at
+the same time share one commit, and so one flush.
+
+The states of an item, in the order of a life without trouble::
+
+    queued -> submitting -> submitted -> completed -> saved
+                  |             |            |
+              uncertain      failed       failed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, Self, TypeVar
+
+from attrs import define, field, frozen
+
+from evolink_async.errors import LedgerError
+
+__all__ = [
+    "LEDGER",
+    "Counts",
+    "Entry",
+    "File",
+    "Invalid",
+    "Item",
+    "Ledger",
+    "Loaded",
+    "migrate",
+]
+
+T = TypeVar("T")
+
+LEDGER: Final = "ledger.sqlite3"
+_LOCK: Final = "ledger.lock"
+_RESERVE: Final = "ledger.reserve"
+_RESERVED: Final = 1 << 20
+"""Bytes kept for the ledger: on a full disk, what was paid for can still be recorded."""
+_PATIENCE: Final = (0.0, 0.1, 0.3, 0.6)
+"""Seconds to wait for room: a download that fills the disk removes what it wrote."""
+_APPLICATION: Final = 0x45764C6B
+"""SQLite's ``application_id`` of our files: "EvLk"."""
+_CHUNK: Final = 500
+"""Input lines per transaction while reading: bounds memory."""
+_GROUP: Final = 512
+"""Most changes that share one commit."""
+
+_CREATE: Final = """
+CREATE TABLE items (
+    number INTEGER PRIMARY KEY,
+    identity TEXT NOT NULL UNIQUE,
+    user_id TEXT,
+    digest TEXT NOT NULL,
+    line INTEGER NOT NULL,
+    wanted INTEGER NOT NULL DEFAULT 1,
+    request TEXT NOT NULL,
+    metadata TEXT,
+    model TEXT NOT NULL,
+    pictures INTEGER NOT NULL,
+    state TEXT NOT NULL DEFAULT 'queued',
+    idempotency_key TEXT,
+    task_id TEXT,
+    snapshot TEXT,
+    stem TEXT,
+    code TEXT,
+    message TEXT,
+    retryable INTEGER NOT NULL DEFAULT 0,
+    credits_reserved REAL,
+    credits_used REAL,
+    credits_before REAL NOT NULL DEFAULT 0,
+    queued_at REAL NOT NULL,
+    submitting_at REAL,
+    submitted_at REAL,
+    completed_at REAL,
+    saved_at REAL,
+    ended_at REAL
+);
+CREATE INDEX items_by_state ON items (state, line, number);
+CREATE INDEX items_by_line ON items (line, number);
+CREATE UNIQUE INDEX items_by_stem ON items (stem COLLATE NOCASE) WHERE stem IS NOT NULL;
+CREATE TABLE files (
+    item INTEGER NOT NULL REFERENCES items (number),
+    position INTEGER NOT NULL,
+    name TEXT NOT NULL,
+    sha256 TEXT NOT NULL,
+    bytes INTEGER NOT NULL,
+    PRIMARY KEY (item, position)
+) WITHOUT ROWID;
+CREATE TABLE incoming (
+    line INTEGER PRIMARY KEY,
+    user_id TEXT,
+    digest TEXT NOT NULL,
+    request TEXT NOT NULL,
+    metadata TEXT,
+    model TEXT NOT NULL,
+    pictures INTEGER NOT NULL
+);
+CREATE TABLE invalid (line INTEGER PRIMARY KEY, reason TEXT NOT NULL);
+"""
+_STEPS: Final = (_CREATE,)
+"""Step k makes format k+1 of format k; a ledger's ``user_version`` is its format."""
+
+
+@frozen(kw_only=True)
+class Entry:
+    """One good line of the input.
+
+    Attributes:
+        line: Its number, from 1.
+        user_id: The id the user gave it, if any.
+        digest: A hash of the request it makes.
+        request: The request, as JSON.
+        metadata: What else the line holds, as JSON; None for nothing.
+        model: What the price depends on.
+        pictures: How many results are ordered.
+    """
+
+    line: int
+    user_id: str | None
+    digest: str
+    request: str
+    metadata: str | None
+    model: str
+    pictures: int
+
+
+@frozen
+class Invalid:
+    """One bad line of the input: its number, from 1, and what is wrong with it."""
+
+    line: int
+    reason: str
+
+
+@frozen(kw_only=True)
+class Loaded:
+    """What reading the input came to: numbers of lines."""
+
+    valid: int
+    invalid: int
+
+
+@frozen(kw_only=True)
+class File:
+    """A saved result: its name in the folder, SHA-256 in hexadecimal, size in bytes."""
+
+    name: str
+    sha256: str
+    bytes: int
+
+
+@frozen(kw_only=True)
+class Item:
+    """One item as the ledger has it; see the columns of the table for the times."""
+
+    number: int
+    identity: str
+    user_id: str | None
+    line: int
+    wanted: bool
+    request: Mapping[str, Any] = field(hash=False)
+    metadata: Mapping[str, Any] = field(hash=False)
+    model: str
+    pictures: int
+    state: str
+    idempotency_key: str | None = None
+    task_id: str | None = None
+    snapshot: Mapping[str, Any] | None = field(default=None, hash=False)
+    stem: str | None = None
+    code: str | None = None
+    message: str | None = None
+    retryable: bool = False
+    credits_reserved: float | None = None
+    credits_used: float | None = None
+    times: Mapping[str, float] = field(factory=dict, hash=False)
+    files: tuple[File, ...] = ()
+
+
+@frozen(kw_only=True)
+class Counts:
+    """The whole ledger in numbers.
+
+    Attributes:
+        states: Items by state; those that have left the input count once paid for.
+        pictures: Results ordered by items not submitted yet, by model.
+        spent: Credits charged, or reserved and not yet settled, over all runs.
+        prices: Highest price of one result seen, by model.
+        doubtful: Results ordered by uncertain items, by model: they may have been charged.
+        retryable: Failed items that may be retried.
+        expired: Failed items whose results were lost by waiting too long.
+    """
+
+    states: Mapping[str, int] = field(hash=False)
+    pictures: Mapping[str, int] = field(hash=False)
+    spent: float
+    prices: Mapping[str, float] = field(hash=False)
+    doubtful: Mapping[str, int] = field(hash=False)
+    retryable: int
+    expired: int
+
+
+_COLUMNS: Final = (
+    "number, identity, user_id, line, wanted, request, metadata, model, pictures, state, "
+    "idempotency_key, task_id, snapshot, stem, code, message, retryable, credits_reserved, "
+    "credits_used, queued_at, submitting_at, submitted_at, completed_at, saved_at, ended_at"
+)
+_TIMES: Final = ("queued", "submitting", "submitted", "completed", "saved", "ended")
+_RELEVANT: Final = "(wanted = 1 OR state NOT IN ('queued', 'failed'))"
+"""An item whose line is gone counts only if it has cost, or may have cost, something."""
+
+
+# ---------------------------------------------------------------------------------------------
+# The thread
+
+
+@define(eq=False)
+class _Job:
+    """Something to do with the connection, and whom to tell."""
+
+    work: Callable[[sqlite3.Connection], Any]
+    done: asyncio.Future[Any]
+    alone: bool = False
+    result: Any = None
+    error: BaseException | None = None
+
+
+@define(eq=False)
+class _Worker:
+    """The thread that owns the connection."""
+
+    _path: Path
+    _jobs: queue.SimpleQueue[_Job | None] = field(factory=queue.SimpleQueue, init=False)
+    _thread: threading.Thread | None = field(default=None, init=False)
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="evolink-ledger", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, work: Callable[[sqlite3.Connection], T], *, alone: bool = False
+    ) -> asyncio.Future[T]:
+        """Have *work* done: in a transaction shared with others, or *alone* without one."""
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._jobs.put(_Job(work, done, alone))
+        return done
+
+    def leave(self) -> None:
+        """End the thread when it next can; nobody waits for it."""
+        self._thread = None
+        self._jobs.put(None)
+
+    async def stop(self) -> None:
+        """Do what is waiting, then end the thread."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._jobs.put(None)
+            # Not to_thread: a cancelled caller must not leave the file open behind it.
+            await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, thread.join))
+
+    def _run(self) -> None:
+        lock: sqlite3.Connection | None = None
+        connection: sqlite3.Connection | None = None
+        opened = False
+        while (job := self._jobs.get()) is not None:
+            group = [job] if job.alone else self._group(job)
+            try:
+                if not opened:
+                    lock = _lock(self._path)
+                    connection = _connect(self._path)
+                    opened = True
+                    _reserve(self._path)
+                if connection is not None:
+                    _do_with_room(connection, group, self._path)
+            except BaseException as exc:  # noqa: BLE001 - it belongs to whoever waits
+                for each in group:
+                    each.error = _ours(exc, self._path)
+            _tell(group)
+        if opened:
+            with contextlib.suppress(OSError):
+                self._path.with_name(_RESERVE).unlink(missing_ok=True)
+        for opened_one in (connection, lock):
+            if opened_one is not None:
+                with contextlib.suppress(sqlite3.Error):
+                    opened_one.close()
+
+    def _group(self, first: _Job) -> list[_Job]:
+        """*first* and what else is waiting now, up to something that must be done alone."""
+        group = [first]
+        while len(group) < _GROUP:
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                break
+            if job is None or job.alone:
+                self._jobs.put(job)  # nobody queues behind it: its caller waits for the rest
+                break
+            group.append(job)
+        return group
+
+
+def _do(connection: sqlite3.Connection, group: Sequence[_Job]) -> None:
+    """Do the jobs of *group* in one transaction: all of it, or nothing."""
+    if group[0].alone:
+        group[0].result = group[0].work(connection)
+        return
+    with _transaction(connection):
+        for job in group:
+            job.result = job.work(connection)
+
+
+def _do_with_room(connection: sqlite3.Connection, group: Sequence[_Job], path: Path) -> None:
+    """`_do`; if the disk is full, once more in the room kept for that."""
+    for pause in _PATIENCE:
+        try:
+            _do(connection, group)
+        except sqlite3.OperationalError as exc:
+            full = getattr(exc, "sqlite_errorname", "").startswith("SQLITE_FULL")
+            if not full or group[0].alone:
+                raise
+            path.with_name(_RESERVE).unlink(missing_ok=True)
+            time.sleep(pause)
+        else:
+            return
+    _do(connection, group)
+
+
+def _reserve(path: Path) -> None:
+    """Take the room that is to be kept; a disk without it is found out soon enough."""
+    reserve = path.with_name(_RESERVE)
+    with contextlib.suppress(OSError):
+        if not reserve.exists() or reserve.stat().st_size != _RESERVED:
+            reserve.write_bytes(bytes(_RESERVED))
+
+
+@contextlib.contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("BEGIN")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def _tell(group: Sequence[_Job]) -> None:
+    """Wake those who wait, all with one call into their loop."""
+    with contextlib.suppress(RuntimeError):  # their loop is closed: nobody waits any more
+        group[0].done.get_loop().call_soon_threadsafe(_settle, group)
+
+
+def _settle(group: Sequence[_Job]) -> None:
+    for job in group:
+        if job.done.cancelled():
+            continue
+        if job.error is not None:
+            job.done.set_exception(job.error)
+        else:
+            job.done.set_result(job.result)
+
+
+def _ours(exc: BaseException, path: Path) -> BaseException:
+    if not isinstance(exc, sqlite3.Error):
+        return exc
+    error = LedgerError(f"the ledger {path} cannot be used: {exc}{_advice(exc)}", path=path)
+    error.__cause__ = exc
+    return error
+
+
+def _advice(exc: sqlite3.Error) -> str:
+    name = getattr(exc, "sqlite_errorname", "")
+    known = {
+        "SQLITE_FULL": "; make room on the disk and run the same command again",
+        "SQLITE_NOTADB": "; it is not a ledger, choose another folder",
+        "SQLITE_CORRUPT": "; restore it from a copy, or choose another folder",
+        "SQLITE_READONLY": "; make it writable",
+        "SQLITE_CANTOPEN": "; make the folder writable, or choose another one",
+        "SQLITE_BUSY": "; another program is writing to it",
+    }
+    return next((text for start, text in known.items() if name.startswith(start)), "")
+
+
+# ---------------------------------------------------------------------------------------------
+# Opening
+
+
+def _lock(path: Path) -> sqlite3.Connection:
+    """Hold the folder for this process; the system lets go when the process ends, however.
+
+    SQLite's own file locks, of an empty database, are the lock that works everywhere. The
+    ledger itself stays readable for others.
+    """
+    lock = sqlite3.connect(path.with_name(_LOCK), timeout=0, isolation_level=None)
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as exc:
+        lock.close()
+        if getattr(exc, "sqlite_errorname", "").startswith("SQLITE_BUSY"):
+            raise LedgerError(
+                f"the ledger {path} is in use by another process; wait until it has finished, "
+                "or stop it",
+                path=path,
+            ) from exc
+        raise
+    return lock
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=10, isolation_level=None)
+    try:
+        _check_format(connection, path)
+        connection.executescript(
+            # The two for macOS, whose ordinary flush stops at the drive's cache.
+            "PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON;"
+            "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;"
+            "PRAGMA journal_size_limit = 16777216; PRAGMA foreign_keys = ON;"
+        )
+        migrate(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _check_format(connection: sqlite3.Connection, path: Path) -> None:
+    version = _pragma(connection, "user_version")
+    foreign = version and _pragma(connection, "application_id") != _APPLICATION
+    tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    if foreign or (tables and not version):
+        raise LedgerError(f"{path} is not a ledger; choose another folder", path=path)
+    if version > len(_STEPS):
+        raise LedgerError(
+            f"the ledger {path} has format {version}, this version of evolink-async knows "
+            f"formats up to {len(_STEPS)}; upgrade evolink-async",
+            path=path,
+        )
+
+
+def migrate(connection: sqlite3.Connection, steps: Sequence[str] = _STEPS) -> None:
+    """Bring a ledger from its format to that of *steps*, each step whole or not at all."""
+    for version in range(_pragma(connection, "user_version"), len(steps)):
+        try:
+            connection.executescript(
+                f"BEGIN; {steps[version]}; PRAGMA application_id = {_APPLICATION};"
+                f"PRAGMA user_version = {version + 1}; COMMIT;"
+            )
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+
+def _pragma(connection: sqlite3.Connection, name: str) -> int:
+    return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+# ---------------------------------------------------------------------------------------------
+# The ledger
+
+
+@define(eq=False)
+class Ledger:
+    """An open ledger; one at a time in the world. Use it as ``async with Ledger(folder)``."""
+
+    path: Path
+    _worker: _Worker = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._worker = _Worker(self.path)
+
+    async def __aenter__(self) -> Self:
+        """Open it, making or migrating it if need be.
+
+        What a process that is gone left in state ``submitting`` becomes ``uncertain``.
+
+        Raises:
+            LedgerError: It is in use, of a newer format, damaged, or cannot be written.
+        """
+        self._worker.start()
+        try:
+            await self._do(_disown)
+        except BaseException:
+            await self._worker.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._worker.stop()
+
+    async def _do(self, work: Callable[[sqlite3.Connection], T], *, alone: bool = False) -> T:
+        return await self._worker.submit(work, alone=alone)
+
+    # -- the input -------------------------------------------------------------------------
+
+    async def load(self, lines: Iterable[Entry | Invalid], *, skip_invalid: bool) -> Loaded:
+        """Make *lines* the input of this batch, if all are good or bad ones may be skipped.
+
+        *lines* is iterated in the ledger's thread. Items are recognised by their user's id,
+        or by their request and how many equal ones stand above them; known ones keep their
+        state, the rest is queued.
+
+        Raises:
+            LedgerError: It cannot be written.
+        """
+        abandoned = threading.Event()
+        work = partial(_load, lines=_unless(abandoned, lines), skip_invalid=skip_invalid)
+        try:
+            return await self._do(work, alone=True)
+        except asyncio.CancelledError:
+            # The thread may be waiting for a line that never comes, as from a terminal.
+            abandoned.set()
+            self._worker.leave()
+            raise
+
+    async def invalid(self, after: int = 0, limit: int = 500) -> tuple[Invalid, ...]:
+        """The bad lines of the input last read, from behind line *after* on."""
+        sql = "SELECT line, reason FROM invalid WHERE line > ? ORDER BY line LIMIT ?"
+        return await self._do(
+            lambda connection: tuple(
+                Invalid(*row) for row in connection.execute(sql, (after, limit))
+            )
+        )
+
+    # -- looking ---------------------------------------------------------------------------
+
+    async def page(
+        self, *states: str, after: tuple[int, int] = (0, 0), limit: int = 64
+    ) -> tuple[Item, ...]:
+        """Items in one of *states* (of any, if none is named), in the order of the input.
+
+        Queued and failed items whose line is gone are left out.
+
+        Args:
+            *states: Which.
+            after: ``(line, number)`` of the last item already seen.
+            limit: At most so many.
+        """
+        return await self._do(lambda connection: _page(connection, states, after, limit))
+
+    async def counts(self) -> Counts:
+        """The whole ledger in numbers."""
+        return await self._do(_counts)
+
+    # -- changes ---------------------------------------------------------------------------
+
+    async def submitting(self, number: int, key: str) -> None:
+        """Its POST may leave from now on, under this idempotency key."""
+        await self._change(
+            "UPDATE items SET state = 'submitting', idempotency_key = ?, submitting_at = ?, "
+            "code = NULL, message = NULL, retryable = 0 WHERE number = ?",
+            (key, time.time(), number),
+        )
+
+    async def queued(self, number: int) -> None:
+        """Nothing of it has been accepted: it may be submitted anew, under a new key."""
+        await self._change(_QUEUED, (time.time(), number))
+
+    async def uncertain(self, number: int, *, key: str | None, message: str) -> None:
+        """Its submit may have been accepted; nobody knows its task."""
+        await self._change(
+            "UPDATE items SET state = 'uncertain', idempotency_key = coalesce(?, idempotency_key), "
+            "code = 'submit_uncertain', message = ?, ended_at = ? WHERE number = ?",
+            (key, message, time.time(), number),
+        )
+
+    async def submitted(
+        self, number: int, *, key: str | None, task_id: str, reserved: float | None
+    ) -> None:
+        """It was accepted as *task_id*."""
+        await self._change(
+            "UPDATE items SET state = 'submitted', idempotency_key = coalesce(?, idempotency_key), "
+            "task_id = ?, credits_reserved = ?, submitted_at = ? WHERE number = ?",
+            (key, task_id, reserved, time.time(), number),
+        )
+
+    async def completed(
+        self, number: int, *, snapshot: str, used: float | None, stems: Sequence[str]
+    ) -> str:
+        """Its results may be downloaded.
+
+        Returns:
+            The beginning of its files' names: the one it has, else the first of *stems*
+            that no other item has, in whatever case.
+        """
+        return await self._do(
+            lambda connection: _completed(connection, number, snapshot, used, stems)
+        )
+
+    async def saved(self, number: int, files: Sequence[File]) -> None:
+        """All its results are on disk."""
+        await self._do(lambda connection: _saved(connection, number, files))
+
+    async def damaged(self, number: int) -> None:
+        """Its files are not what was saved: they must be downloaded again."""
+        await self._change(
+            "UPDATE items SET state = 'completed', saved_at = NULL WHERE number = ?", (number,)
+        )
+
+    async def failed(
+        self,
+        number: int,
+        *,
+        code: str,
+        message: str,
+        retryable: bool = False,
+        used: float | None = None,
+    ) -> None:
+        """Nothing will come of it by itself."""
+        await self._change(
+            "UPDATE items SET state = 'failed', code = ?, message = ?, retryable = ?, "
+            "credits_used = coalesce(?, credits_used), ended_at = ? WHERE number = ?",
+            (code, message, retryable, used, time.time(), number),
+        )
+
+    async def requeue_failed(self, *, retryable: bool, codes: Sequence[str] = ()) -> int:
+        """Queue failed items of the input anew: the *retryable* ones, those with one of *codes*."""
+        return await self._do(lambda connection: _requeue_failed(connection, retryable, codes))
+
+    async def _change(self, sql: str, values: tuple[Any, ...]) -> None:
+        await self._do(lambda connection: _once(connection, sql, values))
+
+
+_QUEUED: Final = (
+    "UPDATE items SET state = 'queued', idempotency_key = NULL, task_id = NULL, snapshot = NULL, "
+    "code = NULL, message = NULL, retryable = 0, credits_before = credits_before + "
+    "coalesce(credits_used, 0), credits_reserved = NULL, credits_used = NULL, queued_at = ?, "
+    "submitting_at = NULL, submitted_at = NULL, completed_at = NULL, ended_at = NULL "
+    "WHERE number = ?"
+)
+"""What it has cost so far is kept apart: the ledger's sums stay whole."""
+
+
+def _once(connection: sqlite3.Connection, sql: str, values: tuple[Any, ...]) -> None:
+    if connection.execute(sql, values).rowcount != 1:  # pragma: no cover - numbers come from here
+        raise AssertionError(values)
+
+
+def _disown(connection: sqlite3.Connection) -> None:
+    connection.execute(
+        "UPDATE items SET state = 'uncertain', code = 'submit_uncertain', ended_at = ?, "
+        "message = 'the process ended while this was being submitted' WHERE state = 'submitting'",
+        (time.time(),),
+    )
+
+
+def _completed(
+    connection: sqlite3.Connection,
+    number: int,
+    snapshot: str,
+    used: float | None,
+    stems: Sequence[str],
+) -> str:
+    stem: str | None = connection.execute(
+        "SELECT stem FROM items WHERE number = ?", (number,)
+    ).fetchone()[0]
+    taken = "SELECT 1 FROM items WHERE stem = ? COLLATE NOCASE AND number != ?"
+    if stem is None:
+        free = (s for s in stems if connection.execute(taken, (s, number)).fetchone() is None)
+        stem = next(free, f"{stems[-1]}-{number}")
+    _once(
+        connection,
+        "UPDATE items SET state = 'completed', snapshot = ?, stem = ?, credits_used = ?, "
+        "completed_at = coalesce(completed_at, ?) WHERE number = ?",
+        (snapshot, stem, used, time.time(), number),
+    )
+    return stem
+
+
+def _saved(connection: sqlite3.Connection, number: int, files: Sequence[File]) -> None:
+    now = time.time()
+    _once(
+        connection,
+        "UPDATE items SET state = 'saved', code = NULL, message = NULL, saved_at = ?, "
+        "ended_at = ? WHERE number = ?",
+        (now, now, number),
+    )
+    connection.execute("DELETE FROM files WHERE item = ?", (number,))
+    connection.executemany(
+        "INSERT INTO files (item, position, name, sha256, bytes) VALUES (?, ?, ?, ?, ?)",
+        [(number, k, f.name, f.sha256, f.bytes) for k, f in enumerate(files, 1)],
+    )
+
+
+def _requeue_failed(connection: sqlite3.Connection, retryable: bool, codes: Sequence[str]) -> int:  # noqa: FBT001 - private
+    marks = ", ".join("?" * len(codes))
+    return connection.execute(
+        _QUEUED.replace(
+            "WHERE number = ?",
+            f"WHERE state = 'failed' AND wanted = 1 AND (retryable AND ? OR code IN ({marks}))",
+        ),
+        (time.time(), retryable, *codes),
+    ).rowcount
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading the input
+
+
+class _AbandonedError(Exception):
+    """Nobody wants the input any more."""
+
+
+def _unless(abandoned: threading.Event, lines: Iterable[T]) -> Iterator[T]:
+    for line in lines:
+        if abandoned.is_set():
+            raise _AbandonedError
+        yield line
+
+
+def _load(
+    connection: sqlite3.Connection,
+    *,
+    lines: Iterable[Entry | Invalid],
+    skip_invalid: bool,
+) -> Loaded:
+    with _transaction(connection):
+        connection.execute("DELETE FROM incoming")
+        connection.execute("DELETE FROM invalid")
+    iterator = iter(lines)
+    while chunk := list(islice(iterator, _CHUNK)):
+        with _transaction(connection):
+            _take(connection, chunk)
+    with _transaction(connection):
+        _find_conflicts(connection)
+    valid, invalid = (
+        connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]  # noqa: S608 - ours
+        for table in ("incoming", "invalid")
+    )
+    if skip_invalid or not invalid:
+        with _transaction(connection):
+            _merge(connection)
+    return Loaded(valid=valid, invalid=invalid)
+
+
+def _take(connection: sqlite3.Connection, chunk: Sequence[Entry | Invalid]) -> None:
+    connection.executemany(
+        "INSERT INTO incoming (line, user_id, digest, request, metadata, model, pictures) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?)",
+        [
+            (e.line, e.user_id, e.digest, e.request, e.metadata, e.model, e.pictures)
+            for e in chunk
+            if isinstance(e, Entry)
+        ],
+    )
+    connection.executemany(
+        "INSERT INTO invalid (line, reason) VALUES (?, ?)",
+        [(e.line, e.reason) for e in chunk if isinstance(e, Invalid)],
+    )
+
+
+def _find_conflicts(connection: sqlite3.Connection) -> None:
+    """Lines whose id is taken, above or by something already paid for, are bad ones."""
+    connection.execute(
+        """
+        INSERT INTO invalid
+        SELECT line, 'id: it is the id of line ' || first || ', too; each line needs its own'
+        FROM (SELECT line, min(line) OVER (PARTITION BY user_id) AS first
+              FROM incoming WHERE user_id IS NOT NULL)
+        WHERE line > first
+        """
+    )
+    connection.execute(
+        """
+        INSERT OR IGNORE INTO invalid
+        SELECT incoming.line, 'id: it is the id of an item that was already submitted with '
+            || 'another request; give the changed line a new id'
+        FROM incoming JOIN items ON items.identity = 'id:' || incoming.user_id
+        WHERE items.digest != incoming.digest AND items.state NOT IN ('queued', 'failed')
+        """
+    )
+    connection.execute("DELETE FROM incoming WHERE line IN (SELECT line FROM invalid)")
+
+
+def _merge(connection: sqlite3.Connection) -> None:
+    """Queue what is new, keep what is known, note what is gone."""
+    connection.execute("UPDATE items SET wanted = 0 WHERE wanted = 1")
+    connection.execute(
+        """
+        INSERT INTO items (identity, user_id, digest, line, request, metadata, model, pictures,
+                           queued_at)
+        SELECT CASE WHEN user_id IS NOT NULL THEN 'id:' || user_id
+                    ELSE 'sha256:' || digest || ':' || row_number() OVER
+                         (PARTITION BY user_id IS NULL, digest ORDER BY line) END,
+               user_id, digest, line, request, metadata, model, pictures, ?
+        FROM incoming WHERE true ORDER BY line
+        ON CONFLICT (identity) DO UPDATE SET
+            wanted = 1, line = excluded.line, metadata = excluded.metadata,
+            -- Only an item that was never paid for can get here with another request.
+            state = iif(digest = excluded.digest, state, 'queued'),
+            retryable = iif(digest = excluded.digest, retryable, 0),
+            code = iif(digest = excluded.digest, code, NULL),
+            message = iif(digest = excluded.digest, message, NULL),
+            request = excluded.request, model = excluded.model,
+            pictures = excluded.pictures, digest = excluded.digest
+        """,
+        (time.time(),),
+    )
+    connection.execute("DELETE FROM incoming")
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows
+
+
+def _page(
+    connection: sqlite3.Connection, states: Sequence[str], after: tuple[int, int], limit: int
+) -> tuple[Item, ...]:
+    among = f"state IN ({', '.join('?' * len(states))}) AND" if states else ""
+    rows = connection.execute(
+        f"SELECT {_COLUMNS} FROM items WHERE {among} (line, number) > (?, ?) AND {_RELEVANT} "  # noqa: S608 - ours
+        "ORDER BY line, number LIMIT ?",
+        (*states, *after, limit),
+    ).fetchall()
+    return tuple(_item(connection, row) for row in rows)
+
+
+def _item(connection: sqlite3.Connection, row: tuple[Any, ...]) -> Item:
+    return Item(
+        number=row[0],
+        identity=row[1],
+        user_id=row[2],
+        line=row[3],
+        wanted=bool(row[4]),
+        request=json.loads(row[5]),
+        metadata=json.loads(row[6]) if row[6] is not None else {},
+        model=row[7],
+        pictures=row[8],
+        state=row[9],
+        idempotency_key=row[10],
+        task_id=row[11],
+        snapshot=json.loads(row[12]) if row[12] is not None else None,
+        stem=row[13],
+        code=row[14],
+        message=row[15],
+        retryable=bool(row[16]),
+        credits_reserved=row[17],
+        credits_used=row[18],
+        times={name: at for name, at in zip(_TIMES, row[19:], strict=True) if at is not None},
+        files=_files(connection, row[0]) if row[9] == "saved" else (),
+    )
+
+
+def _files(connection: sqlite3.Connection, number: int) -> tuple[File, ...]:
+    rows = connection.execute(
+        "SELECT name, sha256, bytes FROM files WHERE item = ? ORDER BY position", (number,)
+    )
+    return tuple(File(name=name, sha256=sha256, bytes=size) for name, sha256, size in rows)
+
+
+def _counts(connection: sqlite3.Connection) -> Counts:
+    def table(sql: str) -> dict[str, Any]:
+        return dict(connection.execute(sql).fetchall())
+
+    def number(sql: str) -> Any:
+        return connection.execute(sql).fetchone()[0]
+
+    return Counts(
+        states=table(f"SELECT state, count(*) FROM items WHERE {_RELEVANT} GROUP BY state"),  # noqa: S608 - ours
+        pictures=table(
+            "SELECT model, sum(pictures) FROM items WHERE state = 'queued' AND wanted = 1 "
+            "GROUP BY model"
+        ),
+        spent=number(
+            # What failed was given back, unless the API says otherwise.
+            "SELECT coalesce(sum(credits_before + coalesce(credits_used, "
+            "iif(state IN ('submitted', 'completed', 'saved'), credits_reserved, 0), 0)), 0) "
+            "FROM items"
+        ),
+        prices=table(
+            "SELECT model, max(coalesce(credits_reserved, credits_used) / pictures) FROM items "
+            "WHERE coalesce(credits_reserved, credits_used) IS NOT NULL GROUP BY model"
+        ),
+        doubtful=table(
+            "SELECT model, sum(pictures) FROM items WHERE state = 'uncertain' GROUP BY model"
+        ),
+        retryable=number(
+            "SELECT count(*) FROM items WHERE state = 'failed' AND wanted = 1 AND retryable = 1"
+        ),
+        expired=number(
+            "SELECT count(*) FROM items WHERE state = 'failed' AND wanted = 1 "
+            "AND code IN ('results_expired', 'task_not_found')"
+        ),
+    )
