@@ -29,6 +29,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import click
 from attrs import frozen
 
+from evolink_async._batch_cli import Console, batch_command
 from evolink_async._models import (
     DEFAULT_MODEL,
     Credits,
@@ -646,3 +647,10 @@ def serve_emulator(**settings: Any) -> int:
         return _drive(_serve(given))
     except asyncio.CancelledError:
         return _DONE
+
+
+cli.add_command(
+    batch_command(
+        Console(drive=_drive, say=_say, say_json=_say_json, tell=_tell, emulator=_emulator)
+    )
+)

@@ -47,12 +47,16 @@ FLOORS: dict[str, str] = {
     "_batch_money": "_ledger",
     "_gallery": "_text _ledger",
     "_batch_run": (f"errors _models _session _task _ledger _batch_files _batch_money {PLAIN}"),
-    "batch": f"errors _models _session _task _ledger _batch_input _batch_run _gallery {PLAIN}",
+    "batch": (
+        "errors _models _session _task _ledger _batch_files _batch_input _batch_run _gallery "
+        f"{PLAIN}"
+    ),
     # the front door re-exports floors 1 and 3
     "__init__": "errors _clock _models _polling _retry _session _task",
     # 5: programs and plugins
+    "_batch_cli": f"_batch_input _retry _session batch emulator {PLAIN}",
     "_cli": (
-        "__init__ errors _models _polling _protocol _retry _session _task webhook batch emulator "
+        "_batch_cli __init__ errors _models _polling _protocol _retry _session _task webhook batch emulator "
         f"{PLAIN}"
     ),
     "__main__": "_cli",

@@ -86,6 +86,7 @@ class Reader:
         )
 
     def wait_after(self, failures: int, error: EvolinkError) -> float:
+        assert isinstance(error, EvolinkError)
         return RetryPolicy(wait_jitter=0).wait_after(failures)
 
     def renew(self) -> None:

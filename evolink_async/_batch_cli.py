@@ -1,0 +1,396 @@
+"""The command ``batch``: a file of prompts to a folder of pictures, from the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+from attrs import asdict, frozen
+
+from evolink_async._batch_input import Source
+from evolink_async._retry import RetryPolicy
+from evolink_async._session import Session
+from evolink_async._text import printable
+from evolink_async.batch import BatchProgress, BatchReport, Problem, run_batch
+
+if TYPE_CHECKING:
+    from evolink_async.emulator import Emulator
+
+__all__ = ["EMULATED", "Console", "batch_command"]
+
+EMULATED: Final[dict[str, Any]] = {"duration": (20.0, 40.0), "time_scale": 10.0, "credits": 1e9}
+"""How ``--emulator`` generates: about as long as in the API page's example, ten times as fast."""
+
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+_LINE_EVERY: Final = 5.0
+_NAMED: Final = 20
+"""Failed items that are told one by one; the manifest has them all."""
+
+
+@frozen(kw_only=True)
+class Console:
+    """What a command needs of the command line it is part of.
+
+    Attributes:
+        drive: Runs a coroutine to an exit code, cancelled by the first signal.
+        say: A line of the result, on stdout.
+        say_json: The result as JSON, on stdout.
+        tell: A line for the person at the terminal, on stderr.
+        emulator: Makes an emulator of settings.
+    """
+
+    drive: Callable[[Coroutine[Any, Any, int]], int]
+    say: Callable[[str], None]
+    say_json: Callable[[object], None]
+    tell: Callable[[str], None]
+    emulator: Callable[[dict[str, Any]], Emulator]
+
+
+@frozen(kw_only=True)
+class _Order:
+    """What is wanted of the batch."""
+
+    source: Source
+    out: str
+    max_in_flight: int
+    emulated: bool
+    as_json: bool
+    options: dict[str, Any]
+
+
+def batch_command(console: Console) -> click.Command:
+    """The command, part of the command line that *console* belongs to."""
+
+    @click.command("batch")
+    @click.argument("source", metavar="FILE")
+    @click.option(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="Folder of this batch: pictures, ledger, manifest and gallery; made if missing.",
+    )
+    @click.option(
+        "--max-in-flight",
+        type=click.IntRange(min=1),
+        default=32,
+        show_default=True,
+        help="Generations running at once.",
+    )
+    @click.option("--max-credits", type=float, help="Most credits all runs may cost together.")
+    @click.option(
+        "--resend-uncertain",
+        is_flag=True,
+        help="Submit again, with the same key, what may have been accepted.",
+    )
+    @click.option("--retry-failed", is_flag=True, help="Submit failed items again, if that helps.")
+    @click.option(
+        "--resubmit-expired",
+        is_flag=True,
+        help="Pay again for results that were not fetched in time.",
+    )
+    @click.option("--skip-invalid", is_flag=True, help="Go on without the bad lines.")
+    @click.option("--gallery/--no-gallery", default=True, help="Write gallery.html.")
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+    @click.option("--emulator", "emulated", is_flag=True, help="Use an emulator: no key, no money.")
+    def batch(
+        *,
+        source: str,
+        out: str,
+        max_in_flight: int,
+        as_json: bool,
+        emulated: bool,
+        **options: Any,
+    ) -> int:
+        """Generate all of FILE, one prompt a line, or JSON Lines; - is standard input.
+
+        Run the same command again to go on where it ended: nothing is submitted twice.
+        The first Ctrl-C stops submitting and waits up to 30 s for what runs, the second
+        leaves at once.
+        """
+        order = _Order(
+            source=source,
+            out=out,
+            max_in_flight=max_in_flight,
+            emulated=emulated,
+            as_json=as_json,
+            options=options,
+        )
+        return console.drive(_run(order, console))
+
+    return batch
+
+
+async def _run(order: _Order, console: Console) -> int:
+    stop = asyncio.Event()
+    running = asyncio.Event()
+
+    def follow(now: BatchProgress) -> None:
+        running.set()
+        show(now)
+
+    with _first_interrupt(stop, running, console), _progress(console) as show:
+        try:
+            async with _session(order, console) as session:
+                report = await run_batch(
+                    session,
+                    order.source,
+                    order.out,
+                    stop=stop,
+                    progress=follow,
+                    on_invalid=lambda bad: console.tell(f"line {bad.line}: {bad.reason}"),
+                    **order.options,
+                )
+        except asyncio.CancelledError:
+            console.tell("left at once; run the same command again to go on")
+            raise
+    _tell_problems(report, console)
+    if order.as_json:
+        console.say_json(_as_json(report))
+    else:
+        _summarise(report, console)
+    return report.exit_code
+
+
+@asynccontextmanager
+async def _session(order: _Order, console: Console) -> AsyncIterator[Session]:
+    settings: dict[str, Any] = {"max_in_flight": order.max_in_flight}
+    if order.options["resend_uncertain"]:
+        settings["retry"] = RetryPolicy(resend_uncertain=True)
+    async with AsyncExitStack() as stack:
+        if order.emulated:
+            emulator = await stack.enter_async_context(console.emulator(EMULATED))
+            settings |= {
+                "api_key": emulator.api_key,
+                "base_url": emulator.base_url,
+                "clock": emulator.clock,
+            }
+        session = Session(**settings)
+        stack.push_async_callback(session.aclose, grace=0)
+        yield session
+
+
+@contextmanager
+def _first_interrupt(
+    stop: asyncio.Event, running: asyncio.Event, console: Console
+) -> Iterator[None]:
+    """The first signal while it is *running* sets *stop*; any other is for whoever had it before.
+
+    Before that, while the prompts are read, there is nothing to finish.
+    """
+    loop = asyncio.get_running_loop()
+    previous = {int(number): signal.getsignal(number) for number in _SIGNALS}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def announce() -> None:
+        console.tell(
+            "stopping: no more is submitted, what runs has 30 s to finish; interrupt again to "
+            "leave at once"
+        )
+        stop.set()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        restore()
+        handler = previous[number]
+        if running.is_set():
+            loop.call_soon_threadsafe(announce)
+        elif callable(handler):
+            handler(number, frame)
+
+    for number in _SIGNALS:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        restore()
+
+
+# ---------------------------------------------------------------------------------------------
+# Progress
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[BatchProgress], None]]:
+    """Shows how it goes on stderr: a bar on a terminal, a line every few seconds elsewhere."""
+    if _is_terminal(sys.stderr):
+        with _bar() as show:
+            yield show
+        return
+    told_at = float("-inf")
+    last: BatchProgress | None = None
+
+    def show_line(now: BatchProgress) -> None:
+        nonlocal told_at, last
+        last = now
+        if time.monotonic() - told_at >= _LINE_EVERY:
+            told_at, last = time.monotonic(), None
+            console.tell(_words(now))
+
+    yield show_line
+    if last is not None:
+        console.tell(_words(last))
+
+
+def _is_terminal(stream: Any) -> bool:
+    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[BatchProgress], None]]:
+    # Here, not above: rich takes long to import, and --help needs none of it.
+    from rich.console import Console as RichConsole  # noqa: PLC0415
+    from rich.progress import BarColumn, Progress, TextColumn  # noqa: PLC0415
+
+    progress = Progress(
+        BarColumn(bar_width=30),
+        TextColumn("{task.description}", markup=False),
+        console=RichConsole(stderr=True, markup=False, emoji=False, highlight=False),
+        transient=True,
+    )
+    with progress:
+        bar = progress.add_task("reading the prompts", total=None)
+
+        def show(now: BatchProgress) -> None:
+            ended = now.saved + now.failed + now.uncertain
+            progress.update(bar, description=_words(now), completed=ended, total=now.total)
+
+        yield show
+
+
+def _words(now: BatchProgress) -> str:
+    words = [f"{now.saved} of {now.total} saved"]
+    counts = {"running": now.running, "to download": now.completed, "queued": now.queued}
+    troubles = {"failed": now.failed, "uncertain": now.uncertain}
+    words += [f"{n} {name}" for name, n in counts.items()]
+    words += [f"{n} {name}" for name, n in troubles.items() if n]
+    words.append(f"{now.credits:.10g} credits")
+    if now.rate is not None:
+        words.append(f"{now.rate:.2g}/s" if now.rate < 10 else f"{now.rate:.0f}/s")
+    if now.stopping is not None:
+        words.append("stopping")
+    elif now.seconds_left is not None:
+        words.append(f"about {_span(now.seconds_left)} left")
+    return ", ".join(words)
+
+
+def _span(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# ---------------------------------------------------------------------------------------------
+# The end
+
+
+def _tell_problems(report: BatchReport, console: Console) -> None:
+    """What went wrong, and what can be done about it."""
+    failed = [problem for problem in report.problems if problem.state != "uncertain"]
+    for problem in failed[:_NAMED]:
+        console.tell(_problem(problem))
+    rest = report.total - report.saved - report.queued - report.uncertain - _NAMED
+    if rest > 0:
+        console.tell(f"... and {rest} more items: see the manifest")
+    for problem in report.problems:
+        if problem.state == "uncertain":
+            console.tell(_problem(problem))
+    for hint in _hints(report):
+        console.tell(hint)
+    if report.stop is not None and report.stop.kind != "interrupted":
+        console.tell(f"error: {report.stop.message}")
+
+
+def _problem(problem: Problem) -> str:
+    name = f"line {problem.line}" + (f" ({problem.id})" if problem.id is not None else "")
+    if problem.state == "submitted":
+        return f"{name}: still running, as task {problem.task_id}"
+    if problem.state == "completed":
+        return f"{name}: generated, not downloaded yet (task {problem.task_id})"
+    if problem.state == "uncertain":
+        return (
+            f"{name}: may have been accepted and charged (idempotency key "
+            f"{problem.idempotency_key}): {problem.message}"
+        )
+    return f"{name}: failed, {problem.code}: {problem.message}"
+
+
+def _hints(report: BatchReport) -> Iterator[str]:
+    if report.uncertain:
+        yield (
+            f"{report.uncertain} uncertain: --resend-uncertain asks again with the same key, "
+            "which the gateway was observed to answer without charging again"
+        )
+    if report.retryable:
+        yield f"{report.retryable} of the failed may succeed later: --retry-failed"
+    if report.expired:
+        yield f"{report.expired} were not fetched in time: --resubmit-expired pays for them again"
+    if report.queued:
+        price = "" if report.still_to_pay is None else f", about {report.still_to_pay:.10g} credits"
+        yield f"{report.queued} not submitted{price}"
+    if report.queued or report.running or report.completed:
+        yield "run the same command again to go on"
+
+
+def _rows(report: BatchReport) -> list[tuple[str, str]]:
+    counts = {
+        "saved": report.saved,
+        "to download": report.completed,
+        "running": report.running,
+        "queued": report.queued,
+        "failed": report.failed,
+        "uncertain": report.uncertain,
+        "bad lines skipped": report.invalid,
+    }
+    rows = [(name, str(n)) for name, n in counts.items() if n or name == "saved"]
+    rows += [
+        ("items", str(report.total)),
+        ("credits", f"{report.credits:.10g}"),
+        ("time", _span(report.seconds)),
+        ("folder", _name(report.folder)),
+    ]
+    if report.gallery is not None:
+        rows.append(("gallery", report.gallery.as_uri()))
+    return rows
+
+
+def _name(path: Path) -> str:
+    return printable(str(path), 1000)
+
+
+def _summarise(report: BatchReport, console: Console) -> None:
+    """A table on stdout: drawn on a terminal, plain elsewhere."""
+    rows = _rows(report)
+    if not _is_terminal(sys.stdout):
+        for name, value in rows:
+            console.say(f"{name:<17} {value}")
+        return
+    from rich.console import Console as RichConsole  # noqa: PLC0415 - see _bar
+    from rich.table import Table  # noqa: PLC0415 - see _bar
+    from rich.text import Text  # noqa: PLC0415 - see _bar
+
+    table = Table(show_header=False)
+    table.add_column(justify="right", style="dim")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    RichConsole(markup=False, emoji=False, highlight=False).print(table)
+
+
+def _as_json(report: BatchReport) -> dict[str, Any]:
+    values = asdict(report, value_serializer=lambda *each: _plain(each[2]))
+    return {**values, "exit_code": report.exit_code}
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value

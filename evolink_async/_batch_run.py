@@ -1,0 +1,751 @@
+"""One run of a batch: what is started when, and the life of each item.
+
+Every step that costs money is recorded before it is taken, every step that is paid for as
+soon as it is known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import shutil
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeVar
+
+from attrs import define, evolve, field, frozen
+
+from evolink_async._batch_files import disk_error, file_of, matches, stems, whole
+from evolink_async._batch_money import Money
+from evolink_async._clock import Clock, hold
+from evolink_async._ledger import Counts, Item, Ledger
+from evolink_async._models import GenerationResult, as_request
+from evolink_async._session import Session
+from evolink_async._task import Task
+from evolink_async._text import printable
+from evolink_async.errors import (
+    APIConnectionError,
+    APIStatusError,
+    AuthenticationError,
+    DownloadError,
+    EvolinkError,
+    InsufficientCreditsError,
+    LedgerError,
+    NotFoundError,
+    PermissionDeniedError,
+    RateLimitError,
+    ServerError,
+    SessionClosedError,
+    SubmitUncertainError,
+    TaskCancelledError,
+    TaskFailedError,
+    TaskTimeoutError,
+)
+
+__all__ = ["BatchProgress", "Options", "Run", "Stop"]
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_DOWNLOADS: Final = 8
+"""Items downloaded at once."""
+_BACKLOG: Final = 64
+"""Completed items that may wait for a download before no more are submitted."""
+_OUTAGE_PAUSE: Final = 15.0
+_DOUBTS: Final = 8
+"""Submits in a row of unknown outcome after which no more money is put at risk."""
+_MIN_FREE: Final = 64 * 1024 * 1024
+"""Bytes the disk must have left before anything more is bought."""
+_PAGE: Final = 64
+
+
+@frozen(kw_only=True)
+class BatchProgress:
+    """How a batch is doing. All counts are items, those of earlier runs included.
+
+    Attributes:
+        total: All of them.
+        queued: Not submitted yet.
+        running: Submitted, or being submitted.
+        completed: Generated, not yet saved.
+        saved: On disk.
+        failed: Will not be made.
+        uncertain: May have been paid for; see `SubmitUncertainError`.
+        credits: Charged or reserved so far, over all runs.
+        rate: Items ended per second of late; None until that can be said.
+        seconds_left: Until all have ended, at that rate; None if that cannot be said.
+        stopping: Why no more are submitted; None while they are.
+    """
+
+    total: int
+    queued: int = 0
+    running: int = 0
+    completed: int = 0
+    saved: int = 0
+    failed: int = 0
+    uncertain: int = 0
+    credits: float = 0.0
+    rate: float | None = None
+    seconds_left: float | None = None
+    stopping: str | None = None
+
+
+@frozen(kw_only=True)
+class Stop:
+    """Why a batch stopped submitting before its end.
+
+    Attributes:
+        kind: ``interrupted``, ``authentication`` (401), ``credits`` (402), ``max_credits``,
+            ``network``, ``disk`` or ``closed`` (the session was).
+        message: The same in words, with what to do next.
+    """
+
+    kind: str
+    message: str
+
+
+@frozen(kw_only=True)
+class Options:
+    resend_uncertain: bool
+    max_credits: float | None
+    grace: float
+    patience: float
+
+
+class _HaltedError(Exception):
+    """Raised before a POST leaves, because nothing more is to be submitted."""
+
+
+_PATIENT: Final = frozenset({"credits", "max_credits"})
+"""After these, what runs is waited for however long it takes."""
+
+
+@define(eq=False)
+class _Job:
+    """One item on its way through this run.
+
+    Attributes:
+        phase: ``waiting`` until its submit is about to be recorded, ``recording``,
+            ``sent`` once its POST may leave, ``answered`` when its task is known.
+    """
+
+    item: Item
+    key: str | None
+    phase: str = "waiting"
+    state: str = ""
+
+
+@define(eq=False, kw_only=True)
+class Run:
+    """One run of a batch: a pump that starts items while there is room, and their lives."""
+
+    session: Session
+    ledger: Ledger
+    folder: Path
+    options: Options
+    counts: Counts
+    progress: Callable[[BatchProgress], None] | None
+    stop: Stop | None = field(default=None, init=False)
+    crash: BaseException | None = field(default=None, init=False)
+    _states: dict[str, int] = field(init=False)
+    _money: Money = field(init=False)
+    _clock: Clock = field(init=False)
+    _lives: dict[asyncio.Task[None], _Job] = field(factory=dict, init=False)
+    _active: set[int] = field(factory=set, init=False)
+    _window: set[int] = field(factory=set, init=False)
+    _unsent: set[int] = field(factory=set, init=False)
+    _saving: set[int] = field(factory=set, init=False)
+    _downloads: asyncio.Semaphore = field(init=False)
+    _changed: asyncio.Event = field(factory=asyncio.Event, init=False)
+    _ends: deque[float] = field(factory=lambda: deque(maxlen=64), init=False)
+    _requeued: bool = field(default=False, init=False)
+    _paused_until: float = field(default=0.0, init=False)
+    _accepted_at: float = field(default=0.0, init=False)
+    _doubts: int = field(default=0, init=False)
+    _leave_at: float = field(default=float("inf"), init=False)
+    _checked_disk_at: float = field(default=float("-inf"), init=False)
+    _began: float = field(factory=time.time, init=False)
+    pictures: int = field(default=0, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._clock = self.session.clock
+        self._states = dict(self.counts.states)
+        self._downloads = asyncio.Semaphore(_DOWNLOADS)
+        self._money = Money(
+            limit=self.options.max_credits,
+            spent=self.counts.spent,
+            prices=dict(self.counts.prices),
+            doubtful=dict(self.counts.doubtful),
+        )
+
+    # -- the pump --------------------------------------------------------------------------
+
+    async def go(self, stop: asyncio.Event | None) -> None:
+        """Run until everything has ended, or no more can be done."""
+        self._paused_until = self._accepted_at = self._clock.now()
+        self._report_progress()
+        loop = asyncio.get_running_loop()
+        helpers = [loop.create_task(self._pump()), loop.create_task(self._verify())]
+        for helper in helpers:
+            helper.add_done_callback(self._ended)
+        obeying = [] if stop is None else [loop.create_task(self._obey(stop))]
+        try:
+            await self._until_idle(helpers)
+        finally:
+            left = (*helpers, *obeying, *self._lives)
+            for each in left:
+                each.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+        if self.crash is not None:
+            raise self.crash
+
+    async def _until_idle(self, helpers: list[asyncio.Task[None]]) -> None:
+        """Until pump and lives have ended, or time or a failure says to leave."""
+        while self._lives or not all(helper.done() for helper in helpers):
+            patience = self._leave_at - time.monotonic()
+            if self.crash is not None or patience <= 0:
+                return
+            with contextlib.suppress(TimeoutError):
+                timeout = None if patience == float("inf") else patience
+                await asyncio.wait_for(self._changed.wait(), timeout)
+
+    async def _pump(self) -> None:
+        await self._sweep("submitted", "completed")
+        if self.options.resend_uncertain:
+            await self._sweep("uncertain")
+        while self._going:
+            self._requeued = False
+            await self._sweep("queued")
+            while self._going and self._unsent and not self._requeued:
+                await self._next_change()
+            if not self._requeued:
+                return
+
+    async def _sweep(self, *states: str) -> None:
+        """Start every item in one of *states*, as room allows."""
+        after = (0, 0)
+        while page := await self._commit(self.ledger.page(*states, after=after, limit=_PAGE)):
+            for item in page:
+                after = (item.line, item.number)
+                if item.number in self._active:
+                    continue
+                if not await self._room(item):
+                    return
+                self._start(item)
+
+    async def _room(self, item: Item) -> bool:
+        """Wait until *item* may start; False if it must not."""
+        buys = item.state in {"queued", "uncertain"}
+        while self._going or (item.state == "completed" and self.crash is None):
+            if item.state == "completed":
+                if len(self._saving) < _BACKLOG:
+                    return not self._disk_trouble
+            elif len(self._window) < self._max_in_flight and len(self._saving) < _BACKLOG:
+                if not buys:
+                    return True
+                if self._may_send() and self._may_pay(item) and await self._has_disk():
+                    return True
+            pause = self._paused_until if self._paused_until > self._clock.now() else None
+            if self._going or item.state == "completed":
+                await self._next_change(until=float("inf") if pause is None else pause)
+        return False
+
+    @property
+    def _going(self) -> bool:
+        return self.stop is None and self.crash is None
+
+    @property
+    def _disk_trouble(self) -> bool:
+        return self.stop is not None and self.stop.kind == "disk"
+
+    @property
+    def _max_in_flight(self) -> int:
+        return self.session.max_in_flight
+
+    def _may_send(self) -> bool:
+        # As many as may be in the air, and no more: what a crash leaves behind in state
+        # "submitting" is uncertain, and some of it may have been refused and be waiting.
+        seats = self.session.max_connections
+        return len(self._unsent) < seats and self._clock.now() >= self._paused_until
+
+    def _may_pay(self, item: Item) -> bool:
+        if self._money.allows(item):
+            return True
+        if not self._window:
+            self._halt(
+                "max_credits",
+                f"at most {self.options.max_credits:g} credits may be spent, and "
+                f"{self._money.committed:g} are spent or may be; raise the limit to go on",
+            )
+        return False
+
+    async def _has_disk(self) -> bool:
+        """Whether what is bought could be saved; asked once a second."""
+        now = time.monotonic()
+        if now - self._checked_disk_at >= 1.0:
+            self._checked_disk_at = now
+            with hold(self._clock):
+                free = (await asyncio.to_thread(shutil.disk_usage, self.folder)).free
+            if free < _MIN_FREE:
+                self._halt(
+                    "disk",
+                    f"only {free // 1024**2} MB are left on the disk of {self.folder}; make room "
+                    "and run the same batch again",
+                )
+        return self._going
+
+    def _start(self, item: Item) -> None:
+        job = _Job(item, key=item.idempotency_key)
+        self._active.add(item.number)
+        if item.state in {"queued", "uncertain"}:
+            self._money.reserve(item)
+            self._unsent.add(item.number)
+        if item.state == "completed":
+            self._saving.add(item.number)
+        else:
+            self._window.add(item.number)
+        life = asyncio.get_running_loop().create_task(self._live(job))
+        self._lives[life] = job
+        life.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A life, the pump or the verification has ended, perhaps by a failure of ours."""
+        job = self._lives.pop(task, None)
+        if job is not None:
+            number = job.item.number
+            for numbers in (self._active, self._window, self._unsent, self._saving):
+                numbers.discard(number)
+        if not task.cancelled() and (exc := task.exception()) is not None and self.crash is None:
+            self.crash = exc
+        self._notify()
+
+    # -- stopping --------------------------------------------------------------------------
+
+    async def _obey(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        self._halt("interrupted", "it was interrupted; run the same batch again to go on")
+
+    def _halt(self, kind: str, message: str) -> None:
+        """Submit no more; what has not left is taken back, what runs is given its time."""
+        harder = self.stop is None or (self.stop.kind in _PATIENT and kind not in _PATIENT)
+        if not harder:
+            return
+        self.stop = Stop(kind=kind, message=message)
+        if kind not in _PATIENT:
+            self._leave_at = time.monotonic() + self.options.grace
+        for life, job in self._lives.items():
+            if job.item.number in self._unsent and job.phase == "waiting":
+                life.cancel()
+        self._notify()
+        self._report_progress()
+
+    def _outage(self, item: Item, exc: EvolinkError) -> None:
+        """The API takes no submits: pause, and after long enough stop."""
+        now = self._clock.now()
+        if now - self._accepted_at >= self.options.patience:
+            self._halt("network", f"the API takes no submits: {exc}; run the same batch again")
+        after = exc.retry_after if isinstance(exc, APIStatusError) else None
+        self._paused_until = max(self._paused_until, now + max(_OUTAGE_PAUSE, after or 0.0))
+        logger.warning("line %d is put off: %s", item.line, exc)
+
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def _next_change(self, *, until: float = float("inf")) -> None:
+        changed = self._changed
+        if until == float("inf"):
+            await changed.wait()
+            return
+        loop = asyncio.get_running_loop()
+        racers = {
+            loop.create_task(changed.wait()),
+            loop.create_task(_slept(self._clock, until)),
+        }
+        try:
+            await asyncio.wait(racers, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for racer in racers:
+                racer.cancel()
+            await asyncio.gather(*racers, return_exceptions=True)
+
+    async def _commit(self, change: Awaitable[T]) -> T:
+        """Await the ledger; a clock that can be held does not run meanwhile."""
+        with hold(self._clock):
+            return await change
+
+    # -- the life of an item ---------------------------------------------------------------
+
+    async def _live(self, job: _Job) -> None:
+        item = job.item
+        if item.state == "completed":
+            await self._save(job, GenerationResult.from_json(item.snapshot), again=True)
+            return
+        task = await self._submit(job) if item.state != "submitted" else self._task_of(item)
+        self._unsent.discard(item.number)
+        if task is None:
+            return
+        result = await self._result(job, task)
+        if result is not None:
+            self._settle(item, result.usage.credits_used)
+        self._window.discard(item.number)
+        self._notify()
+        if result is not None:
+            self._saving.add(item.number)
+            await self._save(job, result, again=False)
+
+    def _task_of(self, item: Item) -> Task:
+        if item.task_id is None:  # pragma: no cover - committed together with the state
+            raise AssertionError(item.number)
+        return self.session.task(item.task_id)
+
+    async def _submit(self, job: _Job) -> Task | None:
+        """Submit it and record what became of that; None if no task did."""
+        item = job.item
+        resent = item.state == "uncertain"
+        try:
+            task = await self.session.submit(
+                as_request(item.request),
+                idempotency_key=item.idempotency_key if resent else None,
+                before_send=partial(self._before_send, job),
+            )
+        except asyncio.CancelledError:
+            await self._take_back(job)
+            raise
+        except SubmitUncertainError as exc:
+            await self._doubt(job, exc.idempotency_key, str(exc.__cause__ or exc))
+            self._count_doubt(exc)
+            return None
+        except _HaltedError:
+            await self._return(job)
+            return None
+        except EvolinkError as exc:
+            if isinstance(exc, LedgerError):
+                raise
+            await self._refused(job, exc)
+            return None
+        job.phase = "answered"
+        await self._accepted(job, task)
+        return task
+
+    async def _before_send(self, job: _Job, key: str) -> None:
+        """The write-ahead: from here on a crash means that the submit may have been accepted."""
+        if not self._going:
+            raise _HaltedError
+        job.phase, job.key = "recording", key
+        await self._commit(self.ledger.submitting(job.item.number, key))
+        job.phase = "sent"
+        self._moved(job, "submitting")
+
+    async def _take_back(self, job: _Job) -> None:
+        """Cancelled: say what is sure about its submit."""
+        if job.phase == "waiting":
+            return
+        if self._in_air(job):
+            await self._doubt(job, job.key, "the batch was left while this was being submitted")
+        else:
+            await self._return(job)
+
+    def _in_air(self, job: _Job) -> bool:
+        """Whether a POST of it may have been accepted, or be accepted yet."""
+        posts = self.session._posts.values()  # noqa: SLF001 - one package
+        found = [post for post in posts if post.idempotency_key == job.key]
+        return not found or any(post.in_air for post in found)
+
+    async def _return(self, job: _Job) -> None:
+        """Nothing of it was accepted now: as it was before."""
+        item = job.item
+        if item.state == "uncertain":
+            await self._doubt(job, job.key, item.message or "")
+            return
+        self._money.release(item, 0.0)
+        if job.phase != "waiting":
+            await self._commit(self.ledger.queued(item.number))
+            self._moved(job, "queued")
+
+    async def _doubt(self, job: _Job, key: str | None, why: str) -> None:
+        item = job.item
+        self._money.doubt(item)
+        await self._commit(self.ledger.uncertain(item.number, key=key, message=printable(why)))
+        self._moved(job, "uncertain")
+
+    def _count_doubt(self, exc: SubmitUncertainError) -> None:
+        self._doubts += 1
+        if self._doubts >= _DOUBTS:
+            self._halt(
+                "network",
+                f"{self._doubts} submits in a row may or may not have been accepted, the last "
+                f"because: {exc.__cause__ or exc}; see what is wrong before you go on",
+            )
+
+    async def _accepted(self, job: _Job, task: Task) -> None:
+        item = job.item
+        reserved = task.snapshot.usage.credits_reserved if task.snapshot is not None else None
+        self._accepted_at = self._clock.now()
+        self._doubts = 0
+        self._money.learn(item, reserved)
+        try:
+            await self._commit(
+                self.ledger.submitted(
+                    item.number, key=task.idempotency_key, task_id=task.id, reserved=reserved
+                )
+            )
+        except LedgerError as exc:
+            exc.add_note(
+                f"line {item.line} was accepted as task {task.id} (idempotency key "
+                f"{task.idempotency_key}), which could not be recorded"
+            )
+            raise
+        self._moved(job, "submitted")
+
+    async def _refused(self, job: _Job, exc: EvolinkError) -> None:
+        """Surely not accepted: it goes back, or it has failed for good."""
+        item = job.item
+        if isinstance(exc, AuthenticationError):
+            await self._return(job)
+            self._halt("authentication", f"the API refuses the key: {exc}")
+        elif isinstance(exc, InsufficientCreditsError):
+            await self._return(job)
+            self._halt("credits", f"nothing is left to spend: {exc}")
+        elif isinstance(exc, SessionClosedError):
+            await self._return(job)
+            self._halt("closed", "the session was closed; run the same batch again to go on")
+        elif isinstance(exc, RateLimitError | ServerError | APIConnectionError):
+            await self._return(job)
+            self._requeued = True
+            self._outage(item, exc)
+        elif item.state == "uncertain":
+            # A repeat that is refused says nothing about the first.
+            await self._doubt(job, job.key, f"submitting it again was refused: {exc}")
+        else:
+            status = f"http_{exc.status}" if isinstance(exc, APIStatusError) else "refused"
+            code = exc.code if isinstance(exc, APIStatusError) and exc.code else status
+            await self._fail(
+                job,
+                code=status if code.isdigit() else code,
+                message=str(exc),
+                # About the account or the model, not about this request.
+                retryable=isinstance(exc, PermissionDeniedError | NotFoundError),
+            )
+
+    async def _result(self, job: _Job, task: Task) -> GenerationResult | None:
+        """What its task came to; None if there is nothing to save, or not yet."""
+        try:
+            result = await task
+        except TaskFailedError as exc:
+            used = exc.snapshot.usage.credits_used if exc.snapshot is not None else None
+            await self._fail(
+                job, code=exc.code, message=exc.reason, retryable=exc.retryable, used=used
+            )
+        except TaskCancelledError as exc:
+            await self._fail(job, code="request_cancelled", message=str(exc))
+        except NotFoundError:
+            await self._fail(
+                job,
+                code="task_not_found",
+                message=f"the API does not know task {task.id} any more; its results can no longer "
+                "be had, submitting it again (resubmit_expired) pays again",
+            )
+        except AuthenticationError as exc:
+            self._halt("authentication", f"the API refuses the key: {exc}")
+        except SessionClosedError:
+            self._halt("closed", "the session was closed; run the same batch again to go on")
+        except TaskTimeoutError as exc:
+            logger.warning("line %d is left running: %s", job.item.line, exc)
+        except EvolinkError as exc:
+            logger.warning("line %d is left as it is: %s", job.item.line, exc)
+        else:
+            if result.urls:
+                return result
+            await self._fail(
+                job,
+                code="no_results",
+                message=f"task {task.id} completed without results",
+                used=result.usage.credits_used,
+            )
+        return None
+
+    async def _fail(
+        self,
+        job: _Job,
+        *,
+        code: str,
+        message: str,
+        retryable: bool = False,
+        used: float | None = None,
+    ) -> None:
+        self._money.release(job.item, used or 0.0)
+        await self._commit(
+            self.ledger.failed(
+                job.item.number,
+                code=printable(code, 80),
+                message=printable(message, 500),
+                retryable=retryable,
+                used=used,
+            )
+        )
+        self._moved(job, "failed")
+
+    # -- saving ----------------------------------------------------------------------------
+
+    async def _save(self, job: _Job, result: GenerationResult, *, again: bool) -> None:
+        """Download, check, record; *again*: an earlier run may have begun to."""
+        item = job.item
+        used = result.usage.credits_used
+        stem = await self._commit(
+            self.ledger.completed(
+                item.number,
+                snapshot=json.dumps(result.to_json()),
+                used=used,
+                stems=stems(item, self.folder),
+            )
+        )
+        self._moved(job, "completed")
+        async with self._downloads:
+            if self._disk_trouble:
+                return
+            try:
+                paths = await self._download(result, stem)
+            except DownloadError as exc:
+                await self._not_saved(job, result, stem, exc, again=again)
+                return
+            except SessionClosedError:
+                self._halt("closed", "the session was closed; run the same batch again to go on")
+                return
+            await self._saved(job, paths)
+
+    def _settle(self, item: Item, used: float | None) -> None:
+        """It is paid for; where nobody says how much, a limit could not be kept."""
+        money = self._money
+        if item.number not in money.held:
+            return
+        money.learn(item, used)
+        money.release(item, money.held[item.number])
+        if money.limit is not None and item.model not in money.prices:
+            self._halt(
+                "max_credits",
+                f"the API does not say what {printable(item.model, 80)} costs, so no limit can be "
+                "kept; go on without one (max_credits) if you want to",
+            )
+
+    async def _download(self, result: GenerationResult, stem: str) -> tuple[Path, ...]:
+        # The name belongs to this item alone (the ledger saw to that): what there is under it
+        # is ours, left by a run that ended in between.
+        return await self.session.download(result, self.folder, overwrite=True, name=stem)
+
+    async def _saved(self, job: _Job, paths: tuple[Path, ...]) -> None:
+        with hold(self._clock):
+            files = await asyncio.to_thread(lambda: [file_of(path) for path in paths])
+            await self.ledger.saved(job.item.number, files)
+        self.pictures += len(files)
+        self._moved(job, "saved")
+
+    async def _not_saved(
+        self,
+        job: _Job,
+        result: GenerationResult,
+        stem: str,
+        exc: DownloadError,
+        *,
+        again: bool,
+    ) -> None:
+        item = job.item
+        if (why := disk_error(exc)) is not None:
+            self._halt("disk", f"{exc}; {why}, then run the same batch again")
+        elif not exc.expired:
+            logger.warning("line %d is not saved yet: %s", item.line, exc)
+        elif again and (paths := await asyncio.to_thread(whole, self.folder, stem, result)):
+            await self._saved(job, paths)  # only the record was missing
+        elif again and (fresh := await self._fresh(item, result)) is not None:
+            await self._save_fresh(job, fresh, stem)
+        else:
+            await self._expire(job)
+
+    async def _fresh(self, item: Item, result: GenerationResult) -> GenerationResult | None:
+        """The result as the API gives it now, if its links have changed."""
+        try:
+            fresh = await self._task_of(item)
+        except EvolinkError:
+            return None
+        return fresh if fresh.urls and fresh.urls != result.urls else None
+
+    async def _save_fresh(self, job: _Job, fresh: GenerationResult, stem: str) -> None:
+        try:
+            await self._saved(job, await self._download(fresh, stem))
+        except DownloadError as exc:
+            await self._not_saved(job, fresh, stem, exc, again=False)
+
+    async def _expire(self, job: _Job) -> None:
+        await self._fail(
+            job,
+            code="results_expired",
+            message="the links to its results have expired (they are kept for 24 hours); "
+            "submitting it again (resubmit_expired) pays again",
+        )
+
+    async def _verify(self) -> None:
+        """Download again what an earlier run saved and is not there any more, or has changed."""
+        after = (0, 0)
+        while page := await self._commit(self.ledger.page("saved", after=after, limit=_PAGE)):
+            for item in page:
+                after = (item.line, item.number)
+                if item.times["saved"] >= self._began:
+                    continue
+                with hold(self._clock):
+                    if await asyncio.to_thread(matches, self.folder, item.files):
+                        continue
+                    await self.ledger.damaged(item.number)
+                damaged = evolve(item, state="completed", files=())
+                self._moved(_Job(item, key=None), "completed")
+                if await self._room(damaged):
+                    self._start(damaged)
+
+    # -- telling ---------------------------------------------------------------------------
+
+    def _moved(self, job: _Job, state: str) -> None:
+        before = job.state or job.item.state
+        job.state = state
+        self._states[before] = self._states.get(before, 0) - 1
+        self._states[state] = self._states.get(state, 0) + 1
+        if state in {"saved", "failed", "uncertain"}:
+            self._ends.append(time.monotonic())
+        self._notify()
+        self._report_progress()
+
+    def _report_progress(self) -> None:
+        if self.progress is not None:
+            self.progress(self._now())
+
+    def _now(self) -> BatchProgress:
+        states = self._states
+        running = states.get("submitting", 0) + states.get("submitted", 0)
+        left = running + states.get("completed", 0) + states.get("queued", 0)
+        rate = self._rate()
+        return BatchProgress(
+            total=sum(states.values()),
+            queued=states.get("queued", 0),
+            running=running,
+            completed=states.get("completed", 0),
+            saved=states.get("saved", 0),
+            failed=states.get("failed", 0),
+            uncertain=states.get("uncertain", 0),
+            credits=self._money.committed,
+            rate=rate,
+            seconds_left=left / rate if rate else None,
+            stopping=self.stop.message if self.stop is not None else None,
+        )
+
+    def _rate(self) -> float | None:
+        """Items ended per second, over the last 64 of them."""
+        if len(self._ends) < 8 or (span := time.monotonic() - self._ends[0]) <= 0:
+            return None
+        return (len(self._ends) - 1) / span
+
+
+async def _slept(clock: Clock, until: float) -> None:
+    await clock.sleep_until(until)

@@ -1,0 +1,395 @@
+"""A file of prompts in, a folder of pictures out, whatever happens in between.
+
+::
+
+    async with Session() as session:
+        report = await run_batch(session, "prompts.jsonl", "out/")
+
+The folder holds the pictures, the ledger (what has been paid for, and what became of it),
+``manifest.jsonl`` and ``gallery.html``. Running the same batch again goes on where it ended:
+nothing is submitted twice, and nothing that was paid for is forgotten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from attrs import field, frozen
+
+from evolink_async._batch_files import sweep
+from evolink_async._batch_input import Source, read
+from evolink_async._batch_run import BatchProgress, Options, Run, Stop
+from evolink_async._clock import hold
+from evolink_async._gallery import write_gallery
+from evolink_async._ledger import LEDGER, Counts, Invalid, Item, Ledger
+from evolink_async._session import Session
+from evolink_async._text import printable
+from evolink_async.errors import (
+    ConfigurationError,
+    RequestValidationError,
+)
+
+__all__ = ["BatchProgress", "BatchReport", "Invalid", "Problem", "Stop", "run_batch"]
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_SHOWN: Final = 1000
+_LOST: Final = ("results_expired", "task_not_found")
+
+
+@frozen(kw_only=True)
+class Problem:
+    """An item that is not saved, and why.
+
+    Attributes:
+        id: The user's id; None if the line gave none.
+        line: Its line in the input, from 1.
+        state: ``submitted`` (still running), ``completed`` (not downloaded yet), ``failed``
+            or ``uncertain``.
+        code: A word for the reason: the API's error code, ``submit_uncertain``,
+            ``results_expired``, ``task_not_found``, ``no_results``, or ``http_<status>``.
+        message: The reason in words.
+        task_id: Its task, if known.
+        idempotency_key: The key it was submitted with.
+        retryable: Whether ``retry_failed`` would submit it again.
+    """
+
+    id: str | None
+    line: int
+    state: str
+    code: str | None = None
+    message: str | None = None
+    task_id: str | None = None
+    idempotency_key: str | None = None
+    retryable: bool = False
+
+
+@frozen(kw_only=True)
+class BatchReport:
+    """What a batch has come to. All counts are items, those of earlier runs included.
+
+    Attributes:
+        folder: Where the pictures, the ledger and the rest are.
+        total: All items.
+        saved: On disk and, if of an earlier run, found unchanged.
+        completed: Generated, but not saved.
+        running: Submitted, not seen to end; they go on without us.
+        queued: Not submitted.
+        failed: Will not be made; of these ``retryable`` may succeed if submitted again
+            (``retry_failed``), and the results of ``expired`` were lost because nobody
+            fetched them in time (``resubmit_expired`` pays for them again).
+        retryable: See ``failed``.
+        expired: See ``failed``.
+        uncertain: May have been accepted and paid for; ``resend_uncertain`` asks again
+            with the same idempotency key.
+        invalid: Bad lines that were skipped.
+        pictures: Files saved by this run.
+        credits: Charged or reserved so far, over all runs.
+        still_to_pay: Credits for the queued items at the highest price seen; None if no
+            price is known.
+        seconds: How long this run took.
+        stop: Why it stopped before its end; None if it did not.
+        problems: The first 1000 items that are neither saved nor queued.
+        manifest: A JSON line per item; None if it could not be written.
+        gallery: The page to look at the pictures with; None if none was wanted, or it
+            could not be written.
+    """
+
+    folder: Path
+    total: int
+    saved: int
+    completed: int
+    running: int
+    queued: int
+    failed: int
+    retryable: int
+    expired: int
+    uncertain: int
+    invalid: int
+    pictures: int
+    credits: float
+    still_to_pay: float | None
+    seconds: float
+    stop: Stop | None
+    problems: tuple[Problem, ...] = field(repr=False)
+    manifest: Path | None
+    gallery: Path | None
+
+    @property
+    def exit_code(self) -> int:
+        """0 all saved, 1 not all, 3 stopped by the API, network or disk, 130 interrupted."""
+        if self.stop is not None and self.stop.kind == "interrupted":
+            return 130
+        if self.stop is not None and self.stop.kind != "max_credits":
+            return 3
+        return 0 if self.saved == self.total else 1
+
+
+async def run_batch(
+    session: Session,
+    source: Source,
+    out: str | os.PathLike[str],
+    *,
+    resend_uncertain: bool = False,
+    retry_failed: bool = False,
+    resubmit_expired: bool = False,
+    skip_invalid: bool = False,
+    max_credits: float | None = None,
+    gallery: bool = True,
+    stop: asyncio.Event | None = None,
+    grace: float = 30.0,
+    patience: float = 1800.0,
+    progress: Callable[[BatchProgress], None] | None = None,
+    on_invalid: Callable[[Invalid], None] | None = None,
+) -> BatchReport:
+    """Generate and save everything *source* asks for, going on where an earlier run ended.
+
+    All of *source* is read into the ledger and checked before anything is submitted. An
+    item is known by its ``id``, or by its request and how many equal ones stand above it:
+    inserting, deleting and moving lines between runs costs exactly the difference. At most
+    ``max_in_flight`` tasks of the session run at once, those of an earlier run included.
+
+    Cancelled, it leaves at once: what was in the air is recorded as uncertain.
+
+    Args:
+        session: Submits, watches and downloads.
+        source: A file of prompts (text, one a line, or JSON Lines), ``-`` for standard input,
+            or an iterable (read in a thread) of prompts, mappings or requests. An object
+            holds the fields of `ImageRequest`, or ``path`` and ``body`` of a `RawRequest`;
+            an optional unique ``id``; anything else is kept for the manifest.
+        out: Folder of this batch; made if missing.
+        resend_uncertain: Submit uncertain items again, with the same idempotency key. The
+            gateway has been observed to answer such a repeat with the first response; the
+            API's page does not promise it.
+        retry_failed: Submit failed items again, where the API's table of task errors or
+            the refusal (403, 404) says that may help.
+        resubmit_expired: Submit, and pay for, items again whose results can no longer be had.
+        skip_invalid: Go on without the bad lines.
+        max_credits: Most credits this batch may cost, all its runs together. Before the
+            first answer for a model its price is unknown: one submit of it is risked.
+        gallery: Whether to write ``gallery.html``.
+        stop: Set it to stop submitting, wait for what runs at most *grace* seconds, and
+            return; looked at once the input is read.
+        grace: See *stop*, in real seconds; also after trouble that may keep running tasks
+            from ending.
+        patience: Seconds of the session's clock the API may be unreachable or refuse all
+            submits before the batch stops.
+        progress: Called on the event loop at each change of an item's state.
+        on_invalid: Called with each bad line.
+
+    Raises:
+        RequestValidationError: Lines are bad and *skip_invalid* is not set; nothing was sent.
+        ConfigurationError: *source* or *out* cannot be used, or *max_credits* is no number.
+        LedgerError: The ledger is in use, damaged, of a newer format, or cannot be written.
+    """
+    started = time.monotonic()
+    options = Options(
+        resend_uncertain=resend_uncertain,
+        max_credits=_credits(max_credits),
+        grace=grace,
+        patience=patience,
+    )
+    folder = await asyncio.to_thread(_make_folder, out)
+    with hold(session.clock):
+        ledger = await Ledger(folder / LEDGER).__aenter__()
+    try:
+        await asyncio.to_thread(sweep, folder)
+        invalid = await _load(ledger, source, skip_invalid=skip_invalid, on_invalid=on_invalid)
+        await ledger.requeue_failed(retryable=retry_failed, codes=_LOST if resubmit_expired else ())
+        run = Run(
+            session=session,
+            ledger=ledger,
+            folder=folder,
+            options=options,
+            counts=await ledger.counts(),
+            progress=progress,
+        )
+        await run.go(stop)
+        manifest = await _write_lines(folder / "manifest.jsonl", _manifest_lines(ledger))
+        page = None
+        if gallery:
+            lines = write_gallery(_all_items(ledger), title=folder.name)
+            page = await _write_lines(folder / "gallery.html", lines)
+        return await _report(
+            run,
+            invalid=invalid,
+            seconds=time.monotonic() - started,
+            manifest=manifest,
+            gallery=page,
+        )
+    finally:
+        await ledger.__aexit__()
+
+
+def _credits(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e15:
+        raise ConfigurationError(
+            f"max_credits={value!r} is not allowed: a number of credits, 0 or more, or None"
+        )
+    return float(value)
+
+
+def _make_folder(out: str | os.PathLike[str]) -> Path:
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}.probe"
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as exc:
+        why = exc.strerror if isinstance(exc, OSError) else "it cannot be the name of a folder"
+        raise ConfigurationError(
+            f"out={printable(str(folder))} cannot be written to: {why}; choose another folder"
+        ) from exc
+    return folder.resolve()
+
+
+async def _load(
+    ledger: Ledger,
+    source: Source,
+    *,
+    skip_invalid: bool,
+    on_invalid: Callable[[Invalid], None] | None,
+) -> int:
+    """Read the input into the ledger; returns how many lines were bad."""
+    loaded = await ledger.load(read(source), skip_invalid=skip_invalid)
+    if not loaded.invalid:
+        return 0
+    first = (await ledger.invalid(limit=1))[0]
+    after = 0
+    while on_invalid is not None and (bad := await ledger.invalid(after)):
+        for each in bad:
+            on_invalid(each)
+        after = bad[-1].line
+    if not skip_invalid:
+        raise RequestValidationError(
+            f"{loaded.invalid} of {loaded.valid + loaded.invalid} lines cannot be submitted, the "
+            f"first is line {first.line}: {first.reason}. Nothing was submitted: correct them, "
+            "or skip them (skip_invalid)",
+            field=f"line {first.line}",
+            value=None,
+            allowed="a prompt, or an object with the fields of a request",
+        )
+    return loaded.invalid
+
+
+# ---------------------------------------------------------------------------------------------
+# Telling
+
+
+async def _report(
+    run: Run, *, invalid: int, seconds: float, manifest: Path | None, gallery: Path | None
+) -> BatchReport:
+    """What it has come to, by the ledger."""
+    counts = await run.ledger.counts()
+    states = counts.states
+    problems = await run.ledger.page(
+        "submitting", "submitted", "completed", "failed", "uncertain", limit=_SHOWN
+    )
+    return BatchReport(
+        folder=run.folder,
+        total=sum(states.values()),
+        saved=states.get("saved", 0),
+        completed=states.get("completed", 0),
+        running=states.get("submitted", 0) + states.get("submitting", 0),
+        queued=states.get("queued", 0),
+        failed=states.get("failed", 0),
+        retryable=counts.retryable,
+        expired=counts.expired,
+        uncertain=states.get("uncertain", 0),
+        invalid=invalid,
+        pictures=run.pictures,
+        credits=counts.spent,
+        still_to_pay=_still_to_pay(counts),
+        seconds=seconds,
+        stop=run.stop,
+        problems=tuple(_problem(item) for item in problems),
+        manifest=manifest,
+        gallery=gallery,
+    )
+
+
+def _still_to_pay(counts: Counts) -> float | None:
+    if any(model not in counts.prices for model in counts.pictures):
+        return None
+    return sum(counts.prices[model] * n for model, n in counts.pictures.items())
+
+
+def _problem(item: Item) -> Problem:
+    return Problem(
+        id=item.user_id,
+        line=item.line,
+        state=item.state,
+        code=item.code,
+        message=item.message,
+        task_id=item.task_id,
+        idempotency_key=item.idempotency_key,
+        retryable=item.retryable,
+    )
+
+
+async def _all_items(ledger: Ledger) -> AsyncIterator[Item]:
+    """Every item that counts, in the order of the input."""
+    after = (0, 0)
+    while page := await ledger.page(after=after, limit=500):
+        for item in page:
+            yield item
+        after = (page[-1].line, page[-1].number)
+
+
+async def _manifest_lines(ledger: Ledger) -> AsyncIterator[str]:
+    async for item in _all_items(ledger):
+        yield json.dumps(_record(item)) + "\n"
+
+
+def _record(item: Item) -> Mapping[str, Any]:
+    snapshot = item.snapshot or {}
+    return {
+        "id": item.user_id,
+        "line": item.line if item.wanted else None,
+        "state": item.state,
+        "request": item.request,
+        "metadata": item.metadata,
+        "files": [
+            {"name": file.name, "sha256": file.sha256, "bytes": file.bytes} for file in item.files
+        ],
+        "task_id": item.task_id,
+        "idempotency_key": item.idempotency_key,
+        "credits": item.credits_used if item.credits_used is not None else item.credits_reserved,
+        "duration": snapshot.get("duration"),
+        "error": None if item.code is None else {"code": item.code, "message": item.message},
+        "times": item.times,
+    }
+
+
+async def _write_lines(path: Path, lines: AsyncIterator[str]) -> Path | None:
+    """Replace *path* as a whole; None, with a warning, if that cannot be done."""
+    partial_path = path.with_name(f".{path.name}.part")
+    try:
+        file = await asyncio.to_thread(partial_path.open, "w", encoding="utf-8", newline="\n")
+        try:
+            chunk: list[str] = []
+            async for line in lines:
+                chunk.append(line)
+                if len(chunk) >= 500:
+                    await asyncio.to_thread(file.write, "".join(chunk))
+                    chunk.clear()
+            await asyncio.to_thread(file.write, "".join(chunk))
+        finally:
+            await asyncio.to_thread(file.close)
+        await asyncio.to_thread(os.replace, partial_path, path)
+    except OSError as exc:
+        logger.warning("%s cannot be written: %s", path, exc.strerror or exc)
+        partial_path.unlink(missing_ok=True)
+        return None
+    return path

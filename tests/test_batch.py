@@ -1,0 +1,1087 @@
+"""A batch: what is bought, what is kept, and what is said, whatever happens in between."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter, namedtuple
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from attrs import define
+
+from evolink_async import ImageRequest, PollPolicy, RawRequest, RetryPolicy, Session, _batch_cli
+from evolink_async.__main__ import main
+from evolink_async._ledger import LEDGER
+from evolink_async.batch import BatchProgress, BatchReport, Invalid, run_batch
+from evolink_async.emulator import Emulator, ManualClock, faults
+from evolink_async.emulator._exchange import Exchange
+from evolink_async.errors import (
+    ConfigurationError,
+    LedgerError,
+    RequestValidationError,
+)
+
+RETRY = RetryPolicy(attempts=2, wait_initial=0.01, wait_jitter=0)
+DAY = 24 * 3600.0
+
+
+@define
+class Desk:
+    """An emulated API, and a folder to run batches in."""
+
+    emulator: Emulator
+    out: Path
+
+    @asynccontextmanager
+    async def session(self, **settings: Any) -> AsyncIterator[Session]:
+        settings = {"retry": RETRY, "clock": self.emulator.clock, **settings}
+        async with Session(
+            self.emulator.api_key, base_url=self.emulator.base_url, **settings
+        ) as session:
+            yield session
+
+    async def run(
+        self, source: Any, *, settings: dict[str, Any] | None = None, **options: Any
+    ) -> BatchReport:
+        async with self.session(**(settings or {})) as session:
+            return await run_batch(session, source, self.out, **options)
+
+    def rows(self, sql: str) -> list[tuple[Any, ...]]:
+        """What the ledger on disk says."""
+        connection = sqlite3.connect(self.out / LEDGER)
+        try:
+            return connection.execute(sql).fetchall()
+        finally:
+            connection.close()
+
+    def states(self) -> dict[str, int]:
+        return Counter(state for (state,) in self.rows("SELECT state FROM items WHERE wanted = 1"))
+
+    def manifest(self) -> list[dict[str, Any]]:
+        lines = (self.out / "manifest.jsonl").read_text("utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def pictures(self) -> list[str]:
+        return sorted(path.name for path in self.out.glob("*.png"))
+
+    @property
+    def bought(self) -> Counter[str]:
+        return Counter(task.prompt for task in self.emulator.books.tasks())
+
+
+@pytest.fixture
+def desk(emulator: Emulator, tmp_path: Path) -> Desk:
+    return Desk(emulator, tmp_path / "out")
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Return once *condition* holds."""
+    while not condition():  # noqa: ASYNC110 - what is waited for has no event
+        await asyncio.sleep(0.005)
+
+
+def prompts(count: int, word: str = "lake") -> list[str]:
+    return [f"{word} {k}" for k in range(count)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Without trouble
+
+
+async def test_a_thousand_prompts_become_a_thousand_files_for_one_submit_each(desk: Desk) -> None:
+    """Each prompt is submitted once by the emulator's count, saved, and as the manifest says."""
+    report = await desk.run(prompts(1000), settings={"max_in_flight": 200})
+    assert (report.total, report.saved, report.pictures, report.exit_code) == (1000, 1000, 1000, 0)
+    assert report.credits == desk.emulator.books.charged == 1000
+    assert len(desk.emulator.books.submits()) == 1000
+    assert set(desk.bought.values()) == {1}
+    files = [file for item in desk.manifest() for file in item["files"]]
+    assert len({file["name"] for file in files}) == 1000
+    for file in files:
+        content = (desk.out / file["name"]).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (
+            file["bytes"],
+            file["sha256"],
+        )
+    assert report.gallery == desk.out / "gallery.html"
+    assert desk.emulator.books.peak_running <= 200
+
+
+async def test_running_it_again_submits_and_downloads_nothing(desk: Desk) -> None:
+    """What is saved and still matches its check sum is left alone."""
+    await desk.run(prompts(5))
+    requests = len(desk.emulator.books.requests())
+    report = await desk.run(prompts(5))
+    assert (report.saved, report.pictures, report.exit_code) == (5, 0, 0)
+    assert len(desk.emulator.books.requests()) == requests
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "difference"),
+    [
+        (["a", "b"], ["new", "a", "b"], {"new": 1}),
+        (["a", "b", "c"], ["c"], {}),
+        (["a", "b", "c"], ["c", "a", "b"], {}),
+        (["a", "b"], ["a", "b", "a", "a"], {"a": 2}),
+        (["a", "a", "a"], ["a", "b", "a"], {"b": 1}),
+    ],
+)
+async def test_editing_the_input_costs_exactly_the_difference(
+    desk: Desk, before: list[str], after: list[str], difference: dict[str, int]
+) -> None:
+    """Inserted, deleted, moved and duplicated lines buy what was not bought before."""
+    await desk.run(before)
+    paid = desk.bought
+    report = await desk.run(after)
+    assert desk.bought - paid == Counter(difference)
+    assert (
+        report.saved
+        == report.total
+        == len(set(before + after))
+        + sum(max(before.count(x), after.count(x)) - 1 for x in {*before, *after})
+    )
+
+
+async def test_a_queued_line_that_is_gone_is_not_submitted(desk: Desk) -> None:
+    """Of a batch that was stopped early, only what the new input still holds is bought."""
+    await desk.run(["a", "b", "c"], max_credits=0)
+    assert desk.states() == {"queued": 3}
+    report = await desk.run(["b"])
+    assert desk.bought == {"b": 1}
+    assert (report.total, report.saved) == (1, 1)
+
+
+async def test_files_are_named_after_the_id_or_the_prompt(desk: Desk) -> None:
+    """Names are readable, legal everywhere, and differ in more than case."""
+    await desk.run(
+        [
+            {"id": "hero", "prompt": "a"},
+            {"id": "HERO", "prompt": "b"},
+            {"id": "con", "prompt": "c"},
+            {"id": "../../etc/passwd", "prompt": "d"},
+            {"id": 'a<b>:"|?*', "prompt": "e"},
+            {"prompt": "A serene lake: at sunset?", "n": 2},
+            {"prompt": "평화로운 호수"},
+            {"prompt": "x" * 2000},
+        ]
+    )
+    names = desk.pictures()
+    assert len({name.lower() for name in names}) == len(names) == 9
+    assert {"hero-1.png", "HERO-1.png"} & set(names)
+    assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyzHERO0123456789._-") for name in names)
+    assert not any(name.split(".")[0].split("-")[0] == "con" for name in names)
+    assert sum(name.startswith("a-serene-lake-at-sunset-") for name in names) == 2
+    assert max(len(name) for name in names) < 130
+
+
+async def test_a_file_of_somebody_else_is_not_replaced(desk: Desk) -> None:
+    """Where a name is taken by a file the ledger does not know, another is used."""
+    desk.out.mkdir()
+    (desk.out / "hero-1.png").write_text("mine")
+    report = await desk.run([{"id": "hero", "prompt": "a"}])
+    assert report.saved == 1
+    assert (desk.out / "hero-1.png").read_text() == "mine"
+
+
+async def test_metadata_and_fields_reach_the_manifest(desk: Desk) -> None:
+    """What a line holds beside the request's fields is kept; an id may be a number."""
+    await desk.run([{"id": 7, "prompt": "a", "size": "1024x1024", "chapter": "one", "tags": [1]}])
+    (item,) = desk.manifest()
+    assert (item["id"], item["line"], item["state"]) == ("7", 1, "saved")
+    assert item["request"] == {
+        "model": "wan2.5-text-to-image",
+        "prompt": "a",
+        "size": "1024x1024",
+    }
+    assert item["metadata"] == {"chapter": "one", "tags": [1]}
+    assert item["task_id"] == desk.emulator.books.tasks()[0].id
+    assert item["credits"] == 1
+    assert item["error"] is None
+
+
+async def test_requests_of_all_kinds_are_taken(desk: Desk) -> None:
+    """Requests made in Python and other endpoints go through a batch, too."""
+    report = await desk.run(
+        [
+            ImageRequest("a", n=2),
+            RawRequest("/v1/videos/generations", body={"model": "sora-2", "prompt": "b"}),
+            {"path": "/v1/images/generations", "body": {"model": "z-image-turbo", "prompt": "c"}},
+        ]
+    )
+    kinds = {(task.type, task.prompt, task.n) for task in desk.emulator.books.tasks()}
+    assert report.saved + report.failed == 3
+    assert {("image", "a", 2), ("video", "b", 1)} <= kinds
+
+
+async def test_progress_counts_every_item_all_the_time(desk: Desk) -> None:
+    """Each report adds up to the total, and the last one says that all is saved."""
+    seen: list[BatchProgress] = []
+    await desk.run(prompts(30), progress=seen.append)
+    for now in seen:
+        parts = now.queued + now.running + now.completed + now.saved + now.failed + now.uncertain
+        assert parts == now.total == 30
+    assert seen[0].queued == 30
+    assert seen[-1].saved == 30
+    assert any(now.seconds_left is not None and now.seconds_left >= 0 for now in seen)
+    assert seen[-1].credits == 30
+
+
+# ---------------------------------------------------------------------------------------------
+# Input
+
+
+async def test_a_file_of_json_lines(desk: Desk, tmp_path: Path) -> None:
+    """Strings and objects, one a line; blank lines and a byte order mark do not matter."""
+    source = tmp_path / "prompts.jsonl"
+    source.write_bytes(b'\xef\xbb\xbf"a lake"\r\n\r\n{"prompt": "a \\u00e9tang", "n": 2}\n')
+    report = await desk.run(source)
+    assert report.saved == 2
+    assert {(t.prompt, t.n) for t in desk.emulator.books.tasks()} == {("a lake", 1), ("a étang", 2)}
+
+
+async def test_a_text_file(desk: Desk, tmp_path: Path) -> None:
+    """One prompt a line, the last without its end."""
+    source = tmp_path / "prompts.txt"
+    source.write_text("  a lake \n\n[not json]\n평화로운 호수", "utf-8")
+    await desk.run(str(source))
+    assert set(desk.bought) == {"a lake", "[not json]", "평화로운 호수"}
+
+
+async def test_standard_input(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single dash is standard input; JSON is recognised by its first line."""
+    stdin = io.TextIOWrapper(io.BytesIO(b'{"prompt": "a lake"}\n"a sea"\n'))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    await desk.run("-")
+    assert set(desk.bought) == {"a lake", "a sea"}
+
+
+BAD_LINES = [
+    (b'{"prompt": "a", "size": "1x1"}', "size="),
+    (b'{"size": "1024x1024"}', "prompt="),
+    (b'{"prompt": "a"', "not JSON"),
+    (b"[1]", "neither a prompt nor an object"),
+    (b'{"prompt": "a", "id": ""}', "id="),
+    (b'{"prompt": "a", "id": true}', "id="),
+    (b'{"prompt": "a", "id": "\\ud800"}', "id="),
+    (b'{"prompt": "a", "note": NaN}', "NaN"),
+    (b'"\\ud800"', "prompt="),
+    (b'"\xff"', "UTF-8"),
+    (b'"' + b"x" * 2001 + b'"', "at most 2000 characters"),
+    (b'"' + b"x" * (1 << 20) + b'"', "longer than"),
+    (b'"' + b"x" * (3 << 20), "longer than"),
+    (b'{"prompt": "a", "deep": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not JSON"),
+    (b'{"prompt": "b", "id": "twice"}', "id of line 1"),
+]
+
+
+@pytest.mark.parametrize(("line", "why"), BAD_LINES, ids=[why for _, why in BAD_LINES])
+async def test_a_bad_line_is_reported_with_its_number_before_any_money_is_spent(
+    desk: Desk, tmp_path: Path, line: bytes, why: str
+) -> None:
+    """Nothing is submitted, unless bad lines are to be skipped; then the rest is."""
+    source = tmp_path / "prompts.jsonl"
+    source.write_bytes(b'{"prompt": "first", "id": "twice"}\n' + line + b'\n"last"\n')
+    bad: list[Invalid] = []
+    with pytest.raises(RequestValidationError, match="line 2") as caught:
+        await desk.run(source, on_invalid=bad.append)
+    assert [each.line for each in bad] == [2]
+    assert why in bad[0].reason
+    assert bad[0].reason in str(caught.value)
+    assert desk.emulator.books.requests() == ()
+    report = await desk.run(source, skip_invalid=True)
+    assert (report.saved, report.invalid, report.exit_code) == (2, 1, 0)
+    assert set(desk.bought) == {"first", "last"}
+
+
+async def test_every_bad_line_is_reported(desk: Desk) -> None:
+    """However many there are, in their order."""
+    bad: list[Invalid] = []
+    with pytest.raises(RequestValidationError, match="1200 of 1201 lines"):
+        await desk.run(["good", *[""] * 1200], on_invalid=bad.append)
+    assert [each.line for each in bad] == list(range(2, 1202))
+
+
+async def test_an_id_whose_request_was_bought_cannot_get_another(desk: Desk) -> None:
+    """A changed line under an id that was paid for is a bad line; one not bought may change."""
+    await desk.run([{"id": "x", "prompt": "a"}, {"id": "y", "prompt": "forbidden"}])
+    desk.emulator.faults.add(faults.TaskFails("content_policy_violation", prompt="forbidden"))
+    await desk.run([{"id": "z", "prompt": "forbidden"}])
+    with pytest.raises(RequestValidationError, match="new id"):
+        await desk.run([{"id": "x", "prompt": "b"}])
+    report = await desk.run([{"id": "z", "prompt": "b"}])
+    assert desk.bought["b"] == 1
+    assert report.failed == 0
+
+
+async def test_metadata_that_is_no_json_is_a_bad_line(desk: Desk) -> None:
+    """Of an iterable, too, each line is checked before anything is submitted."""
+    with pytest.raises(RequestValidationError, match="line 2: metadata"):
+        await desk.run(["a", {"prompt": "b", "note": object()}])
+
+
+@pytest.mark.parametrize("source", [7, b"bytes", {"prompt": "a"}, "no/such/file.txt", None])
+async def test_a_source_that_is_none_is_refused(desk: Desk, source: Any) -> None:
+    """It must be a path, a dash, or an iterable."""
+    with pytest.raises(ConfigurationError, match=r"source|cannot be read"):
+        await desk.run(source)
+
+
+# ---------------------------------------------------------------------------------------------
+# Failures
+
+
+async def test_failures_do_not_stop_the_others(desk: Desk) -> None:
+    """A prompt refused for its content fails alone, and is named with its reason."""
+    desk.emulator.faults.add(faults.TaskFails("content_policy_violation", "no!", prompt="lake 3"))
+    report = await desk.run(prompts(10))
+    assert (report.saved, report.failed, report.exit_code) == (9, 1, 1)
+    (problem,) = report.problems
+    assert (problem.line, problem.code, problem.message) == (4, "content_policy_violation", "no!")
+    assert not problem.retryable
+    assert report.credits == desk.emulator.books.charged == 9
+
+
+async def test_only_what_may_help_is_retried(desk: Desk) -> None:
+    """Retrying failed items leaves those alone that would fail again."""
+    desk.emulator.faults.add(
+        faults.TaskFails("content_policy_violation", prompt="lake 1"),
+        faults.TaskFails("service_error", prompt="lake 2", times=1),
+        faults.Status(400, "too many tokens", route="submit", prompt="lake 3"),
+        faults.Status(403, "not this model", route="submit", prompt="lake 4", times=1),
+        faults.TaskCancelled(prompt="lake 5"),
+    )
+    first = await desk.run(prompts(6))
+    assert (first.saved, first.failed, first.retryable) == (1, 5, 2)
+    again = await desk.run(prompts(6))
+    assert (again.saved, again.failed) == (1, 5)
+    second = await desk.run(prompts(6), retry_failed=True)
+    assert (second.saved, second.failed, second.retryable) == (3, 3, 0)
+    assert desk.bought == {"lake 0": 1, "lake 1": 1, "lake 2": 2, "lake 4": 1, "lake 5": 1}
+    codes = {p.line: p.code for p in second.problems}
+    assert codes == {2: "content_policy_violation", 4: "http_400", 6: "request_cancelled"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (faults.Status(401, route="submit", nth=4), "authentication"),
+        (faults.Status(402, route="submit", nth=4), "credits"),
+        (faults.Status(429, code="insufficient_quota", route="submit", nth=4), "credits"),
+    ],
+)
+async def test_what_concerns_all_submits_stops_them(
+    desk: Desk, fault: faults.Fault, kind: str
+) -> None:
+    """After a 401 or 402 no more is submitted; what runs is saved; what is left is told."""
+    desk.emulator.faults.add(fault)
+    settings = {"max_connections": 1}
+    report = await desk.run(prompts(10), settings=settings)
+    assert report.stop is not None
+    assert (report.stop.kind, report.exit_code) == (kind, 3)
+    assert (report.saved, report.queued, report.still_to_pay) == (3, 7, 7.0)
+    assert len(desk.emulator.books.submits()) == 4
+    desk.emulator.faults.clear()
+    assert (await desk.run(prompts(10))).saved == 10
+    assert set(desk.bought.values()) == {1}
+
+
+async def test_an_empty_account_pays_for_what_it_can(tmp_path: Path, clock: ManualClock) -> None:
+    """Credits that run out in the middle leave the rest queued, to be bought after topping up."""
+    async with Emulator(clock=clock, pictures="tiny", credits=7) as emulator:
+        desk = Desk(emulator, tmp_path)
+        report = await desk.run(prompts(20))
+    assert (report.saved, report.queued, report.still_to_pay) == (7, 13, 13.0)
+    assert report.stop is not None
+    assert report.stop.kind == "credits"
+
+
+async def test_an_outage_is_waited_out(desk: Desk) -> None:
+    """Submits that are surely refused for a while are put off, not lost and not doubled."""
+    desk.emulator.faults.add(faults.Status(503, route="submit", between=(0, 120)))
+    report = await desk.run(prompts(20))
+    assert (report.saved, report.exit_code) == (20, 0)
+    assert set(desk.bought.values()) == {1}
+
+
+async def test_an_outage_without_end_stops_the_batch(desk: Desk) -> None:
+    """After so long without one accepted submit the batch says why and ends, all still queued."""
+    desk.emulator.faults.add(faults.Status(503, route="submit"))
+    report = await desk.run(prompts(5), patience=300)
+    assert report.stop is not None
+    assert (report.stop.kind, report.exit_code, report.queued) == ("network", 3, 5)
+
+
+async def test_a_server_that_never_says_what_became_of_submits_is_left(desk: Desk) -> None:
+    """Money is put at risk a few times, not a thousand."""
+    desk.emulator.faults.add(faults.Status(500, route="submit", processed=True))
+    report = await desk.run(prompts(200))
+    assert report.stop is not None
+    assert report.stop.kind == "network"
+    assert 8 <= report.uncertain <= 8 + 16
+    assert report.uncertain == len(desk.emulator.books.submits())
+
+
+async def test_uncertain_items_are_named_and_resent_only_when_asked(desk: Desk) -> None:
+    """A lost answer is reported with its key; resent with it, the generation is paid once."""
+    desk.emulator.faults.add(
+        faults.Reset("after", route="submit", prompt="lake 1"),
+        faults.Reset("before", route="submit", prompt="lake 2"),
+    )
+    first = await desk.run(prompts(4))
+    assert (first.saved, first.uncertain, first.exit_code) == (2, 2, 1)
+    assert {p.line: p.code for p in first.problems} == {
+        2: "submit_uncertain",
+        3: "submit_uncertain",
+    }
+    keys = {p.idempotency_key for p in first.problems}
+    desk.emulator.faults.clear()
+    submits = len(desk.emulator.books.submits())
+    assert (await desk.run(prompts(4))).uncertain == 2
+    assert len(desk.emulator.books.submits()) == submits
+    last = await desk.run(prompts(4), resend_uncertain=True)
+    assert (last.saved, last.uncertain) == (4, 0)
+    assert {r.idempotency_key for r in desk.emulator.books.submits()[submits:]} == keys
+    assert set(desk.bought.values()) == {1}
+    assert desk.emulator.books.charged == last.credits == 4
+
+
+async def test_a_refused_repeat_says_nothing_about_the_first(desk: Desk) -> None:
+    """An uncertain item whose repeat is refused stays uncertain, with its key."""
+    desk.emulator.faults.add(faults.Reset("after", route="submit", times=1))
+    (before,) = (await desk.run(["a"])).problems
+    desk.emulator.faults.add(faults.Status(400, route="submit"))
+    (after,) = (await desk.run(["a"], resend_uncertain=True)).problems
+    assert (after.state, after.idempotency_key) == ("uncertain", before.idempotency_key)
+    desk.emulator.faults.clear()
+    desk.emulator.faults.add(faults.Status(402, route="submit"))
+    report = await desk.run(["a"], resend_uncertain=True)
+    assert report.stop is not None
+    assert report.uncertain == 1
+
+
+async def test_a_task_past_its_deadline_stays_submitted(desk: Desk) -> None:
+    """It is picked up again by the next run, not bought again."""
+    desk.emulator.faults.add(faults.TaskHangs(50))
+    first = await desk.run(["a"], settings={"poll": PollPolicy(deadline=60)})
+    assert (first.running, first.exit_code) == (1, 1)
+    assert first.problems[0].state == "submitted"
+    desk.emulator.complete(desk.emulator.books.tasks()[0].id)
+    assert (await desk.run(["a"])).saved == 1
+    assert desk.bought == {"a": 1}
+
+
+async def test_a_task_the_api_has_forgotten_is_offered_for_resubmission(desk: Desk) -> None:
+    """It fails plainly, and is paid for again only when that is asked for."""
+    desk.emulator.faults.add(faults.TaskVanishes(0.5, prompt="a", times=1))
+    first = await desk.run(["a"])
+    assert (first.failed, first.expired, first.problems[0].code) == (1, 1, "task_not_found")
+    assert (await desk.run(["a"], retry_failed=True)).failed == 1
+    assert (await desk.run(["a"], resubmit_expired=True)).saved == 1
+    assert desk.bought == {"a": 2}
+
+
+async def test_a_completed_task_without_results_has_failed(desk: Desk) -> None:
+    """There is nothing to save, and that is said."""
+    desk.emulator.faults.add(faults.FewerResults(0))
+    report = await desk.run(["a"])
+    assert (report.failed, report.problems[0].code) == (1, "no_results")
+
+
+# ---------------------------------------------------------------------------------------------
+# Results
+
+
+async def test_what_could_not_be_downloaded_is_downloaded_by_the_next_run(desk: Desk) -> None:
+    """A completed item waits for its files; nothing is bought again."""
+    desk.emulator.faults.add(faults.NotAPicture("text/html", route="result"))
+    first = await desk.run(prompts(3))
+    assert (first.completed, first.saved, first.exit_code) == (3, 0, 1)
+    assert desk.pictures() == []
+    desk.emulator.faults.clear()
+    assert (await desk.run(prompts(3))).saved == 3
+    assert desk.emulator.books.accepted == 3
+
+
+async def test_expired_links_are_said_plainly_and_resubmitted_when_asked(
+    desk: Desk, clock: ManualClock
+) -> None:
+    """After a day the results are gone; only with consent they are paid for again."""
+    desk.emulator.faults.add(faults.NotAPicture("text/html", route="result"))
+    await desk.run(prompts(2))
+    desk.emulator.faults.clear()
+    clock.advance(DAY + 60)
+    report = await desk.run(prompts(2))
+    assert (report.failed, report.expired) == (2, 2)
+    assert "expired" in (report.problems[0].message or "")
+    assert (await desk.run(prompts(2))).failed == 2
+    assert (await desk.run(prompts(2), resubmit_expired=True)).saved == 2
+    assert set(desk.bought.values()) == {2}
+    assert (await desk.run(prompts(2))).credits == desk.emulator.books.charged == 4
+
+
+async def test_a_missing_file_is_downloaded_again(desk: Desk) -> None:
+    """One that was deleted comes back under its name; nothing is bought."""
+    await desk.run(prompts(3))
+    name = desk.pictures()[1]
+    content = (desk.out / name).read_bytes()
+    (desk.out / name).unlink()
+    report = await desk.run(prompts(3))
+    assert (report.saved, report.pictures) == (3, 1)
+    assert (desk.out / name).read_bytes() == content
+    assert desk.emulator.books.accepted == 3
+
+
+async def test_a_changed_file_is_kept_aside_and_downloaded_again(desk: Desk) -> None:
+    """Somebody's work on a picture is not overwritten."""
+    await desk.run(["a"])
+    (name,) = desk.pictures()
+    (desk.out / name).write_bytes(b"retouched")
+    await desk.run(["a"])
+    kept = [path for path in desk.out.glob("*.png") if path.name != name]
+    assert [path.read_bytes() for path in kept] == [b"retouched"]
+    assert ".changed-" in kept[0].name
+    assert (desk.out / name).read_bytes() != b"retouched"
+
+
+async def test_files_whose_record_was_lost_are_recognised_when_their_links_have_expired(
+    desk: Desk, clock: ManualClock
+) -> None:
+    """A crash between the last rename and its record costs nothing, however late the next run."""
+    await desk.run([{"prompt": "a", "n": 2}])
+    connection = sqlite3.connect(desk.out / LEDGER)
+    with connection:
+        connection.execute("UPDATE items SET state = 'completed', saved_at = NULL")
+        connection.execute("DELETE FROM files")
+    connection.close()
+    clock.advance(DAY + 60)
+    report = await desk.run([{"prompt": "a", "n": 2}])
+    assert (report.saved, report.pictures) == (1, 2)
+
+
+async def test_links_that_have_changed_since_are_used(desk: Desk) -> None:
+    """Where the links in the ledger lead nowhere any more, the task is asked for its new ones."""
+    desk.emulator.faults.add(faults.NotAPicture("text/html", route="result"))
+    await desk.run(["a"])
+    desk.emulator.faults.clear()
+    connection = sqlite3.connect(desk.out / LEDGER)
+    with connection:
+        connection.execute(
+            "UPDATE items SET snapshot = replace(snapshot, '/results/', '/results/0')"
+        )
+    connection.close()
+    report = await desk.run(["a"])
+    assert (report.saved, desk.emulator.books.accepted) == (1, 1)
+
+
+async def test_a_page_that_cannot_be_written_does_not_spoil_the_batch(desk: Desk) -> None:
+    """Something else under its name stays, and the report has no page."""
+    (desk.out / "gallery.html").mkdir(parents=True)
+    report = await desk.run(["a"])
+    assert (report.saved, report.gallery) == (1, None)
+    assert (desk.out / "gallery.html").is_dir()
+
+
+async def test_what_a_killed_download_has_left_is_removed(desk: Desk) -> None:
+    """Files that never got their name go; others that look a little like them stay."""
+    desk.out.mkdir()
+    (desk.out / ".lake-1.0123456789abcdef.part").touch()
+    (desk.out / ".mine.part").touch()
+    await desk.run(["a"])
+    assert [path.name for path in desk.out.glob(".*.part")] == [".mine.part"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Money
+
+
+@pytest.mark.parametrize("limit", [0, 1, 7, 10])
+async def test_max_credits_holds(desk: Desk, limit: int) -> None:
+    """Not one credit more is reserved than allowed, in all runs together."""
+    lines = [{"prompt": f"lake {k}", "n": 1 + k % 2} for k in range(12)]
+    report = await desk.run(lines, max_credits=limit)
+    books = desk.emulator.books
+    assert books.charged + books.reserved <= limit
+    assert limit - books.charged < 2
+    assert report.stop is not None
+    assert (report.stop.kind, report.exit_code) == ("max_credits", 1)
+    again = await desk.run(lines, max_credits=limit)
+    assert books.charged <= limit
+    assert again.credits == books.charged
+
+
+async def test_the_first_submit_of_a_model_goes_alone(desk: Desk) -> None:
+    """Until its price is known nothing else is put at risk; then the limit is used in full."""
+    answered = asyncio.Event()
+    seen: list[int] = []
+
+    def look(now: BatchProgress) -> None:
+        if not answered.is_set():
+            seen.append(len(desk.emulator.books.submits()))
+        if now.credits:
+            answered.set()
+
+    report = await desk.run(prompts(6), max_credits=6, progress=look)
+    assert max(seen) == 1
+    assert report.saved == 6
+
+
+async def test_refunded_credits_are_spent_again(desk: Desk) -> None:
+    """A failed generation gives back its reservation, and another may be bought for it."""
+    desk.emulator.faults.add(faults.TaskFails("service_error", prompt="lake 0"))
+    report = await desk.run(prompts(5), max_credits=3)
+    assert (report.failed, report.saved, report.queued) == (1, 3, 1)
+    assert desk.emulator.books.charged == 3
+
+
+async def test_uncertain_items_count_as_spent(desk: Desk) -> None:
+    """What may have been charged is not spent twice."""
+    desk.emulator.faults.add(faults.Reset("after", route="submit", prompt="lake 1"))
+    await desk.run(prompts(2))
+    await desk.run(prompts(10), max_credits=5)
+    assert desk.emulator.books.charged <= 5
+    desk.emulator.faults.clear()
+    report = await desk.run(prompts(10), max_credits=5, resend_uncertain=True)
+    assert desk.emulator.books.charged == report.credits == 5
+    assert (report.saved, report.uncertain) == (5, 0)
+
+
+class Priceless(faults.RequestFault):
+    """Answers that do not say what anything costs."""
+
+    async def after(self, _exchange: Exchange, response: web.Response) -> web.StreamResponse:
+        assert isinstance(response.body, bytes)
+        answer = json.loads(response.body)
+        for task in answer.get("data", [answer]):
+            task.pop("usage", None)
+        return web.json_response(answer)
+
+
+async def test_an_api_that_names_no_price_cannot_be_limited(desk: Desk) -> None:
+    """After one generation of unknown price no more is put at risk; without a limit all go on."""
+    desk.emulator.faults.add(Priceless(route=("submit", "read", "batch")))
+    report = await desk.run(prompts(5), max_credits=3)
+    assert report.stop is not None
+    assert report.stop.kind == "max_credits"
+    assert "does not say what" in report.stop.message
+    assert (report.saved, report.queued, report.still_to_pay) == (1, 4, None)
+    assert (await desk.run(prompts(5))).saved == 5
+
+
+async def test_a_refused_first_submit_leaves_the_price_to_the_next(desk: Desk) -> None:
+    """Another item of the model asks for it then."""
+    desk.emulator.faults.add(faults.Status(400, route="submit", nth=1))
+    report = await desk.run(prompts(4), max_credits=2)
+    assert (report.failed, report.saved, report.queued) == (1, 2, 1)
+
+
+@pytest.mark.parametrize("limit", [-1, True, "5", float("nan")])
+async def test_a_limit_that_is_none_is_refused(desk: Desk, limit: Any) -> None:
+    """It must be a number of credits."""
+    with pytest.raises(ConfigurationError, match="max_credits"):
+        await desk.run(["a"], max_credits=limit)
+
+
+# ---------------------------------------------------------------------------------------------
+# Being stopped
+
+
+async def test_stopped_it_lets_what_runs_finish_and_says_how_to_go_on(desk: Desk) -> None:
+    """No more is submitted, what runs is saved, the rest stays queued for the next run."""
+    stop = asyncio.Event()
+
+    def look(now: BatchProgress) -> None:
+        if now.saved:
+            stop.set()
+
+    report = await desk.run(
+        prompts(60), stop=stop, grace=20, progress=look, settings={"max_in_flight": 8}
+    )
+    assert report.stop is not None
+    assert (report.stop.kind, report.exit_code) == ("interrupted", 130)
+    assert report.running == report.completed == report.uncertain == 0
+    assert 0 < report.saved < 60
+    assert report.saved + report.queued == 60
+    assert desk.emulator.books.accepted == report.saved
+    assert (await desk.run(prompts(60))).saved == 60
+    assert set(desk.bought.values()) == {1}
+
+
+async def test_a_grace_time_that_passes_leaves_what_runs(desk: Desk) -> None:
+    """Tasks that outlast it stay submitted, and the next run picks them up."""
+    desk.emulator.faults.add(faults.TaskHangs(50))
+    stop = asyncio.Event()
+
+    def look(now: BatchProgress) -> None:
+        if now.running == 4:
+            stop.set()
+
+    report = await desk.run(prompts(4), stop=stop, grace=0.2, progress=look)
+    assert report.running + report.uncertain + report.queued == 4
+    for task in desk.emulator.books.tasks():
+        desk.emulator.complete(task.id)
+    desk.emulator.faults.clear()
+    assert (await desk.run(prompts(4))).saved == 4 - report.uncertain
+    assert set(desk.bought.values()) == {1}
+
+
+async def test_cancelled_it_leaves_at_once_and_records_what_was_in_the_air(desk: Desk) -> None:
+    """A submit without an answer is uncertain, with its key; nothing else is lost."""
+    desk.emulator.faults.add(faults.Latency(0.5, when="after", route="submit", prompt="lake 1"))
+    async with desk.session() as session:
+        job = asyncio.create_task(run_batch(session, prompts(2), desk.out))
+        await until(lambda: desk.emulator.books.accepted == 2 and "submitted" in desk.states())
+        job.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await job
+        assert desk.states()["uncertain"] == 1
+        await session.aclose(grace=0)
+    assert desk.rows("SELECT count(*) FROM items WHERE idempotency_key IS NULL") == [(0,)]
+
+
+async def test_what_was_not_sent_goes_back_to_the_queue(tmp_path: Path) -> None:
+    """Stopped in a cool-down, what was refused and what waits behind it is queued, not in doubt."""
+    async with Emulator(pictures="tiny", time_scale=100, estimate=1) as emulator:
+        desk = Desk(emulator, tmp_path / "out")
+        emulator.faults.add(faults.Status(429, retry_after=200, route="submit", nth=2))
+        stop = asyncio.Event()
+        async with desk.session(max_connections=1, clock=None) as session:
+            job = asyncio.create_task(
+                run_batch(session, prompts(6), desk.out, stop=stop, grace=0.05)
+            )
+            await until(lambda: session.stats.cool_downs > 0)
+            stop.set()
+            report = await job
+    assert (report.queued, report.uncertain) == (5, 0)
+    assert report.saved + report.running + report.completed == 1
+
+
+async def test_a_closed_session_ends_the_batch(desk: Desk) -> None:
+    """Nothing is lost when somebody closes the session under a batch."""
+    async with desk.session() as session:
+
+        def look(now: BatchProgress) -> None:
+            if now.saved == 1:
+                closing.append(asyncio.ensure_future(session.aclose(grace=0)))
+
+        closing: list[asyncio.Future[None]] = []
+        report = await run_batch(session, prompts(50), desk.out, progress=look)
+    assert report.stop is not None
+    assert report.stop.kind == "closed"
+    last = await desk.run(prompts(50), resend_uncertain=True)
+    assert last.saved == 50
+    assert set(desk.bought.values()) == {1}
+
+
+async def test_two_batches_cannot_share_a_folder(desk: Desk) -> None:
+    """The second is told so, and the first goes on."""
+    async with desk.session() as session:
+        first = asyncio.create_task(run_batch(session, prompts(40), desk.out))
+        await until((desk.out / LEDGER).exists)
+        with pytest.raises(LedgerError, match="in use by another process"):
+            await run_batch(session, ["b"], desk.out)
+        assert (await first).saved == 40
+
+
+async def test_a_key_that_is_refused_while_tasks_run_stops_the_batch(desk: Desk) -> None:
+    """The tasks stay submitted, for a run with a key that works."""
+    desk.emulator.faults.add(faults.Status(401, route=("read", "batch")))
+    report = await desk.run(prompts(3), grace=0.2)
+    assert report.stop is not None
+    assert (report.stop.kind, report.running) == ("authentication", 3)
+    desk.emulator.faults.clear()
+    assert (await desk.run(prompts(3))).saved == 3
+    assert set(desk.bought.values()) == {1}
+
+
+# ---------------------------------------------------------------------------------------------
+# The disk
+
+
+async def test_a_disk_that_is_nearly_full_stops_before_more_is_bought(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be saved is not paid for."""
+    usage = namedtuple("usage", "total used free")  # noqa: PYI024 - as in shutil
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**6))
+    report = await desk.run(prompts(3))
+    assert report.stop is not None
+    assert (report.stop.kind, report.exit_code, report.queued) == ("disk", 3, 3)
+    assert desk.emulator.books.requests() == ()
+
+
+async def test_a_folder_that_cannot_be_one_is_refused(desk: Desk, tmp_path: Path) -> None:
+    """Before the input is read, with the name."""
+    (tmp_path / "file").write_text("")
+    async with desk.session() as session:
+        for out in (tmp_path / "file", tmp_path / "file" / "below", "a\0b"):
+            with pytest.raises(ConfigurationError, match="out="):
+                await run_batch(session, ["a"], out)
+
+
+async def test_a_full_disk_stops_the_batch_and_loses_nothing(desk: Desk) -> None:
+    """With a folder in the way of every name nothing can be saved; the next run saves it all."""
+    if not hasattr(os, "geteuid"):
+        pytest.skip("no file size limits on this system")
+    import resource  # noqa: PLC0415 - not everywhere
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    desk.out.mkdir()
+
+    def look(now: BatchProgress) -> None:
+        if now.running == 3:  # pictures are larger than this; the ledger's file is so already
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+
+    try:
+        with pytest.raises(LedgerError):
+            await desk.run(prompts(3), progress=look)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    last = await desk.run(prompts(3), resend_uncertain=True)
+    assert last.saved == 3
+    assert set(desk.bought.values()) == {1}
+
+
+# ---------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    """An emulated API in a thread, found by the environment; generations end at once."""
+    with Emulator(pictures="tiny", time_scale=1000, duration=1, estimate=1) as emulator:
+        monkeypatch.setenv("EVOLINK_API_KEY", emulator.api_key)
+        monkeypatch.setenv("EVOLINK_BASE_URL", emulator.base_url)
+        yield emulator
+
+
+@pytest.fixture
+def lakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A file of three prompts, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lakes.txt").write_text("lake 0\nlake 1\nlake 2\n")
+    return "lakes.txt"
+
+
+def test_the_command_saves_and_summarises(
+    api: Emulator, lakes: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A table on stdout, progress on stderr; the second time nothing is bought."""
+    assert main(["batch", lakes, "--out", "out"]) == 0
+    out, err = capsys.readouterr()
+    rows = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert (rows["saved"], rows["items"], rows["credits"]) == ("3", "3", "3")
+    assert rows["gallery"] == (Path("out").resolve() / "gallery.html").as_uri()
+    assert "3 of 3 saved" in err
+    assert main(["batch", lakes, "--out", "out", "--no-gallery", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["saved"], report["pictures"], report["gallery"]) == (3, 0, None)
+    assert api.books.accepted == 3
+
+
+def test_the_command_names_what_went_wrong_and_what_to_do(
+    api: Emulator, lakes: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Failed, uncertain and unsent items each with a reason, and the options that may help."""
+    api.faults.add(
+        faults.TaskFails("service_error", "\x1b[2Jbusy", prompt="lake 0", times=1),
+        faults.Reset("after", route="submit", prompt="lake 1", times=1),
+        faults.NotAPicture("text/html", route="result", times=1),
+    )
+    assert main(["batch", lakes, "--out", "out"]) == 1
+    err = capsys.readouterr().err
+    assert "line 1: failed, service_error" in err
+    assert "line 2: may have been accepted and charged (idempotency key" in err
+    assert "line 3: generated, not downloaded yet" in err
+    for word in ("--resend-uncertain", "--retry-failed", "run the same command again", "busy"):
+        assert word in err
+    assert "\x1b" not in err
+    again = ["batch", lakes, "--out", "out", "--resend-uncertain", "--retry-failed"]
+    assert main(again) == 0
+    assert api.books.charged == 3
+
+
+def test_the_command_says_what_is_left_to_pay_for(
+    api: Emulator, lakes: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At its own limit it ends with 1, without credits with 3, and tells the price of the rest."""
+    assert main(["batch", lakes, "--out", "out", "--max-credits", "1"]) == 1
+    assert "2 not submitted, about 2 credits" in capsys.readouterr().err
+    api.faults.add(faults.Status(402, route="submit"))
+    assert main(["batch", lakes, "--out", "out"]) == 3
+    err = capsys.readouterr().err
+    assert "error: nothing is left to spend" in err
+    assert "2 not submitted, about 2 credits" in err
+
+
+def test_the_command_names_every_bad_line(
+    api: Emulator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And ends with the code for wrong usage, unless they are to be skipped."""
+    source = tmp_path / "p.jsonl"
+    source.write_text('"a lake"\n{"prompt": ""}\n7\n')
+    assert main(["batch", str(source), "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert "line 2: prompt=''" in err
+    assert "line 3: 7 is neither" in err
+    assert api.books.requests() == ()
+    assert main(["batch", str(source), "--out", str(tmp_path / "out"), "--skip-invalid"]) == 0
+    assert "bad lines skipped 2" in capsys.readouterr().out
+
+
+def test_the_command_runs_without_key_or_money(
+    lakes: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With an emulator of its own; without one, and without a key, it says what is missing."""
+    monkeypatch.setitem(_batch_cli.EMULATED, "clock", ManualClock())
+    monkeypatch.setitem(_batch_cli.EMULATED, "pictures", "tiny")
+    assert main(["batch", lakes, "--out", "out", "--emulator"]) == 0
+    assert len(list(Path("out").glob("*.png"))) == 3
+    assert main(["batch", lakes, "--out", "other"]) == 2
+    assert "EVOLINK_API_KEY" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        (
+            BatchProgress(total=9, queued=9),
+            "0 of 9 saved, 0 running, 0 to download, 9 queued, 0 credits",
+        ),
+        (
+            BatchProgress(
+                total=9, saved=4, running=3, failed=1, uncertain=1, rate=0.5, seconds_left=600
+            ),
+            (
+                "4 of 9 saved, 3 running, 0 to download, 0 queued, 1 failed, 1 uncertain, "
+                "0 credits, 0.5/s, about 10 min left"
+            ),
+        ),
+        (
+            BatchProgress(total=1, running=1, rate=12.4, seconds_left=9000),
+            "0 of 1 saved, 1 running, 0 to download, 0 queued, 0 credits, 12/s, about 2.5 h left",
+        ),
+    ],
+)
+def test_progress_in_words(now: BatchProgress, words: str) -> None:
+    """Trouble is named where there is some; rate and time left once they are known."""
+    assert _batch_cli._words(now) == words
+
+
+def test_of_many_failures_some_are_told_and_the_rest_counted(
+    api: Emulator, lakes: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A thousand lines of the same trouble help nobody; the manifest has them all."""
+    Path(lakes).write_text("".join(f"lake {k}\n" for k in range(25)))
+    api.faults.add(faults.Status(400, route="submit"))
+    assert main(["batch", lakes, "--out", "out"]) == 1
+    err = capsys.readouterr().err
+    assert err.count(": failed, ") == 20
+    assert "... and 5 more items: see the manifest" in err
+
+
+def command(*argv: str, **options: Any) -> subprocess.Popen[str]:
+    """The command in a process of its own."""
+    return subprocess.Popen(  # noqa: S603 - our own command
+        [sys.executable, "-m", "evolink_async", "batch", *argv], text=True, **options
+    )
+
+
+def test_interrupted_it_finishes_what_runs_and_says_how_to_go_on(api: Emulator, lakes: str) -> None:
+    """The first signal stops submitting; the exit code says so; the next run does the rest."""
+    Path(lakes).write_text("".join(f"lake {k}\n" for k in range(400)))
+    process = command(
+        lakes,
+        "--out",
+        "out",
+        "--max-in-flight",
+        "2",
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    while api.books.accepted < 5:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "stopping: no more is submitted" in err
+    assert "run the same command again to go on" in err
+    assert "error" not in err
+    saved = dict(line.split(maxsplit=1) for line in out.splitlines())["saved"]
+    assert int(saved) == api.books.accepted < 400
+
+
+def test_interrupted_twice_it_leaves_at_once(api: Emulator, lakes: str) -> None:
+    """What runs goes on without it, and is picked up by the next run."""
+    api.faults.add(faults.TaskHangs(50))
+    process = command(lakes, "--out", "out", stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    assert process.stderr is not None
+    while api.books.accepted < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    while "stopping" not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "left at once; run the same command again to go on" in err
+    for task in api.books.tasks():
+        api.complete(task.id)
+    assert main(["batch", lakes, "--out", "out", "--resend-uncertain"]) == 0
+    assert api.books.accepted == 3
+
+
+def test_interrupted_while_it_reads_it_leaves_at_once(api: Emulator, tmp_path: Path) -> None:
+    """It does not wait for the rest of a pipe that nobody writes to."""
+    ledger_file = tmp_path / "out" / LEDGER
+    process = command(
+        "-", "--out", str(ledger_file.parent), stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    assert process.stderr is not None
+    while not ledger_file.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+    assert "run the same command again" in process.stderr.read()
+    process.stdin.close()
+    process.stderr.close()
+    assert api.books.requests() == ()
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo terminals on this system")
+def test_on_a_terminal_it_draws_a_bar_and_a_table(api: Emulator, lakes: str) -> None:
+    """One live line while it runs, a drawn table at the end."""
+    terminal, end = os.openpty()
+    process = command(
+        lakes, "--out", "out", stdout=end, stderr=end, env={**os.environ, "TERM": "xterm"}
+    )
+    os.close(end)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux says that nobody writes there any more
+        while chunk := os.read(terminal, 4096):
+            shown += chunk
+    os.close(terminal)
+    assert process.wait() == 0
+    assert "┃" in shown.decode() or "│" in shown.decode()
+    assert b"3 of 3 saved" in shown
