@@ -56,7 +56,8 @@ FLOORS: dict[str, str] = {
     # 5: programs and plugins
     "_batch_cli": f"_batch_input _retry _session batch emulator {PLAIN}",
     "_cli": (
-        "_batch_cli __init__ errors _models _polling _protocol _retry _session _task webhook batch emulator "
+        "_batch_cli __init__ errors _models _polling _protocol _retry _session _task webhook batch "
+        "emulator "
         f"{PLAIN}"
     ),
     "__main__": "_cli",
