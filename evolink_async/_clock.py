@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
 
-__all__ = ["Clock", "LoopClock", "hold"]
+__all__ = ["Clock", "LoopClock", "default", "hold"]
 
 
 @runtime_checkable
@@ -35,6 +36,10 @@ class LoopClock:
     async def sleep_until(self, when: float) -> None:
         """Sleep on the loop."""
         await asyncio.sleep(max(0.0, when - self.now()))
+
+
+default: Callable[[], Clock] = LoopClock
+"""Makes the clock of a session that is given none; the pytest plugin puts its own here."""
 
 
 def hold(clock: Clock) -> AbstractContextManager[object]:

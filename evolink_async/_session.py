@@ -13,15 +13,18 @@ from collections.abc import (
     Awaitable,
     Callable,
     Iterable,
+    Iterator,
     Mapping,
+    Sequence,
 )
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
 
-from attrs import evolve, field, frozen
+from attrs import NOTHING, NothingType, evolve, field, frozen
 
+from evolink_async import _clock as clocks
 from evolink_async._clock import Clock, LoopClock, hold
 from evolink_async._gate import Gate
 from evolink_async._hosts import check_base_url
@@ -59,18 +62,34 @@ if TYPE_CHECKING:
     from evolink_async._results import ResultClient
     from evolink_async._transport import Submission, Transport
 
-__all__ = ["BeforeSend", "Outcome", "Session", "Stats"]
+__all__ = ["BeforeSend", "CallbackSource", "Outcome", "Session", "Stats"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DEFAULT_BASE_URL: Final = "https://api.evolink.ai"
 _PAGE: Final = 50
+_IDS_PER_LINE: Final = 50
 _LARGEST: Final = {"image": 64 << 20, "audio": 1 << 30, "video": 8 << 30}
 """Bytes one result may have, by the task's type."""
 
 BeforeSend = Callable[[str], Awaitable[object]]
 Prompt = str | Mapping[str, Any] | ImageRequest | RawRequest
+
+
+class CallbackSource(Protocol):
+    """What makes a callback URL for each submit, such as a `webhook.CallbackReceiver`."""
+
+    def url_for(self, idempotency_key: str) -> str:
+        """The ``callback_url`` of the submit with that key."""
+        ...
+
+    def registered(self, task_id: str, callback_url: str) -> None:
+        """The submit with that ``callback_url`` was answered, and its task is watched."""
+        ...
+
+
+Callback = str | CallbackSource | None
 
 
 @frozen
@@ -137,7 +156,7 @@ class Session:
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
         timeout: Timeout = Timeout(),  # noqa: B008 - frozen
         http: aiohttp.ClientSession | None = None,
-        callback: str | None = None,
+        callback: str | CallbackSource | None = None,
         clock: Clock | None = None,
     ) -> None:
         """Prepare a session; nothing is opened or sent yet.
@@ -155,7 +174,8 @@ class Session:
             timeout: How long one HTTP exchange may take.
             http: An aiohttp session to send API requests with, for tracing or special
                 connectors; it stays yours to close. Results are never fetched with it.
-            callback: ``callback_url`` for every image request that has none.
+            callback: ``callback_url`` for every request that has none, or what makes one
+                for each submit, such as a `webhook.CallbackReceiver`.
             clock: Where the session takes its time from; default the event loop.
 
         Raises:
@@ -170,9 +190,10 @@ class Session:
         self._retry = _instance("retry", retry, RetryPolicy)
         self._timeout = _instance("timeout", timeout, Timeout)
         self._http = http
-        self._callback = callback
-        self._clock: Clock = LoopClock() if clock is None else clock
+        self._callback = _callback(callback)
+        self._clock: Clock = clocks.default() if clock is None else clock
         self._slots = asyncio.Semaphore(self._max_in_flight)
+        self._release = self._slots.release  # one bound method for all watches
         self._waiting = 0
         self._posts: dict[asyncio.Task[Watch], Submission] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -292,8 +313,8 @@ class Session:
                 task_id=task_id,
             )
         )
-        if running:
-            logger.warning("session closed with tasks still running: %s", ", ".join(running))
+        for some in batched(running, _IDS_PER_LINE):
+            logger.warning("session closed with tasks still running: %s", ", ".join(some))
         await self._transport.aclose()
         await self._results.aclose()
 
@@ -318,6 +339,7 @@ class Session:
         *,
         idempotency_key: str | None = None,
         before_send: BeforeSend | None = None,
+        callback: Callback | NothingType = NOTHING,
         **fields: Any,
     ) -> Task:
         """Submit a generation and return its task, once a slot is free and the POST is answered.
@@ -330,6 +352,8 @@ class Session:
             idempotency_key: Key of an earlier submit to ask for again; default a new one.
             before_send: Awaited with the idempotency key when nothing is left to wait for,
                 right before each POST; if it raises, nothing is sent.
+            callback: What gives a request without ``callback_url`` one, as for the session;
+                None for nothing. Default the session's.
             **fields: Fields of `ImageRequest`, beside a prompt or mapping.
 
         Raises:
@@ -338,12 +362,14 @@ class Session:
             SessionClosedError: The session is closed.
             EvolinkError: It was not accepted; the subclass says why.
         """
-        asked = self._with_callback(as_request(request, **fields))
+        given = as_request(request, **fields)
         key = new_idempotency_key() if idempotency_key is None else idempotency_key
         check_idempotency_key(key)
+        source = self._callback if callback is NOTHING else _callback(callback)
+        asked = _with_callback(given, source, key)
         self._open()
         await self._take_slot()
-        return self._handle(await self._post(asked, key, before_send))
+        return self._handle(await self._post(asked, key, before_send, source))
 
     async def generate(
         self,
@@ -352,6 +378,7 @@ class Session:
         *,
         idempotency_key: str | None = None,
         before_send: BeforeSend | None = None,
+        callback: Callback | NothingType = NOTHING,
         **fields: Any,
     ) -> GenerationResult:
         """Submit a generation and wait for its result; arguments as for `submit`.
@@ -360,7 +387,11 @@ class Session:
             EvolinkError: What `submit` and `Task.wait` raise.
         """
         task = await self.submit(
-            request, idempotency_key=idempotency_key, before_send=before_send, **fields
+            request,
+            idempotency_key=idempotency_key,
+            before_send=before_send,
+            callback=callback,
+            **fields,
         )
         try:
             return await task
@@ -368,12 +399,14 @@ class Session:
             logger.warning("stopped waiting for task %s; it goes on and is watched", task.id)
             raise
 
-    def _with_callback(self, request: ImageRequest | RawRequest) -> ImageRequest | RawRequest:
-        if self._callback is None or request.callback_url is not None:
-            return request
-        if isinstance(request, RawRequest):
-            return RawRequest(request.path, body={**request.body(), "callback_url": self._callback})
-        return evolve(request, callback_url=self._callback)
+    @property
+    def callback(self) -> str | CallbackSource | None:
+        """What gives each request without ``callback_url`` one; may be set at any time."""
+        return self._callback
+
+    @callback.setter
+    def callback(self, callback: str | CallbackSource | None) -> None:
+        self._callback = _callback(callback)
 
     async def _take_slot(self) -> None:
         self._waiting += 1
@@ -385,13 +418,17 @@ class Session:
             raise SessionClosedError("the session was closed before this submit; nothing was sent")
 
     async def _post(
-        self, request: ImageRequest | RawRequest, key: str, before_send: BeforeSend | None
+        self,
+        request: ImageRequest | RawRequest,
+        key: str,
+        before_send: BeforeSend | None,
+        callback: Callback,
     ) -> Watch:
         """Run one POST in an asyncio task of the session's own; holds a slot, gives it on."""
         from evolink_async._transport import Submission  # noqa: PLC0415 - see _open
 
         submission = Submission(request, idempotency_key=key, before_send=before_send)
-        post = asyncio.get_running_loop().create_task(self._submit_and_watch(submission))
+        post = asyncio.get_running_loop().create_task(self._submit_and_watch(submission, callback))
         self._posts[post] = submission
         post.add_done_callback(self._post_ended)
         try:
@@ -408,7 +445,7 @@ class Session:
                 post.cancel()
             raise
 
-    async def _submit_and_watch(self, submission: Submission) -> Watch:
+    async def _submit_and_watch(self, submission: Submission, callback: Callback) -> Watch:
         try:
             snapshot = await self._transport.submit(submission)
         except asyncio.CancelledError:
@@ -420,13 +457,16 @@ class Session:
                 submission.idempotency_key,
             )
             raise submission.uncertain("it was cut off") from None
-        return self._watcher.submitted(
+        watch = self._watcher.submitted(
             snapshot,
             started=submission.sent_at,
             request=submission.request,
             idempotency_key=submission.idempotency_key,
-            on_end=self._slots.release,
+            on_end=self._release,
         )
+        if not (callback is None or isinstance(callback, str)):
+            _tell(callback, watch)
+        return watch
 
     def _post_ended(self, post: asyncio.Task[Watch]) -> None:
         """Give the slot back unless a watch now has it (also if the task never started)."""
@@ -523,6 +563,14 @@ class Session:
         check_task_id(task_id)
         live = self._watcher.find(task_id) if self._loop is not None else None
         return self._handle_of(task_id, live)
+
+    def nudge(self, task_id: str) -> bool:
+        """Look at a watched task now, because something else told that it has ended.
+
+        It is read at once, or its ``min_interval`` after its last read; nudges that come
+        before that read are one. Returns False, and does nothing, if it is not watched.
+        """
+        return self._loop is not None and self._watcher.nudge(task_id)
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -658,6 +706,28 @@ class Session:
         )
 
 
+def _with_callback(
+    request: ImageRequest | RawRequest, callback: Callback, key: str
+) -> ImageRequest | RawRequest:
+    """*request* with a callback URL; it keeps the first key's where a new one is minted."""
+    if callback is None or request.callback_url is not None:
+        return request
+    url = callback if isinstance(callback, str) else callback.url_for(key)
+    if isinstance(request, RawRequest):
+        return RawRequest(request.path, body={**request.body(), "callback_url": url})
+    return evolve(request, callback_url=url)
+
+
+def _tell(callback: CallbackSource, watch: Watch) -> None:
+    """Tell who made the callback URL which task it is about."""
+    url = watch.request.callback_url if watch.request is not None else None
+    try:
+        if url is not None:
+            callback.registered(watch.id, url)
+    except Exception:  # other people's code must not lose a paid task
+        logger.exception("callback=%r failed to register task %s", type(callback), watch.id)
+
+
 def _log_orphan(post: asyncio.Task[Watch], submission: Submission) -> None:
     """Say what became of a POST whose caller was cancelled."""
     key = submission.idempotency_key
@@ -673,9 +743,14 @@ def _log_orphan(post: asyncio.Task[Watch], submission: Submission) -> None:
         )
 
 
+def batched(ids: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """*ids* in groups of at most *size*."""
+    return (ids[k : k + size] for k in range(0, len(ids), size))
+
+
 def _log_left(ids: list[str]) -> None:
-    if ids:
-        logger.warning("map was left before the outcome of these tasks: %s", ", ".join(ids))
+    for some in batched(ids, _IDS_PER_LINE):
+        logger.warning("map was left before the outcome of these tasks: %s", ", ".join(some))
 
 
 async def _next_of(source: AsyncGenerator[tuple[int, Any], None]) -> tuple[int, Any] | None:
@@ -749,6 +824,16 @@ def _rate(value: object) -> float | None:
             f"max_requests_per_second={value!r} is not allowed: a number above 0, or None"
         )
     return float(value)
+
+
+def _callback(callback: Callback) -> Callback:
+    if callback is None or isinstance(callback, str):
+        return callback
+    if not (hasattr(callback, "url_for") and hasattr(callback, "registered")):
+        raise ConfigurationError(
+            f"callback={callback!r} is not allowed: an https address, a CallbackReceiver or None"
+        )
+    return callback
 
 
 def _instance(name: str, value: object, kind: type[T]) -> T:

@@ -45,6 +45,10 @@ _SUSPENDED: Final = 30.0
 """Seconds the time of day must run ahead of the clock to mean that the machine slept."""
 _ATTACHED: Final = "attached"
 """The kind of tasks found by their id, of which nothing else is known."""
+_SENTINELS: Final = 128
+"""One in so many tasks with a callback is looked at as if it had none."""
+_ONE_MISSED: Final = 0.3
+"""Share of missed callbacks from which looking for them is like looking without them."""
 _READING: Final = -1.0
 _ENDED: Final = -2.0
 """In place of a due time: a read is in the air; nothing more will be read."""
@@ -104,8 +108,12 @@ class Watch:
     looks: int = 0
     again: bool = False
     alone: bool = False
+    # Told to have ended; told so while a read was in the air.
     nudged: bool = False
+    called: bool = False
     calls_back: bool = False
+    # Looked at like any other although it calls back, to notice callbacks that stop.
+    sentinel: bool = False
     trouble: Trouble | None = None
     waiters: _Futures | None = None
     listeners: _Futures | None = None
@@ -174,6 +182,8 @@ class Watcher:
         self._loop: asyncio.Task[None] | None = None
         # Readings in the air: what they ask for, and the first deadline among it.
         self._readings: dict[asyncio.Task[None], tuple[list[Watch], float]] = {}
+        self._calling_back = 0
+        self._priced_anew = -math.inf
         self._unknown_words: set[str] = set()
         self._wall = wall
         self._drift = math.inf
@@ -224,6 +234,9 @@ class Watcher:
             looked=started,
             calls_back=request.callback_url is not None,
         )
+        if watch.calls_back:
+            self._calling_back += 1
+            watch.sentinel = _is_sentinel(self._calling_back, len(self._live))
         schedule.started()
         if snapshot.is_terminal:
             self._end(watch)
@@ -256,13 +269,17 @@ class Watcher:
     def nudge(self, task_id: str) -> bool:
         """Look at a task now, or its shortest interval after its last look.
 
-        Nudges of a task that come before that look are one. False if it is not watched.
+        Nudges of a task that come before that look are one, and a task whose reads fail
+        keeps to the pace of their retries. False if it is not watched.
         """
         watch = self._live.get(task_id)
         if watch is None:
             return False
         watch.nudged = True
-        self._hurry(watch, watch.looked + self._policy.min_interval if watch.looks else 0.0)
+        if watch.due == _READING:
+            watch.called = True
+        elif watch.trouble is None:
+            self._hurry(watch, watch.looked + self._policy.min_interval if watch.looks else 0.0)
         return True
 
     async def until_ended(self, watch: Watch) -> None:
@@ -305,7 +322,15 @@ class Watcher:
 
     def _price(self, watch: Watch, price: float) -> float:
         """What a look at *watch* may cost: little where a callback will tell its end."""
-        return self._pacer.callbacks.price(price) if watch.calls_back else price
+        if not watch.calls_back:
+            return price
+        if watch.sentinel:
+            return self._policy.price
+        trust = self._pacer.callbacks
+        # While callbacks come, the seats of a read that looks for a lost one are of no use
+        # to each other, so that there is nothing to share its price with.
+        shared = min(1.0, trust.missed / _ONE_MISSED)
+        return trust.price(shared * price + (1 - shared) * self._policy.price)
 
     def _queue(self, watch: Watch, due: float) -> None:
         """Look at *watch* at *due*; once more shortly before the deadline, never after it."""
@@ -400,12 +425,15 @@ class Watcher:
         heap = self._shared
         batch: list[Watch] = []
         while len(batch) < limit and heap:
+            if batch and heap[0][0] > now and (batch[0].nudged or batch[0].sentinel):
+                break  # the others wait for callbacks of their own
             due, _, watch = heapq.heappop(heap)
             if due == watch.due:
                 batch.append(watch)
         shared = self._pacer.shared
         shared.limit = limit
-        shared.saw_read(now, [(watch.looked, watch.due) for watch in batch])
+        if not (batch[0].nudged or batch[0].sentinel):
+            shared.saw_read(now, [(watch.looked, watch.due) for watch in batch])
         return batch
 
     async def _read(self, batch: list[Watch]) -> None:
@@ -463,10 +491,12 @@ class Watcher:
             watch.schedule.saw_running(watch.looked - started, age)
         watch.looked = reading.sent_at
         watch.looks += 1
-        watch.nudged = False
-        if watch.calls_back:
-            price = self._pacer.callbacks.price(price)
-        due = max(reading.received_at, started + watch.schedule.next_age(age, price, watch.looks))
+        watch.nudged, watch.called = watch.called, False
+        price = self._price(watch, price)
+        due = started + watch.schedule.next_age(age, price, watch.looks)
+        if watch.nudged:
+            due = min(due, watch.looked + self._policy.min_interval)
+        due = max(reading.received_at, due)
         self._queue(watch, due)
         if snapshot.status not in RUNNING:
             self._log_unknown(snapshot.status)
@@ -553,7 +583,24 @@ class Watcher:
         if watch.nudged:
             self._pacer.callbacks.saw_callback()
         elif watch.calls_back:
+            before = self._pacer.callbacks.missed
             self._pacer.callbacks.saw_missed()
+            if self._pacer.callbacks.missed > 2 * before:
+                self._price_anew()
+
+    def _price_anew(self) -> None:
+        """Callbacks seem to have stopped: do not wait for those that are expected."""
+        now = self._clock.now()
+        if now < self._priced_anew + self._policy.max_interval / 4:  # it takes a while
+            return
+        self._priced_anew = now
+        price = self._pacer.shared.price(len(self._live))
+        for watch in self.watches:
+            if watch.calls_back and watch.trouble is None and watch.due != _READING:
+                age = watch.schedule.next_age(
+                    watch.looked - watch.started, self._price(watch, price), watch.looks
+                )
+                self._hurry(watch, watch.started + age)
 
     def _reading_ended(self, task: asyncio.Task[None]) -> None:
         del self._readings[task]
@@ -638,6 +685,16 @@ def _first(heap: list[_Entry]) -> float:
     while heap and heap[0][0] != heap[0][2].due:
         heapq.heappop(heap)
     return heap[0][0] if heap else math.inf
+
+
+def _is_sentinel(number: int, running: int) -> bool:
+    """Whether task *number* with a callback is a sentinel: every 128th, and some before.
+
+    Those before only in a crowd, which would wait for callbacks that nobody has seen yet:
+    who generates one by one learns from the first that is missed.
+    """
+    early = number < _SENTINELS and number.bit_count() == 1 and running >= number // 2 > 0
+    return early or number % _SENTINELS == 0
 
 
 def _strike(watch: Watch, trouble: Trouble, error: EvolinkError, now: float) -> bool:

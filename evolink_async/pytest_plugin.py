@@ -61,7 +61,7 @@ def evolink_emulator(
         monkeypatch.setenv("EVOLINK_API_KEY", emulator.api_key)
         monkeypatch.setenv("EVOLINK_BASE_URL", emulator.base_url)
         # Sessions made by the program under test are given no clock; this is the default.
-        monkeypatch.setattr("evolink_async._session.LoopClock", lambda: emulator.clock)
+        monkeypatch.setattr("evolink_async._clock.default", lambda: emulator.clock)
         yield emulator
 
 

@@ -62,9 +62,9 @@ def test_real_time(evolink_emulator, tmp_path):
 
 def test_nothing_is_left_behind(monkeypatch):
     import os
-    from evolink_async import _session
+    from evolink_async import _clock
     assert "EVOLINK_API_KEY" not in os.environ
-    assert _session.LoopClock.__name__ == "LoopClock"
+    assert _clock.default is _clock.LoopClock
 """
 
 
