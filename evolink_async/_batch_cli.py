@@ -98,6 +98,11 @@ def batch_command(console: Console) -> click.Command:
         help="Pay again for results that were not fetched in time.",
     )
     @click.option("--skip-invalid", is_flag=True, help="Go on without the bad lines.")
+    @click.option(
+        "--new-key",
+        is_flag=True,
+        help="Go on with another API key of the same account.",
+    )
     @click.option("--gallery/--no-gallery", default=True, help="Write gallery.html.")
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
     @click.option("--emulator", "emulated", is_flag=True, help="Use an emulator: no key, no money.")
@@ -145,6 +150,7 @@ async def _run(order: _Order, console: Console) -> int:
                     order.source,
                     order.out,
                     stop=stop,
+                    emulated=order.emulated,
                     progress=follow,
                     on_invalid=lambda bad: console.tell(f"line {bad.line}: {bad.reason}"),
                     **order.options,

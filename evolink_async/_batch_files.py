@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from evolink_async._download import safe_name
+from evolink_async._download import _EXTENSIONS, _is_whole, media_type, safe_name
 from evolink_async._ledger import File, Item
 from evolink_async._models import GenerationResult
 from evolink_async.errors import DownloadError, EvolinkError
@@ -67,15 +67,34 @@ def _found(path: Path) -> File | None:
         return None
 
 
-def whole(folder: Path, stem: str, result: GenerationResult) -> tuple[Path, ...]:
-    """The files of a result whose record is missing, if all are there.
+def whole(
+    folder: Path, stem: str, result: GenerationResult, recorded: tuple[File, ...]
+) -> tuple[Path, ...]:
+    """The files of a result that were not recorded as saved, if all are there and whole.
 
-    Under its final name a file is whole: that is how `Session.download` names it.
+    Where they were once (*recorded*), they must still be what they were.
     """
-    found = [
-        sorted(folder.glob(f"{glob.escape(stem)}-{k}.*")) for k in range(1, len(result.urls) + 1)
-    ]
-    return tuple(each[0] for each in found) if all(found) else ()
+    found = [_picture(folder, f"{stem}-{k}") for k in range(1, len(result.urls) + 1)]
+    paths = tuple(path for path in found if path is not None)
+    if len(paths) != len(found):
+        return ()
+    return paths if not recorded or [_found(path) for path in paths] == list(recorded) else ()
+
+
+def _picture(folder: Path, stem: str) -> Path | None:
+    """The file `Session.download` made under that name, if it is what its extension says."""
+    paths = (folder / f"{stem}.{extension}" for extension in _EXTENSIONS)
+    return next((path for path in paths if _is_picture(path)), None)
+
+
+def _is_picture(path: Path) -> bool:
+    extension = path.suffix[1:]
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+            return media_type(head) == extension and _is_whole(file, extension, head)
+    except OSError:
+        return False
 
 
 def disk_error(exc: BaseException) -> str | None:

@@ -29,6 +29,8 @@ Source = str | os.PathLike[str] | Iterable[str | Mapping[str, Any] | ImageReques
 _LONGEST: Final = 1 << 20
 """Bytes of one line: 100 times what a request with a 2000-character prompt needs."""
 _ID_LIMIT: Final = 200
+_DEEPEST: Final = 100
+"""Levels of nesting: what is read once must be written and read again, with less stack left."""
 _IMAGE_FIELDS: Final = frozenset(f.name for f in fields(ImageRequest))
 _RAW_FIELDS: Final = frozenset({"path", "body"})
 _JSON_NAMES: Final = (".jsonl", ".ndjson")
@@ -135,6 +137,7 @@ def _checked(line: int, item: object) -> Entry:
     metadata: dict[str, Any] = {}
     asked: object = item
     if isinstance(item, Mapping):
+        _check_depth(item)
         user_id = _user_id(item.get("id"))
         names = _IMAGE_FIELDS if "prompt" in item or not set(item) >= _RAW_FIELDS else _RAW_FIELDS
         asked = {name: value for name, value in item.items() if name in names}
@@ -151,6 +154,28 @@ def _checked(line: int, item: object) -> Entry:
         model=request.model,
         pictures=_pictures(request),
     )
+
+
+def _check_depth(item: Mapping[str, Any]) -> None:
+    """Refuse what is nested too deeply, or holds itself; without recursion."""
+    path: list[Iterator[tuple[Any, Any]]] = [iter(item.items())]
+    name: object = None
+    while path:
+        for key, value in path[-1]:
+            name = key if len(path) == 1 else name
+            if isinstance(value, Mapping | list | tuple):
+                if len(path) == _DEEPEST:
+                    raise _BadLineError(
+                        f"{shown(name)} is nested deeper than {_DEEPEST} levels; at most "
+                        f"{_DEEPEST} are kept"
+                    )
+                inner: Iterable[tuple[Any, Any]] = (
+                    value.items() if isinstance(value, Mapping) else enumerate(value)
+                )
+                path.append(iter(inner))
+                break
+        else:
+            path.pop()
 
 
 def _user_id(value: object) -> str | None:

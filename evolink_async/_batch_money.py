@@ -54,6 +54,12 @@ class Money:
             self.asking[item.model] = item.number
         self.held[item.number] = (price or 0.0) * item.pictures
 
+    def resume(self, item: Item) -> None:
+        """*item*, of an earlier run, is under way again: what it reserved may come back."""
+        if item.credits_reserved is not None:
+            self.held[item.number] = item.credits_reserved
+            self.spent -= item.credits_reserved
+
     def learn(self, item: Item, credits_: float | None) -> None:
         """*item* costs so much, as far as the API says."""
         if credits_ is None:

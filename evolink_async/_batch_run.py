@@ -47,11 +47,13 @@ from evolink_async.errors import (
     TaskTimeoutError,
 )
 
-__all__ = ["BatchProgress", "Options", "Run", "Stop"]
+__all__ = ["NOT_FOUND", "BatchProgress", "Options", "Run", "Stop"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+NOT_FOUND: Final = "task_not_found"
+"""Code of items whose task the API did not know; kept while it is asked once more."""
 _DOWNLOADS: Final = 8
 """Items downloaded at once."""
 _BACKLOG: Final = 64
@@ -100,7 +102,8 @@ class Stop:
     """Why a batch stopped submitting before its end.
 
     Attributes:
-        kind: ``interrupted``, ``authentication`` (401), ``credits`` (402), ``max_credits``,
+        kind: ``interrupted``, ``authentication`` (401), ``credits`` (402), ``refused``
+            (403 or 404 before anything was accepted), ``max_credits``,
             ``network``, ``disk`` or ``closed`` (the session was).
         message: The same in words, with what to do next.
     """
@@ -112,6 +115,7 @@ class Stop:
 @frozen(kw_only=True)
 class Options:
     resend_uncertain: bool
+    resubmit_expired: bool
     max_credits: float | None
     grace: float
     patience: float
@@ -160,6 +164,7 @@ class Run:
     _window: set[int] = field(factory=set, init=False)
     _unsent: set[int] = field(factory=set, init=False)
     _saving: set[int] = field(factory=set, init=False)
+    _rereading: set[int] = field(factory=set, init=False)
     _downloads: asyncio.Semaphore = field(init=False)
     _changed: asyncio.Event = field(factory=asyncio.Event, init=False)
     _ends: deque[float] = field(factory=lambda: deque(maxlen=64), init=False)
@@ -167,6 +172,7 @@ class Run:
     _paused_until: float = field(default=0.0, init=False)
     _accepted_at: float = field(default=0.0, init=False)
     _doubts: int = field(default=0, init=False)
+    _welcome: bool = field(default=False, init=False)
     _leave_at: float = field(default=float("inf"), init=False)
     _checked_disk_at: float = field(default=float("-inf"), init=False)
     _began: float = field(factory=time.time, init=False)
@@ -175,6 +181,7 @@ class Run:
     def __attrs_post_init__(self) -> None:
         self._clock = self.session.clock
         self._states = dict(self.counts.states)
+        self._welcome = bool(self.counts.prices)
         self._downloads = asyncio.Semaphore(_DOWNLOADS)
         self._money = Money(
             limit=self.options.max_credits,
@@ -221,7 +228,7 @@ class Run:
         while self._going:
             self._requeued = False
             await self._sweep("queued")
-            while self._going and self._unsent and not self._requeued:
+            while self._going and (self._unsent or self._rereading) and not self._requeued:
                 await self._next_change()
             if not self._requeued:
                 return
@@ -232,7 +239,7 @@ class Run:
         while page := await self._commit(self.ledger.page(*states, after=after, limit=_PAGE)):
             for item in page:
                 after = (item.line, item.number)
-                if item.number in self._active:
+                if item.number in self._active or not (item.wanted or _is_paid(item)):
                     continue
                 if not await self._room(item):
                     return
@@ -305,20 +312,35 @@ class Run:
         if item.state in {"queued", "uncertain"}:
             self._money.reserve(item)
             self._unsent.add(item.number)
+        elif item.state == "submitted":
+            self._money.resume(item)
         if item.state == "completed":
             self._saving.add(item.number)
         else:
             self._window.add(item.number)
+        if self._may_buy_anew(item):
+            self._rereading.add(item.number)
         life = asyncio.get_running_loop().create_task(self._live(job))
         self._lives[life] = job
         life.add_done_callback(self._ended)
+
+    def _may_buy_anew(self, item: Item) -> bool:
+        """Whether it is to be submitted again if the API still does not know its task."""
+        forgotten = item.state == "submitted" and item.code == NOT_FOUND
+        return forgotten and self.options.resubmit_expired
+
+    @property
+    def _places(self) -> tuple[set[int], ...]:
+        return self._active, self._window, self._unsent, self._saving, self._rereading
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """A life, the pump or the verification has ended, perhaps by a failure of ours."""
         job = self._lives.pop(task, None)
         if job is not None:
             number = job.item.number
-            for numbers in (self._active, self._window, self._unsent, self._saving):
+            if number in self._rereading and job.state == "queued":
+                self._requeued = True
+            for numbers in self._places:
                 numbers.discard(number)
         if not task.cancelled() and (exc := task.exception()) is not None and self.crash is None:
             self.crash = exc
@@ -488,6 +510,7 @@ class Run:
         reserved = task.snapshot.usage.credits_reserved if task.snapshot is not None else None
         self._accepted_at = self._clock.now()
         self._doubts = 0
+        self._welcome = True
         self._money.learn(item, reserved)
         try:
             await self._commit(
@@ -519,6 +542,13 @@ class Run:
             await self._return(job)
             self._requeued = True
             self._outage(item, exc)
+        elif isinstance(exc, PermissionDeniedError | NotFoundError) and not self._welcome:
+            await self._return(job)
+            self._halt(
+                "refused",
+                f"the API has accepted nothing yet, and refuses line {item.line}: {exc}; see that "
+                "the base URL is right and the key may use this model, or change that line",
+            )
         elif item.state == "uncertain":
             # A repeat that is refused says nothing about the first.
             await self._doubt(job, job.key, f"submitting it again was refused: {exc}")
@@ -545,12 +575,7 @@ class Run:
         except TaskCancelledError as exc:
             await self._fail(job, code="request_cancelled", message=str(exc))
         except NotFoundError:
-            await self._fail(
-                job,
-                code="task_not_found",
-                message=f"the API does not know task {task.id} any more; its results can no longer "
-                "be had, submitting it again (resubmit_expired) pays again",
-            )
+            await self._forgotten(job, task)
         except AuthenticationError as exc:
             self._halt("authentication", f"the API refuses the key: {exc}")
         except SessionClosedError:
@@ -566,9 +591,23 @@ class Run:
                 job,
                 code="no_results",
                 message=f"task {task.id} completed without results",
+                charged=True,
                 used=result.usage.credits_used,
             )
         return None
+
+    async def _forgotten(self, job: _Job, task: Task) -> None:
+        """The API does not know its task: lost, or, asked for twice, to be bought again."""
+        await self._fail(
+            job,
+            code=NOT_FOUND,
+            charged=True,
+            message=f"the API does not know task {task.id} any more; its results can no longer "
+            "be had, submitting it again (resubmit_expired) pays again",
+        )
+        if self._may_buy_anew(job.item) and self._going:
+            await self._commit(self.ledger.queued(job.item.number))
+            self._moved(job, "queued")
 
     async def _fail(
         self,
@@ -578,8 +617,10 @@ class Run:
         message: str,
         retryable: bool = False,
         used: float | None = None,
+        charged: bool = False,
     ) -> None:
-        self._money.release(job.item, used or 0.0)
+        known = self._money.held.get(job.item.number, 0.0) if charged else 0.0
+        self._money.release(job.item, known if used is None else used)
         await self._commit(
             self.ledger.failed(
                 job.item.number,
@@ -587,6 +628,7 @@ class Run:
                 message=printable(message, 500),
                 retryable=retryable,
                 used=used,
+                charged=charged,
             )
         )
         self._moved(job, "failed")
@@ -659,12 +701,17 @@ class Run:
             self._halt("disk", f"{exc}; {why}, then run the same batch again")
         elif not exc.expired:
             logger.warning("line %d is not saved yet: %s", item.line, exc)
-        elif again and (paths := await asyncio.to_thread(whole, self.folder, stem, result)):
+        elif again and (paths := await self._whole(item, result, stem)):
             await self._saved(job, paths)  # only the record was missing
         elif again and (fresh := await self._fresh(item, result)) is not None:
             await self._save_fresh(job, fresh, stem)
         else:
             await self._expire(job)
+
+    async def _whole(self, item: Item, result: GenerationResult, stem: str) -> tuple[Path, ...]:
+        """Its files, if all are there though the record does not say so."""
+        recorded = await self._commit(self.ledger.files(item.number))
+        return await asyncio.to_thread(whole, self.folder, stem, result, recorded)
 
     async def _fresh(self, item: Item, result: GenerationResult) -> GenerationResult | None:
         """The result as the API gives it now, if its links have changed."""
@@ -684,6 +731,7 @@ class Run:
         await self._fail(
             job,
             code="results_expired",
+            charged=True,
             message="the links to its results have expired (they are kept for 24 hours); "
             "submitting it again (resubmit_expired) pays again",
         )
@@ -745,6 +793,11 @@ class Run:
         if len(self._ends) < 8 or (span := time.monotonic() - self._ends[0]) <= 0:
             return None
         return (len(self._ends) - 1) / span
+
+
+def _is_paid(item: Item) -> bool:
+    """False if going on with *item* may buy something."""
+    return item.state not in {"queued", "uncertain"}
 
 
 async def _slept(clock: Clock, until: float) -> None:

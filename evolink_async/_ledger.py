@@ -15,8 +15,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import hmac
 import json
 import queue
+import secrets
 import sqlite3
 import threading
 import time
@@ -31,6 +34,7 @@ from attrs import define, field, frozen
 from evolink_async.errors import LedgerError
 
 __all__ = [
+    "EMULATOR",
     "LEDGER",
     "Counts",
     "Entry",
@@ -45,6 +49,8 @@ __all__ = [
 T = TypeVar("T")
 
 LEDGER: Final = "ledger.sqlite3"
+EMULATOR: Final = "emulator"
+"""The name of every embedded emulator: each has another port."""
 _LOCK: Final = "ledger.lock"
 _RESERVE: Final = "ledger.reserve"
 _RESERVED: Final = 1 << 20
@@ -110,7 +116,14 @@ CREATE TABLE incoming (
 );
 CREATE TABLE invalid (line INTEGER PRIMARY KEY, reason TEXT NOT NULL);
 """
-_STEPS: Final = (_CREATE,)
+_OWNER: Final = """
+CREATE TABLE owner (
+    api TEXT NOT NULL,
+    salt BLOB NOT NULL,
+    key_digest BLOB
+);
+"""
+_STEPS: Final = (_CREATE, _OWNER)
 """Step k makes format k+1 of format k; a ledger's ``user_version`` is its format."""
 
 
@@ -244,6 +257,7 @@ class _Worker:
     _path: Path
     _jobs: queue.SimpleQueue[_Job | None] = field(factory=queue.SimpleQueue, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
+    _locked: tuple[int, int] | None = field(default=None, init=False)
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="evolink-ledger", daemon=True)
@@ -256,6 +270,17 @@ class _Worker:
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._jobs.put(_Job(work, done, alone))
         return done
+
+    def check_lock(self) -> None:
+        """See that what is locked is still the file that others would lock."""
+        lock = self._path.with_name(_LOCK)
+        if _file_id(lock) != self._locked:
+            raise LedgerError(
+                f"{lock} was removed or replaced while it kept other processes out; nothing more "
+                "is submitted: see that no other process uses the folder, then run the same "
+                "batch again",
+                path=self._path,
+            )
 
     def leave(self) -> None:
         """End the thread when it next can; nobody waits for it."""
@@ -279,6 +304,7 @@ class _Worker:
             try:
                 if not opened:
                     lock = _lock(self._path)
+                    self._locked = _file_id(self._path.with_name(_LOCK))
                     connection = _connect(self._path)
                     opened = True
                     _reserve(self._path)
@@ -419,6 +445,14 @@ def _lock(path: Path) -> sqlite3.Connection:
     return lock
 
 
+def _file_id(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=10, isolation_level=None)
     try:
@@ -504,6 +538,21 @@ class Ledger:
     async def _do(self, work: Callable[[sqlite3.Connection], T], *, alone: bool = False) -> T:
         return await self._worker.submit(work, alone=alone)
 
+    async def claim(self, api: str, key: str | None, *, replace_key: bool = False) -> None:
+        """Record whom the tasks in it belong to, or see that it is the same as before.
+
+        As long as nothing was accepted, or may have been, it belongs to whoever comes.
+
+        Args:
+            api: The base URL, or another lasting name of the API.
+            key: The API key, of which a salted hash is kept; None for an API without accounts.
+            replace_key: Take *key* for a new one of the same account.
+
+        Raises:
+            LedgerError: It belongs to another API, or another key.
+        """
+        await self._do(lambda connection: _claim(connection, self.path, api, key, replace_key))
+
     # -- the input -------------------------------------------------------------------------
 
     async def load(self, lines: Iterable[Entry | Invalid], *, skip_invalid: bool) -> Loaded:
@@ -558,7 +607,12 @@ class Ledger:
     # -- changes ---------------------------------------------------------------------------
 
     async def submitting(self, number: int, key: str) -> None:
-        """Its POST may leave from now on, under this idempotency key."""
+        """Its POST may leave from now on, under this idempotency key.
+
+        Raises:
+            LedgerError: Another process may have the folder, or it cannot be written.
+        """
+        await asyncio.to_thread(self._worker.check_lock)
         await self._change(
             "UPDATE items SET state = 'submitting', idempotency_key = ?, submitting_at = ?, "
             "code = NULL, message = NULL, retryable = 0 WHERE number = ?",
@@ -610,6 +664,10 @@ class Ledger:
             "UPDATE items SET state = 'completed', saved_at = NULL WHERE number = ?", (number,)
         )
 
+    async def files(self, number: int) -> tuple[File, ...]:
+        """Its files as they were last saved, be it in this state or an earlier one."""
+        return await self._do(lambda connection: _files(connection, number))
+
     async def failed(
         self,
         number: int,
@@ -618,17 +676,34 @@ class Ledger:
         message: str,
         retryable: bool = False,
         used: float | None = None,
+        charged: bool = False,
     ) -> None:
-        """Nothing will come of it by itself."""
+        """Nothing will come of it by itself.
+
+        *charged*: nobody says that it was given back, so it cost what is known last.
+        """
         await self._change(
             "UPDATE items SET state = 'failed', code = ?, message = ?, retryable = ?, "
-            "credits_used = coalesce(?, credits_used), ended_at = ? WHERE number = ?",
-            (code, message, retryable, used, time.time(), number),
+            "credits_used = coalesce(?, credits_used, iif(?, credits_reserved, NULL)), "
+            "ended_at = ? WHERE number = ?",
+            (code, message, retryable, used, charged, time.time(), number),
         )
 
     async def requeue_failed(self, *, retryable: bool, codes: Sequence[str] = ()) -> int:
         """Queue failed items of the input anew: the *retryable* ones, those with one of *codes*."""
         return await self._do(lambda connection: _requeue_failed(connection, retryable, codes))
+
+    async def reattach(self, code: str) -> int:
+        """Look again at the tasks of items of the input that failed with *code*."""
+        return await self._do(
+            lambda connection: (
+                connection.execute(
+                    "UPDATE items SET state = 'submitted', credits_used = NULL, ended_at = NULL "
+                    "WHERE state = 'failed' AND wanted = 1 AND code = ? AND task_id IS NOT NULL",
+                    (code,),
+                ).rowcount
+            )
+        )
 
     async def _change(self, sql: str, values: tuple[Any, ...]) -> None:
         await self._do(lambda connection: _once(connection, sql, values))
@@ -647,6 +722,63 @@ _QUEUED: Final = (
 def _once(connection: sqlite3.Connection, sql: str, values: tuple[Any, ...]) -> None:
     if connection.execute(sql, values).rowcount != 1:  # pragma: no cover - numbers come from here
         raise AssertionError(values)
+
+
+_OWNED: Final = (
+    "SELECT 1 FROM items WHERE task_id IS NOT NULL OR state IN ('submitting', 'uncertain') "
+    "OR credits_before > 0"
+)
+"""Something that only one API knows of, or may know of."""
+
+
+def _claim(
+    connection: sqlite3.Connection,
+    path: Path,
+    api: str,
+    key: str | None,
+    replace_key: bool,  # noqa: FBT001 - private
+) -> None:
+    owner = connection.execute("SELECT api, salt, key_digest FROM owner").fetchone()
+    if owner is not None and connection.execute(_OWNED).fetchone() is not None:
+        before, salt, digest = owner
+        if before != api:
+            raise _other_api(path, before, api)
+        if not replace_key and not _same_key(digest, key, salt):
+            raise LedgerError(
+                f"the ledger {path} belongs to another API key of {api}: another account's key? "
+                "Set EVOLINK_API_KEY back, choose another folder, or, if the key was replaced by "
+                "a new one of the same account, say so (new_key, --new-key)",
+                path=path,
+            )
+    salt = secrets.token_bytes(16)
+    connection.execute("DELETE FROM owner")
+    connection.execute(
+        "INSERT INTO owner (api, salt, key_digest) VALUES (?, ?, ?)",
+        (api, salt, None if key is None else _digest_of(key, salt)),
+    )
+
+
+def _other_api(path: Path, before: str, now: str) -> LedgerError:
+    back = (
+        "run it with --emulator again"
+        if before == EMULATOR
+        else f"set EVOLINK_BASE_URL back to {before} (and leave out --emulator)"
+    )
+    return LedgerError(
+        f"the ledger {path} belongs to {before}, this run is for {now}, which knows nothing of "
+        f"its tasks; choose another folder, or {back}",
+        path=path,
+    )
+
+
+def _digest_of(key: str, salt: bytes) -> bytes:
+    return hashlib.scrypt(key.encode(), salt=salt, n=2**12, r=8, p=1)
+
+
+def _same_key(digest: bytes | None, key: str | None, salt: bytes) -> bool:
+    if digest is None or key is None:
+        return digest is None and key is None
+    return hmac.compare_digest(digest, _digest_of(key, salt))
 
 
 def _disown(connection: sqlite3.Connection) -> None:
@@ -673,8 +805,8 @@ def _completed(
         stem = next(free, f"{stems[-1]}-{number}")
     _once(
         connection,
-        "UPDATE items SET state = 'completed', snapshot = ?, stem = ?, credits_used = ?, "
-        "completed_at = coalesce(completed_at, ?) WHERE number = ?",
+        "UPDATE items SET state = 'completed', code = NULL, message = NULL, snapshot = ?, "
+        "stem = ?, credits_used = ?, completed_at = coalesce(completed_at, ?) WHERE number = ?",
         (snapshot, stem, used, time.time(), number),
     )
     return stem
@@ -804,6 +936,18 @@ def _merge(connection: sqlite3.Connection) -> None:
             retryable = iif(digest = excluded.digest, retryable, 0),
             code = iif(digest = excluded.digest, code, NULL),
             message = iif(digest = excluded.digest, message, NULL),
+            credits_before = credits_before
+                + iif(digest = excluded.digest, 0, coalesce(credits_used, 0)),
+            credits_used = iif(digest = excluded.digest, credits_used, NULL),
+            credits_reserved = iif(digest = excluded.digest, credits_reserved, NULL),
+            idempotency_key = iif(digest = excluded.digest, idempotency_key, NULL),
+            task_id = iif(digest = excluded.digest, task_id, NULL),
+            snapshot = iif(digest = excluded.digest, snapshot, NULL),
+            queued_at = iif(digest = excluded.digest, queued_at, excluded.queued_at),
+            submitting_at = iif(digest = excluded.digest, submitting_at, NULL),
+            submitted_at = iif(digest = excluded.digest, submitted_at, NULL),
+            completed_at = iif(digest = excluded.digest, completed_at, NULL),
+            ended_at = iif(digest = excluded.digest, ended_at, NULL),
             request = excluded.request, model = excluded.model,
             pictures = excluded.pictures, digest = excluded.digest
         """,

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
 from attrs import NOTHING, NothingType, evolve, field, frozen
 
 from evolink_async import _clock as clocks
-from evolink_async._clock import Clock, LoopClock, hold
+from evolink_async._clock import Clock, LoopClock
 from evolink_async._gate import Gate
 from evolink_async._hosts import check_base_url
 from evolink_async._models import (
@@ -181,7 +181,11 @@ class Session:
         Raises:
             ConfigurationError: A setting is missing or unusable.
         """
+        self._closing = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._base_url = ""
         self._key = Secret(_api_key(api_key))
+        del api_key  # or a report of a later error shows it
         self._base_url = _base_url(base_url)
         self._max_in_flight = _whole("max_in_flight", max_in_flight)
         self._max_connections = _whole("max_connections", max_connections)
@@ -196,8 +200,6 @@ class Session:
         self._release = self._slots.release  # one bound method for all watches
         self._waiting = 0
         self._posts: dict[asyncio.Task[Watch], Submission] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._closing = False
         self._closed: asyncio.Event | None = None
         # Made by _open, on the loop:
         self._gate: Gate
@@ -289,6 +291,10 @@ class Session:
         try:
             await self._finish_posts(grace)
         finally:
+            left = tuple(self._posts)  # none, unless we were cancelled meanwhile
+            for post in left:
+                post.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
             await self._shut()
             self._closed.set()
 
@@ -297,7 +303,7 @@ class Session:
         for _ in range(self._waiting):  # they wake, see that we are closing, and say so
             self._slots.release()
         for post, submission in self._posts.items():
-            if not submission.in_air:
+            if not submission.sending:
                 post.cancel()
         if self._posts:
             _, late = await asyncio.wait(tuple(self._posts), timeout=grace)
@@ -439,9 +445,9 @@ class Session:
                 raise SessionClosedError(
                     "the session was closed before this submit; nothing was sent"
                 ) from None
-            if submission.in_air or post.done():
-                post.add_done_callback(lambda post: _log_orphan(post, submission))
-            else:
+            post.add_done_callback(lambda post: _log_orphan(post, submission))
+            if not submission.in_air:
+                submission.abandoned = True
                 post.cancel()
             raise
 
@@ -515,7 +521,13 @@ class Session:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                if pull is None and not exhausted and len(items) < self._max_in_flight:
+                if self._closing and not items:
+                    raise SessionClosedError("the session was closed; map pulls no further")
+                if (
+                    pull is None
+                    and not (exhausted or self._closing)
+                    and len(items) < self._max_in_flight
+                ):
                     pull = loop.create_task(_next_of(source))
                 waiting: set[asyncio.Task[Any]] = {*items, pull} if pull else {*items}
                 if not waiting:
@@ -586,11 +598,19 @@ class Session:
         return Task(
             task_id,
             attach=self._attach,
-            watcher=lambda: self._watcher,
+            watcher=self._watcher_here,
             clock=self._clock,
             save=self.download,
             watch=watch,
         )
+
+    def _watcher_here(self) -> Watcher:
+        if self._loop is not asyncio.get_running_loop():
+            raise ConfigurationError(
+                "this task's session belongs to another event loop; "
+                "make a session here and pick it up by its id: session.task(id)"
+            )
+        return self._watcher
 
     def _attach(self, task_id: str) -> Watch:
         self._open()
@@ -624,16 +644,17 @@ class Session:
         given = {"status": status, "type": type, "model": model}
         filters = {name: value for name, value in given.items() if value is not None}
         seen: set[str] = set()
-        page = 0
+        page = walked = 0
         while limit is None or len(seen) < limit:
             page += 1
             paging = {"page": str(page), "page_size": str(_PAGE)}
-            rows, total = _rows(await self._transport.get(TASKS_PATH, filters | paging))
+            rows, count, total = _rows(await self._transport.get(TASKS_PATH, filters | paging))
             fresh = [row for row in rows if row.id not in seen]  # new tasks shift the pages
             for row in fresh[: None if limit is None else limit - len(seen)]:
                 seen.add(row.id)
                 yield row
-            if page * _PAGE >= total or (not fresh and page > 1):
+            walked += count
+            if not count or walked >= total:
                 return
 
     async def credits(self) -> Credits:
@@ -675,18 +696,21 @@ class Session:
         if isinstance(result, Task):
             result = await result
         _instance("result", result, GenerationResult)
-        with hold(self._clock):
-            return await save_all(
-                self._results.open,
-                result.urls,
-                Path(folder),
-                task_id=result.task_id,
-                stem=name,
-                overwrite=overwrite,
-                max_bytes=_LARGEST.get(result.snapshot.type or "", _LARGEST["image"]),
-                attempts=self._retry.attempts,
-                wait_after=self._retry.wait_after,
-            )
+        return await save_all(
+            self._results.open,
+            result.urls,
+            Path(folder),
+            task_id=result.task_id,
+            stem=name,
+            overwrite=overwrite,
+            max_bytes=_LARGEST.get(result.snapshot.type or "", _LARGEST["image"]),
+            attempts=self._retry.attempts,
+            wait_after=self._retry.wait_after,
+            sleep=self._sleep,
+        )
+
+    async def _sleep(self, seconds: float) -> None:
+        await self._clock.sleep_until(self._clock.now() + seconds)
 
     @property
     def stats(self) -> Stats:
@@ -761,9 +785,13 @@ async def _pull(requests: Any) -> AsyncGenerator[tuple[int, Any], None]:
     """Number the items of a sync or async iterable."""
     index = 0
     if isinstance(requests, AsyncIterable):
-        async for item in requests:
-            yield index, item
-            index += 1
+        try:
+            async for item in requests:
+                yield index, item
+                index += 1
+        finally:
+            if isinstance(requests, AsyncGenerator):
+                await requests.aclose()
         return
     if isinstance(requests, str | Mapping) or not isinstance(requests, Iterable):
         raise ConfigurationError(
@@ -775,7 +803,7 @@ async def _pull(requests: Any) -> AsyncGenerator[tuple[int, Any], None]:
         index += 1
 
 
-def _rows(answer: Any) -> tuple[list[TaskSummary], int]:
+def _rows(answer: Any) -> tuple[list[TaskSummary], int, int]:
     data = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(data, list):
         raise InvalidResponseError("the task list has no list named data")
@@ -786,7 +814,7 @@ def _rows(answer: Any) -> tuple[list[TaskSummary], int]:
             rows.append(TaskSummary.from_json(row))
         except InvalidResponseError as exc:  # the others may be what somebody is looking for
             logger.warning("a row of the task list was left out: %s", exc)
-    return rows, total if isinstance(total, int) else 10**9
+    return rows, len(data), total if isinstance(total, int) else 10**9
 
 
 # -- settings ----------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ Imported when a session opens, because aiohttp is slow to import and ``--help`` 
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
@@ -28,6 +30,7 @@ from evolink_async.errors import (
     ConfigurationError,
     EvolinkError,
     InvalidResponseError,
+    SessionClosedError,
     SubmitUncertainError,
 )
 
@@ -36,7 +39,8 @@ __all__ = ["Answer", "Counters", "Reading", "Submission", "Transport"]
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_BODY_LIMIT: Final = 8 * 1024 * 1024
+_BODY_LIMIT: Final = 1024 * 1024
+_BATCH_BODY_LIMIT: Final = 8 * _BODY_LIMIT
 _SUBMIT_KEEP_ALIVE: Final = 2.0
 """Seconds a submit's connection may idle: a server that closes it under a POST leaves the
 outcome unknown, and aiohttp (rightly) does not resend a POST."""
@@ -82,6 +86,8 @@ class Submission:
         idempotency_key: The key it carries.
         before_send: Awaited with the key right before a POST may leave; if it raises, none does.
         in_air: True while a POST of it may have been accepted.
+        sending: True while a POST of it waits for its answer.
+        abandoned: True once its caller was cancelled before any POST left.
         sent_at: When the last POST was sent, on the session's clock.
     """
 
@@ -89,6 +95,8 @@ class Submission:
     idempotency_key: str = field(kw_only=True)
     before_send: Callable[[str], Awaitable[object]] | None = field(default=None, kw_only=True)
     in_air: bool = field(default=False, init=False)
+    sending: bool = field(default=False, init=False)
+    abandoned: bool = field(default=False, init=False)
     sent_at: float = field(default=0.0, init=False)
 
     def uncertain(self, why: object) -> SubmitUncertainError:
@@ -193,7 +201,7 @@ class Transport:
             sent_at = self._clock.now()
             if submit is not None:
                 submit.sent_at = sent_at
-                submit.in_air = True
+                submit.in_air = submit.sending = True
             try:
                 async with client.request(
                     method,
@@ -206,16 +214,20 @@ class Transport:
                     raise_for_status=False,
                     proxy=self._proxy,
                 ) as response:
-                    content = await _read(response)
+                    limit = _BATCH_BODY_LIMIT if path == protocol.BATCH_PATH else _BODY_LIMIT
+                    content = await _read(response, limit)
                     return Answer(
                         response.status,
                         self._known_headers(response),
-                        self._key.redact_bytes(content),
+                        self._key.redact_bytes(_unescaped(content)),
                         sent_at=sent_at,
                         received_at=self._clock.now(),
                     )
-            except (aiohttp.ClientError, OSError, ValueError) as exc:
+            except Exception as exc:  # noqa: BLE001 - a tracer of the caller may raise anything
                 failure = self._translate(exc)
+            finally:
+                if submit is not None:
+                    submit.sending = False
         # Raised out here: aiohttp's frames and request objects hold the headers, and with
         # them the key, so neither its traceback nor the exception itself goes further.
         raise failure
@@ -233,8 +245,11 @@ class Transport:
 
     def _translate(self, exc: Exception) -> EvolinkError:
         if isinstance(exc, _TooLargeError):
-            return InvalidResponseError(f"the answer is larger than {_BODY_LIMIT} bytes")
-        why = self._key.redact(printable(str(exc) or type(exc).__name__, 200))
+            return InvalidResponseError("the answer is larger than any the API gives")
+        said = (
+            f"{exc.status} {exc.message}" if isinstance(exc, aiohttp.ClientResponseError) else exc
+        )
+        why = self._key.redact(printable(str(said) or type(exc).__name__, 200))
         kind = type(exc).__name__
         never_sent = isinstance(
             exc,
@@ -328,9 +343,15 @@ class Transport:
         request = submission.request
         await self._gate.enter(submit=True, model=request.model)
         try:
+            if self.closing:
+                raise SessionClosedError(
+                    "the session was closed before this submit; nothing was sent"
+                )
             with hold(self._clock):
                 if submission.before_send is not None:
                     await submission.before_send(submission.idempotency_key)
+                if submission.abandoned:  # and the hook swallowed the cancellation
+                    raise asyncio.CancelledError
                 self.counters.submits += 1
                 answer = await self._exchange(
                     "POST", request.path, body=protocol.encode(request.body()), submit=submission
@@ -443,15 +464,25 @@ class _TooLargeError(ValueError):
     """An answer beyond any size the API gives."""
 
 
-async def _read(response: aiohttp.ClientResponse) -> bytes:
+async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
     """The whole body, decompressed, counted while it streams."""
     chunks = bytearray()
     async for chunk in response.content.iter_any():
         chunks += chunk
-        if len(chunks) > _BODY_LIMIT:
+        if len(chunks) > limit:
             response.close()
             raise _TooLargeError
     return bytes(chunks)
+
+
+def _unescaped(body: bytes) -> bytes:
+    """*body* with its JSON escapes spelled our way, so that a key cannot hide behind them."""
+    if b"\\" not in body:
+        return body
+    try:
+        return json.dumps(json.loads(body)).encode()
+    except (ValueError, RecursionError):
+        return body
 
 
 def _too_patient(exc: EvolinkError) -> bool:

@@ -25,10 +25,10 @@ from attrs import field, frozen
 
 from evolink_async._batch_files import sweep
 from evolink_async._batch_input import Source, read
-from evolink_async._batch_run import BatchProgress, Options, Run, Stop
+from evolink_async._batch_run import NOT_FOUND, BatchProgress, Options, Run, Stop
 from evolink_async._clock import hold
 from evolink_async._gallery import write_gallery
-from evolink_async._ledger import LEDGER, Counts, Invalid, Item, Ledger
+from evolink_async._ledger import EMULATOR, LEDGER, Counts, Invalid, Item, Ledger
 from evolink_async._session import Session
 from evolink_async._text import printable
 from evolink_async.errors import (
@@ -42,7 +42,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SHOWN: Final = 1000
-_LOST: Final = ("results_expired", "task_not_found")
+_MANIFEST: Final = "manifest.jsonl"
+_GALLERY: Final = "gallery.html"
 
 
 @frozen(kw_only=True)
@@ -127,7 +128,7 @@ class BatchReport:
     def exit_code(self) -> int:
         """0 all saved, 1 not all, 3 stopped by the API, network or disk, 130 interrupted."""
         if self.stop is not None and self.stop.kind == "interrupted":
-            return 130
+            return 0 if self.saved == self.total else 130
         if self.stop is not None and self.stop.kind != "max_credits":
             return 3
         return 0 if self.saved == self.total else 1
@@ -142,6 +143,8 @@ async def run_batch(
     retry_failed: bool = False,
     resubmit_expired: bool = False,
     skip_invalid: bool = False,
+    new_key: bool = False,
+    emulated: bool = False,
     max_credits: float | None = None,
     gallery: bool = True,
     stop: asyncio.Event | None = None,
@@ -172,7 +175,12 @@ async def run_batch(
         retry_failed: Submit failed items again, where the API's table of task errors or
             the refusal (403, 404) says that may help.
         resubmit_expired: Submit, and pay for, items again whose results can no longer be had.
+            A task the API did not know is asked for once more before.
         skip_invalid: Go on without the bad lines.
+        new_key: The session's key replaces the one this batch was begun with, of the same
+            account. Otherwise another key, as another base URL, is refused: it knows nothing
+            of the tasks of earlier runs.
+        emulated: The session talks to an emulator that has another address in each run.
         max_credits: Most credits this batch may cost, all its runs together. Before the
             first answer for a model its price is unknown: one submit of it is risked.
         gallery: Whether to write ``gallery.html``.
@@ -187,23 +195,31 @@ async def run_batch(
 
     Raises:
         RequestValidationError: Lines are bad and *skip_invalid* is not set; nothing was sent.
-        ConfigurationError: *source* or *out* cannot be used, or *max_credits* is no number.
-        LedgerError: The ledger is in use, damaged, of a newer format, or cannot be written.
+        ConfigurationError: *source* or *out* cannot be used, a file there would be
+            overwritten, or *max_credits* is no number.
+        LedgerError: The ledger is in use, damaged, of a newer format, belongs to another API
+            or key, or cannot be written.
     """
     started = time.monotonic()
     options = Options(
         resend_uncertain=resend_uncertain,
+        resubmit_expired=resubmit_expired,
         max_credits=_credits(max_credits),
         grace=grace,
         patience=patience,
     )
     folder = await asyncio.to_thread(_make_folder, out)
+    await asyncio.to_thread(_check_outputs, folder, source)
     with hold(session.clock):
         ledger = await Ledger(folder / LEDGER).__aenter__()
     try:
+        await _claim(ledger, session, emulated=emulated, new_key=new_key)
         await asyncio.to_thread(sweep, folder)
         invalid = await _load(ledger, source, skip_invalid=skip_invalid, on_invalid=on_invalid)
-        await ledger.requeue_failed(retryable=retry_failed, codes=_LOST if resubmit_expired else ())
+        if retry_failed or resubmit_expired:
+            await ledger.reattach(NOT_FOUND)
+        expired = ("results_expired",) if resubmit_expired else ()
+        await ledger.requeue_failed(retryable=retry_failed, codes=expired)
         run = Run(
             session=session,
             ledger=ledger,
@@ -213,11 +229,11 @@ async def run_batch(
             progress=progress,
         )
         await run.go(stop)
-        manifest = await _write_lines(folder / "manifest.jsonl", _manifest_lines(ledger))
+        manifest = await _write_lines(folder / _MANIFEST, _manifest_lines(ledger))
         page = None
         if gallery:
             lines = write_gallery(_all_items(ledger), title=folder.name)
-            page = await _write_lines(folder / "gallery.html", lines)
+            page = await _write_lines(folder / _GALLERY, lines)
         return await _report(
             run,
             invalid=invalid,
@@ -227,6 +243,14 @@ async def run_batch(
         )
     finally:
         await ledger.__aexit__()
+
+
+async def _claim(ledger: Ledger, session: Session, *, emulated: bool, new_key: bool) -> None:
+    if emulated:
+        await ledger.claim(EMULATOR, None)
+        return
+    url, key = session._base_url, session._key.reveal()  # noqa: SLF001 - one package
+    await ledger.claim(url, key, replace_key=new_key)
 
 
 def _credits(value: object) -> float | None:
@@ -252,6 +276,31 @@ def _make_folder(out: str | os.PathLike[str]) -> Path:
             f"out={printable(str(folder))} cannot be written to: {why}; choose another folder"
         ) from exc
     return folder.resolve()
+
+
+def _check_outputs(folder: Path, source: Source) -> None:
+    """Refuse to write over the input, or over what no batch has written."""
+    fresh = not (folder / LEDGER).exists()
+    for path in (folder / name for name in (_MANIFEST, _GALLERY)):
+        if _is_source(path, source):
+            raise ConfigurationError(
+                f"source={printable(str(path))} would be overwritten: the batch writes a file of "
+                "that name; rename it, or choose another folder (out)"
+            )
+        if fresh and path.is_file():
+            raise ConfigurationError(
+                f"{printable(str(path))} would be overwritten, and no batch has written it (there "
+                "is no ledger beside it); move it, or choose another folder (out)"
+            )
+
+
+def _is_source(path: Path, source: Source) -> bool:
+    if not isinstance(source, str | os.PathLike) or source == "-":
+        return False
+    try:
+        return path.samefile(source)
+    except (OSError, ValueError):
+        return False
 
 
 async def _load(

@@ -285,6 +285,8 @@ BAD_LINES = [
     (b'"' + b"x" * (1 << 20) + b'"', "longer than"),
     (b'"' + b"x" * (3 << 20), "longer than"),
     (b'{"prompt": "a", "deep": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not JSON"),
+    (b'{"prompt": "a", "deep": ' + b"[" * 100 + b"]" * 100 + b"}", "deeper than 100"),
+    (b'{"prompt": "a", "x": ' + b'{"y":' * 900 + b"1" + b"}" * 901, "'x' is nested deeper"),
     (b'{"prompt": "b", "id": "twice"}', "id of line 1"),
 ]
 
@@ -400,6 +402,19 @@ async def test_what_concerns_all_submits_stops_them(
     assert set(desk.bought.values()) == {1}
 
 
+@pytest.mark.parametrize("status", [403, 404])
+async def test_a_refusal_of_the_very_first_submits_stops_them(desk: Desk, status: int) -> None:
+    """A wrong address or a model that is not allowed fails no item: all stay queued."""
+    desk.emulator.faults.add(faults.Status(status, route="submit"))
+    report = await desk.run(prompts(50))
+    assert report.stop is not None
+    assert (report.stop.kind, report.exit_code) == ("refused", 3)
+    assert (report.failed, report.queued) == (0, 50)
+    assert len(desk.emulator.books.submits()) <= 16
+    desk.emulator.faults.clear()
+    assert (await desk.run(prompts(50))).saved == 50
+
+
 async def test_an_empty_account_pays_for_what_it_can(tmp_path: Path, clock: ManualClock) -> None:
     """Credits that run out in the middle leave the rest queued, to be bought after topping up."""
     async with Emulator(clock=clock, pictures="tiny", credits=7) as emulator:
@@ -460,6 +475,25 @@ async def test_uncertain_items_are_named_and_resent_only_when_asked(desk: Desk) 
     assert desk.emulator.books.charged == last.credits == 4
 
 
+async def test_uncertain_items_that_left_the_input_are_not_resent(desk: Desk) -> None:
+    """Asked to resend, it buys only what is still wanted; the others stay named."""
+    desk.emulator.faults.add(faults.Reset("before", route="submit"))
+    assert (await desk.run(["a", "b"])).uncertain == 2
+    desk.emulator.faults.clear()
+    report = await desk.run(["b"], resend_uncertain=True)
+    assert desk.bought == {"b": 1}
+    assert (report.saved, report.uncertain) == (1, 1)
+
+
+async def test_as_much_nesting_as_is_kept_reaches_the_manifest(desk: Desk) -> None:
+    """The deepest metadata that is taken is written and read again."""
+    deep: list[Any] = []
+    for _ in range(98):
+        deep = [deep]
+    await desk.run([{"prompt": "a", "deep": deep}])
+    assert desk.manifest()[0]["metadata"] == {"deep": deep}
+
+
 async def test_a_refused_repeat_says_nothing_about_the_first(desk: Desk) -> None:
     """An uncertain item whose repeat is refused stays uncertain, with its key."""
     desk.emulator.faults.add(faults.Reset("after", route="submit", times=1))
@@ -493,6 +527,49 @@ async def test_a_task_the_api_has_forgotten_is_offered_for_resubmission(desk: De
     assert (await desk.run(["a"], retry_failed=True)).failed == 1
     assert (await desk.run(["a"], resubmit_expired=True)).saved == 1
     assert desk.bought == {"a": 2}
+
+
+async def test_a_task_that_is_known_again_is_not_bought_again(desk: Desk) -> None:
+    """Before a forgotten task is paid for again, or retried, it is asked for once more."""
+    fault = faults.Status(404, route=("read", "batch"))
+    options: tuple[dict[str, Any], ...] = ({"resubmit_expired": True}, {"retry_failed": True})
+    for asked in options:
+        prompt = f"lake {asked}"
+        desk.emulator.faults.add(fault)
+        assert (await desk.run([prompt])).failed == 1
+        desk.emulator.faults.clear()
+        report = await desk.run([prompt], **asked)
+        assert report.failed == 0
+        assert desk.bought[prompt] == 1
+        assert desk.manifest()[-1]["error"] is None
+
+
+async def test_another_api_or_key_is_refused_before_anything_is_asked_of_it(
+    desk: Desk, clock: ManualClock
+) -> None:
+    """The tasks of a folder are known to one account of one API only."""
+    await desk.run(["a"])
+    async with Emulator(clock=clock, pictures="tiny") as other:
+        elsewhere = Desk(other, desk.out)
+        with pytest.raises(LedgerError, match="set EVOLINK_BASE_URL back") as caught:
+            await elsewhere.run(["a", "b"])
+        assert desk.emulator.base_url in str(caught.value)
+        assert other.base_url in str(caught.value)
+        assert other.books.requests() == ()
+    async with Session("sk-another-key", base_url=desk.emulator.base_url) as session:
+        with pytest.raises(LedgerError, match="another account's key"):
+            await run_batch(session, ["a"], desk.out)
+        assert (await run_batch(session, ["a"], desk.out, new_key=True)).saved == 1
+
+
+async def test_an_api_that_accepted_nothing_does_not_hold_the_folder(
+    desk: Desk, clock: ManualClock
+) -> None:
+    """After a run against a wrong one, the right one can take over."""
+    desk.emulator.faults.add(faults.Status(400, route="submit"))
+    await desk.run(["a"])
+    async with Emulator(clock=clock, pictures="tiny") as other:
+        assert (await Desk(other, desk.out).run(["b"])).saved == 1
 
 
 async def test_a_completed_task_without_results_has_failed(desk: Desk) -> None:
@@ -573,6 +650,34 @@ async def test_files_whose_record_was_lost_are_recognised_when_their_links_have_
     assert (report.saved, report.pictures) == (1, 2)
 
 
+@pytest.mark.parametrize("trouble", ["other name", "no picture", "cut off", "not as recorded"])
+async def test_only_an_items_own_whole_pictures_are_taken_for_its_files(
+    desk: Desk, clock: ManualClock, trouble: str
+) -> None:
+    """What merely lies under a name like theirs leaves the item expired."""
+    await desk.run(["a"])
+    (name,) = desk.pictures()
+    path = desk.out / name
+    content = path.read_bytes()
+    if trouble == "other name":
+        path.rename(path.with_suffix(".changed-01234567.png"))
+    elif trouble == "no picture":
+        path.write_text("notes on a lake")
+    elif trouble == "cut off":
+        path.write_bytes(content[:-12])
+    else:
+        path.write_bytes(content[:-30] + bytes(10) + content[-20:])
+    connection = sqlite3.connect(desk.out / LEDGER)
+    with connection:
+        connection.execute("UPDATE items SET state = 'completed', saved_at = NULL")
+        if trouble != "not as recorded":
+            connection.execute("DELETE FROM files")
+    connection.close()
+    clock.advance(DAY + 60)
+    report = await desk.run(["a"])
+    assert (report.saved, report.expired) == (0, 1)
+
+
 async def test_links_that_have_changed_since_are_used(desk: Desk) -> None:
     """Where the links in the ledger lead nowhere any more, the task is asked for its new ones."""
     desk.emulator.faults.add(faults.NotAPicture("text/html", route="result"))
@@ -594,6 +699,23 @@ async def test_a_page_that_cannot_be_written_does_not_spoil_the_batch(desk: Desk
     report = await desk.run(["a"])
     assert (report.saved, report.gallery) == (1, None)
     assert (desk.out / "gallery.html").is_dir()
+
+
+async def test_the_input_and_foreign_files_are_not_written_over(desk: Desk) -> None:
+    """A file under the name of an output is refused before anything is asked for."""
+    desk.out.mkdir()
+    for name in ("manifest.jsonl", "gallery.html"):
+        path = desk.out / name
+        path.write_text('"a lake"\n')
+        for source in (path, ["a lake"]):
+            with pytest.raises(ConfigurationError, match=f"{name}.*would be overwritten"):
+                await desk.run(source)
+        assert path.read_text() == '"a lake"\n'
+        path.unlink()
+    assert desk.emulator.books.requests() == ()
+    assert (await desk.run(["a lake"])).saved == 1
+    with pytest.raises(ConfigurationError, match=r"source=.*would be overwritten"):
+        await desk.run(desk.out / "manifest.jsonl")
 
 
 async def test_what_a_killed_download_has_left_is_removed(desk: Desk) -> None:
@@ -660,6 +782,29 @@ async def test_uncertain_items_count_as_spent(desk: Desk) -> None:
     assert (report.saved, report.uncertain) == (5, 0)
 
 
+async def test_a_forgotten_task_stays_among_what_was_spent(desk: Desk) -> None:
+    """Nobody says that its credits came back: they count, once, in the sum and for the limit."""
+    desk.emulator.faults.add(faults.TaskVanishes(0.5, prompt="lake 0", times=1))
+    seen: list[BatchProgress] = []
+    first = await desk.run(prompts(3), max_credits=3, progress=seen.append)
+    assert (first.credits, seen[-1].credits, first.failed) == (3, 3, 1)
+    report = await desk.run(prompts(3), max_credits=3, resubmit_expired=True, progress=seen.append)
+    assert (report.credits, seen[-1].credits, report.queued) == (3, 3, 1)
+    report = await desk.run(prompts(3), max_credits=4, progress=seen.append)
+    assert (report.credits, seen[-1].credits, report.saved) == (4, 4, 3)
+
+
+async def test_what_an_earlier_run_reserved_and_is_given_back_may_be_spent(desk: Desk) -> None:
+    """A task left running that fails in the next run frees its credits for another."""
+    desk.emulator.faults.add(faults.TaskHangs(50, prompt="lake 0"))
+    settings = {"poll": PollPolicy(deadline=60), "max_in_flight": 1}
+    first = await desk.run(prompts(3), max_credits=2, settings=settings)
+    assert (first.running, first.saved, first.queued) == (1, 1, 1)
+    desk.emulator.fail(desk.emulator.books.tasks()[0].id, "service_error")
+    report = await desk.run(prompts(3), max_credits=2)
+    assert (report.failed, report.saved, report.credits) == (1, 2, 2)
+
+
 class Priceless(faults.RequestFault):
     """Answers that do not say what anything costs."""
 
@@ -719,6 +864,16 @@ async def test_stopped_it_lets_what_runs_finish_and_says_how_to_go_on(desk: Desk
     assert desk.emulator.books.accepted == report.saved
     assert (await desk.run(prompts(60))).saved == 60
     assert set(desk.bought.values()) == {1}
+
+
+async def test_stopped_after_everything_is_saved_it_has_not_failed(desk: Desk) -> None:
+    """An interrupt that finds nothing left to do costs nobody an exit code."""
+    stop = asyncio.Event()
+    stop.set()
+    await desk.run(prompts(3))
+    report = await desk.run(prompts(3), stop=stop)
+    assert (report.saved, report.exit_code) == (3, 0)
+    assert (await desk.run(prompts(4), stop=stop)).exit_code == 130
 
 
 async def test_a_grace_time_that_passes_leaves_what_runs(desk: Desk) -> None:
@@ -953,6 +1108,7 @@ def test_the_command_runs_without_key_or_money(
     monkeypatch.setitem(_batch_cli.EMULATED, "pictures", "tiny")
     assert main(["batch", lakes, "--out", "out", "--emulator"]) == 0
     assert len(list(Path("out").glob("*.png"))) == 3
+    assert main(["batch", lakes, "--out", "out", "--emulator"]) == 0
     assert main(["batch", lakes, "--out", "other"]) == 2
     assert "EVOLINK_API_KEY" in capsys.readouterr().err
 

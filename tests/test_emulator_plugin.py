@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +80,15 @@ def plugin_options() -> list[str]:
     points = importlib.metadata.entry_points(group="pytest11")
     installed = any(point.value == "evolink_async.pytest_plugin" for point in points)
     return [] if installed else ["-p", "evolink_async.pytest_plugin"]
+
+
+def test_the_recipe_of_the_readme(pytester: pytest.Pytester) -> None:
+    """The recipe for testing one's own code passes as it is printed."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    blocks = [block.removeprefix("python\n") for block in readme.split("```")[1::2]]
+    (recipe,) = (block for block in blocks if "evolink_emulator" in block)
+    pytester.makepyfile(recipe)
+    pytester.runpytest_subprocess("-q").assert_outcomes(passed=1)
 
 
 def test_a_program_is_tested_with_the_fixtures(pytester: pytest.Pytester) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from hostile import Behaviour, HostileServer, Received, Wire, answer, cut_after, http, snapshot
 
@@ -33,7 +34,10 @@ from evolink_async import (
     TaskFailedError,
     Timeout,
 )
-from evolink_async.emulator import ManualClock
+from evolink_async.emulator import Emulator, ManualClock
+
+if sys.platform == "win32":  # pragma: no cover - the servers above speak POSIX sockets
+    pytest.skip("loopback resets differ", allow_module_level=True)
 
 KEY = "sk-hostile-0123456789abcdef"
 ID = str(snapshot()["id"])
@@ -495,5 +499,21 @@ async def test_server_text_is_fit_for_a_terminal(clock: ManualClock) -> None:
             assert text.isprintable(), text
 
 
-if sys.platform == "win32":  # pragma: no cover - the servers above speak POSIX sockets
-    pytest.skip("loopback resets differ", allow_module_level=True)
+# -- the emulator, too, is asked strange things ------------------------------------------------
+
+
+async def test_the_emulator_refuses_a_body_it_cannot_unpack(emulator: Emulator) -> None:
+    """A body that is not compressed as it says is a 400, not an internal error."""
+    headers = {"Authorization": f"Bearer {emulator.api_key}", "Content-Encoding": "gzip"}
+    once = aiohttp.TCPConnector(force_close=True)  # the rest of such a body cannot be read
+    async with aiohttp.ClientSession(emulator.base_url, headers=headers, connector=once) as http:
+        for path in ("/v1/images/generations", "/v1/tasks/batch", "/_emulator/faults"):
+            async with http.post(path, data=b"notgzip") as response:
+                assert response.status == 400
+
+
+def test_the_emulators_clock_stays_in_the_calendar(clock: ManualClock) -> None:
+    """Time is not moved to where there are no dates."""
+    with pytest.raises(ValueError, match="seconds"):
+        clock.advance(1e15)
+    clock.advance(1e9)

@@ -138,6 +138,30 @@ async def test_sums_are_kept_over_every_turn(path: Path) -> None:
         assert (counts.spent, counts.states["queued"]) == (6.0, 2)
 
 
+async def test_a_changed_line_keeps_what_the_failed_one_has_cost(path: Path) -> None:
+    """Its credits stay in the sums; its task, key and snapshot are gone with its request."""
+    async with Ledger(path) as ledger:
+        await ledger.load([entry(1, "a", "x")], skip_invalid=False)
+        await ledger.submitting(1, KEY)
+        await ledger.submitted(1, key=None, task_id="task-1", reserved=3.0)
+        await ledger.completed(1, snapshot="{}", used=None, stems=("a",))
+        await ledger.failed(1, code="results_expired", message="", charged=True)
+        assert (await ledger.counts()).spent == 3.0
+        await ledger.load([entry(1, "b", "x")], skip_invalid=False)
+        last = await item(ledger)
+        assert (await ledger.counts()).spent == 3.0
+        await ledger.submitting(1, KEY)
+        await ledger.submitted(1, key=None, task_id="task-2", reserved=1.0)
+        assert (await ledger.counts()).spent == 4.0
+    assert (last.state, last.task_id, last.idempotency_key, last.snapshot) == (
+        "queued",
+        None,
+        None,
+        None,
+    )
+    assert (last.credits_used, last.credits_reserved, list(last.times)) == (None, None, ["queued"])
+
+
 async def test_names_differ_in_more_than_case(path: Path) -> None:
     """Of two names that a file system may take for one, the second item gets another."""
     async with Ledger(path) as ledger:
@@ -218,6 +242,22 @@ async def test_a_second_process_is_told_so_and_a_killed_one_leaves_no_lock(path:
         assert await ledger.page() == ()
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_a_lock_that_was_removed_lets_nothing_be_submitted(
+    path: Path, *, replaced: bool
+) -> None:
+    """Another process may have the folder by now: the state stays queued."""
+    async with Ledger(path) as ledger:
+        (first,) = await load(ledger, "a lake")
+        lock = path.with_name(_ledger._LOCK)
+        lock.rename(path.with_name("away"))
+        if replaced:
+            lock.touch()
+        with pytest.raises(LedgerError, match="removed or replaced"):
+            await ledger.submitting(first.number, KEY)
+        assert (await item(ledger)).state == "queued"
+
+
 async def test_a_newer_format_is_refused(path: Path) -> None:
     """With the advice to upgrade; the file stays as it is."""
     async with Ledger(path):
@@ -229,6 +269,38 @@ async def test_a_newer_format_is_refused(path: Path) -> None:
         await Ledger(path).__aenter__()
 
 
+async def test_it_belongs_to_one_api_and_one_key(path: Path) -> None:
+    """Once something was bought, another base URL or key is refused; the key is not kept."""
+    one, two = "https://one.example", "https://two.example"
+    async with Ledger(path) as ledger:
+        await ledger.claim(two, "sk-other")
+        (first,) = await load(ledger, "a lake")
+        await ledger.claim(one, "sk-first-key")
+        await ledger.submitted(first.number, key=KEY, task_id="task-1", reserved=1.0)
+        await ledger.claim(one, "sk-first-key")
+        with pytest.raises(LedgerError, match=f"{one}.*{two}.*EVOLINK_BASE_URL back to {one}"):
+            await ledger.claim(two, "sk-first-key")
+        with pytest.raises(LedgerError, match=f"{one}.*emulator.*choose another folder"):
+            await ledger.claim(_ledger.EMULATOR, None)
+        with pytest.raises(LedgerError, match="another account's key") as caught:
+            await ledger.claim(one, "sk-second-key")
+        assert "sk-" not in str(caught.value)
+        await ledger.claim(one, "sk-second-key", replace_key=True)
+        await ledger.claim(one, "sk-second-key")
+    assert not any(b"sk-second" in each.read_bytes() for each in path.parent.iterdir())
+
+
+async def test_a_folder_of_an_emulator_is_not_for_the_real_api(path: Path) -> None:
+    """Nor for its key; the next emulator may go on with it."""
+    async with Ledger(path) as ledger:
+        await ledger.claim(_ledger.EMULATOR, None)
+        (first,) = await load(ledger, "a lake")
+        await ledger.submitted(first.number, key=KEY, task_id="task-1", reserved=1.0)
+        await ledger.claim(_ledger.EMULATOR, None)
+        with pytest.raises(LedgerError, match=r"belongs to emulator.*run it with --emulator again"):
+            await ledger.claim("https://one.example", "sk-first-key")
+
+
 async def test_an_older_format_is_migrated(path: Path) -> None:
     """Step by step, each whole or not at all, keeping what is there."""
     async with Ledger(path) as ledger:
@@ -237,12 +309,25 @@ async def test_an_older_format_is_migrated(path: Path) -> None:
     steps = (*_ledger._STEPS, "ALTER TABLE items ADD COLUMN colour TEXT DEFAULT 'blue'")
     with pytest.raises(sqlite3.OperationalError):
         migrate(connection, (*steps, "ALTER TABLE items ADD COLUMN x; ALTER TABLE nothing ADD y"))
-    assert connection.execute("PRAGMA user_version").fetchone() == (2,)
+    assert connection.execute("PRAGMA user_version").fetchone() == (len(_ledger._STEPS) + 1,)
     migrate(connection, steps)
     assert connection.execute("SELECT colour, state FROM items").fetchall() == [("blue", "queued")]
     columns = [row[1] for row in connection.execute("PRAGMA table_info(items)")]
     assert "x" not in columns
     connection.close()
+
+
+async def test_a_ledger_of_the_first_format_belongs_to_the_next_that_comes(path: Path) -> None:
+    """It did not say whose it was; from then on it does."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    migrate(connection, _ledger._STEPS[:1])
+    connection.close()
+    async with Ledger(path) as ledger:
+        (first,) = await load(ledger, "a lake")
+        await ledger.submitted(first.number, key=KEY, task_id="task-1", reserved=1.0)
+        await ledger.claim("https://one.example", "sk-first-key")
+        with pytest.raises(LedgerError, match="belongs to"):
+            await ledger.claim("https://two.example", "sk-first-key")
 
 
 def text_file(path: Path) -> None:

@@ -707,6 +707,17 @@ async def test_an_empty_retry_budget_stops_retries(emulator: Emulator) -> None:
         assert session.stats.reads == 3 + 3
 
 
+async def test_a_download_waits_in_the_sessions_time(
+    session: Session, emulator: Emulator, tmp_path: Path
+) -> None:
+    """Attempts at a result are spaced on the session's clock, like everything else."""
+    result = await session.generate("A lake")
+    emulator.faults.add(faults.Status(503, route="result", times=4))
+    start = emulator.clock.now()
+    assert len(await session.download(result, tmp_path)) == 1
+    assert emulator.clock.now() - start >= 0.5 + 1 + 2 + 4
+
+
 async def test_downloads_refuse_what_is_no_result(session: Session, tmp_path: Path) -> None:
     """A wrong argument is named; a task is awaited first; an existing file is kept."""
     with pytest.raises(ConfigurationError, match="result"):

@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
+import aiohttp
 import pytest
 from hostile import (
     Behaviour,
@@ -28,6 +29,7 @@ from hostile import (
 from evolink_async import (
     APIConnectionError,
     AuthenticationError,
+    ConfigurationError,
     EvolinkError,
     InsufficientCreditsError,
     InvalidRequestError,
@@ -477,3 +479,117 @@ async def test_a_loop_that_dies_leaves_the_key_in_the_log(
             await submit
     assert server.posts[0].headers["Idempotency-Key"] in caplog.text
     await session.aclose()
+
+
+# -- what a careful reader tried ---------------------------------------------------------------
+
+
+async def test_a_tracer_that_raises_leaves_the_submit_uncertain(
+    server: HostileServer, clock: ManualClock
+) -> None:
+    """Whatever a caller's own aiohttp session raises after the POST, its key is reported."""
+
+    async def explode(*_: object) -> None:
+        raise KeyError("a bug of theirs")
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_end.append(explode)
+    async with (
+        aiohttp.ClientSession(trace_configs=[trace]) as http,
+        connect(server, clock, http=http) as session,
+    ):
+        with pytest.raises(SubmitUncertainError) as caught:
+            await session.submit("A lake")
+        assert caught.value.idempotency_key == server.posts[0].headers["Idempotency-Key"]
+
+
+async def test_closing_starts_no_new_post() -> None:
+    """A submit that waits to be resent is not resent by a session that closes."""
+    policy = RetryPolicy(resend_uncertain=True, wait_initial=20, wait_jitter=0)
+    async with HostileServer(script=[error(500), OK], reads=[DONE]) as server:
+        session = Session(KEY, base_url=server.base_url, retry=policy)
+        submit = asyncio.create_task(session.submit("A lake"))
+        while session.stats.retries == 0:  # noqa: ASYNC110 - it has no event
+            await asyncio.sleep(0)
+        await session.aclose()
+        with pytest.raises(SubmitUncertainError):
+            await submit
+        assert len(server.posts) == 1
+
+
+async def test_a_cancelled_close_leaves_nothing_running(
+    server: HostileServer, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cancelling aclose cuts the POSTs in the air off, with their keys in the log."""
+    arrived = asyncio.Event()
+    server.script = [hang]
+    server.on_request = lambda _: arrived.set()
+    async with aiohttp.ClientSession() as http:
+        session = connect(server, clock, http=http)
+        submit = asyncio.create_task(session.submit("A lake"))
+        await arrived.wait()
+        close = asyncio.create_task(session.aclose())
+        await asyncio.sleep(0)
+        close.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await close
+        with pytest.raises(SubmitUncertainError):
+            await submit
+        assert session._posts == {}
+        await session.aclose()
+    assert server.posts[0].headers["Idempotency-Key"] in caplog.text
+
+
+async def test_a_hook_that_swallows_the_cancellation_sends_nothing(
+    server: HostileServer, clock: ManualClock
+) -> None:
+    """The caller is gone before any POST left: none leaves, whatever the hook does."""
+    reached, go = asyncio.Event(), asyncio.Event()
+
+    async def swallow(_: str) -> None:
+        reached.set()
+        try:
+            await go.wait()
+        except asyncio.CancelledError:
+            return
+
+    async with connect(server, clock, max_in_flight=1) as session:
+        submit = asyncio.create_task(session.submit("A lake", before_send=swallow))
+        await reached.wait()
+        submit.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await submit
+        await session.submit("Another lake")
+    assert len(server.posts) == 1
+
+
+async def test_a_key_behind_json_escapes_does_not_show(
+    server: HostileServer, clock: ManualClock
+) -> None:
+    """A server that spells our key with escapes does not get it into a message."""
+    spelled = "".join(f"\\u{ord(c):04x}" for c in KEY)
+    body = f'{{"error": {{"code": "x", "message": "bad key {spelled}"}}}}'.encode()
+    server.script = [answer(401, body)]
+    async with connect(server, clock) as session:
+        with pytest.raises(AuthenticationError) as caught:
+            await session.submit("A lake")
+    assert KEY not in str(caught.value)
+    assert "[API key]" in str(caught.value)
+
+
+def test_a_task_in_another_loop_says_so() -> None:
+    """Awaiting a task where its session does not live is an error, not a wait for ever."""
+    kept: list[Any] = []
+
+    async def first() -> None:
+        async with HostileServer(script=[OK], reads=[hang]) as server:
+            session = Session(KEY, base_url=server.base_url)
+            kept.extend([session, await session.submit("A lake")])
+            await session.aclose()
+
+    async def second() -> None:
+        await kept[1]
+
+    asyncio.run(first())
+    with pytest.raises(ConfigurationError, match="another event loop"):
+        asyncio.run(second())

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EPOCH", "Clock", "ManualClock", "RealClock"]
 
+_LONGEST = 1e10
 EPOCH = 1_757_156_493.0
 """Where a `ManualClock` starts: the ``created`` of the API page's example, in Unix seconds."""
 
@@ -144,10 +145,12 @@ class ManualClock:
         They wake in the order of their times, all seeing the new time.
 
         Raises:
-            ValueError: *seconds* is negative or not finite.
+            ValueError: *seconds* is negative, not finite, or more than three centuries.
         """
-        if not 0 <= seconds < math.inf:
-            raise ValueError(f"seconds must be a number from 0 up, not {seconds!r}")
+        if not 0 <= seconds <= _LONGEST:
+            raise ValueError(f"seconds must be a number from 0 to {_LONGEST:g}, not {seconds!r}")
+        if self._now + seconds > EPOCH + _LONGEST:
+            raise ValueError("the clock cannot be moved on by more than three centuries in all")
         with self._lock:
             self._move_to(self._now + seconds)
             self._stir(None)

@@ -133,7 +133,9 @@ class Control:
         try:
             advance((await _object(request)).get("advance"))
         except (TypeError, ValueError) as error:
-            raise ApiError(400, "advance must be a number from 0 up", param="advance") from error
+            raise ApiError(
+                400, "advance must be a number from 0 to 1e10", param="advance"
+            ) from error
         return await self._clock(request)
 
     async def _end(self, request: web.Request) -> Any:
@@ -156,7 +158,7 @@ class Control:
 async def _object(request: web.Request) -> dict[str, Any]:
     try:
         fields = json.loads(await request.read())
-    except (ValueError, RecursionError, web.HTTPRequestEntityTooLarge):
+    except (ValueError, RecursionError, web.HTTPRequestEntityTooLarge, web.RequestPayloadError):
         fields = None
     if not isinstance(fields, dict):
         raise ApiError(400, "the body must be a JSON object")

@@ -343,7 +343,7 @@ class Emulator:
             json.dumps(data)  # what is too deep to be written is too deep
         except web.HTTPRequestEntityTooLarge:
             raise ApiError(413, f"the body has more than {self._max_body} bytes") from None
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError, web.RequestPayloadError):
             raise ApiError(400, "the body is not JSON") from None
         if not isinstance(data, dict):
             raise ApiError(400, "the body must be a JSON object")

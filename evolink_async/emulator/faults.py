@@ -315,7 +315,13 @@ class Status(RequestFault):
         if self.body is not None:
             response = web.Response(text=self.body, status=self.status, content_type="text/html")
         else:
-            error = ApiError(self.status, self.message, code=self.code, kind=self.kind)
+            error = ApiError(
+                self.status,
+                self.message,
+                code=self.code,
+                kind=self.kind,
+                retry_after=self.retry_after,
+            )
             response = exchange.refuse(error)
         if self.retry_after is not None:
             response.headers["Retry-After"] = (
