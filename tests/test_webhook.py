@@ -674,7 +674,8 @@ async def test_replicas_forward_what_is_not_theirs(emulator: Emulator, door: Doo
         await emulator.clock.sleep_until(emulator.clock.now() + 10)
         assert forwarded == [task.id]
         assert counted(wrong) == {"early": 1, "late": 2, "forwarded": 1}
-        assert len(emulator.books.reads(task.id)) == 1
+        # The forwarded nudge's read, and a safety read where that came first.
+        assert len(emulator.books.reads(task.id)) <= 2
         await wrong.aclose()
 
 
