@@ -333,7 +333,7 @@ def test_a_replayed_answer(value: str) -> None:
     assert not error_of(429, error_body(429)).replayed
 
 
-@examples(2500)
+@examples(4100)
 @given(statuses, headers, bodies)
 def test_any_answer_gives_a_value_or_our_error(
     status: int, headers: Mapping[str, str], body: bytes
