@@ -13,8 +13,9 @@ synchronous tests of programs that run a loop of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -46,18 +47,11 @@ def evolink_emulator(
     event whenever nobody is busy: a generation of ten minutes takes milliseconds.
 
     ``@pytest.mark.evolink(*faults, **settings)`` tells it what to do wrong and how to be;
-    ``clock=RealClock(60)`` gives it real time at 60 times the speed, for programs in other
-    processes.
+    ``time_scale=60, estimate=1`` gives it real time at 60 times the speed, for programs in
+    other processes: their own time is not scaled, and they wait by the estimate. Settings of
+    a mark on the test go before those of its class and module, faults of all marks add up.
     """
-    # Here, not above: a plugin is imported by every run of pytest, aiohttp need not be.
-    from evolink_async.emulator import Emulator, ManualClock  # noqa: PLC0415
-
-    settings: dict[str, Any] = {"pictures": "tiny", "clock": ManualClock()}
-    faults: tuple[Any, ...] = ()
-    for marker in reversed(list(request.node.iter_markers("evolink"))):
-        settings.update(marker.kwargs)
-        faults += marker.args
-    with Emulator(**{**settings, "faults": faults}) as emulator:
+    with _emulator(list(request.node.iter_markers("evolink"))) as emulator:
         monkeypatch.setenv("EVOLINK_API_KEY", emulator.api_key)
         monkeypatch.setenv("EVOLINK_BASE_URL", emulator.base_url)
         # Sessions made by the program under test are given no clock; this is the default.
@@ -75,3 +69,38 @@ def evolink_session(evolink_emulator: Emulator) -> Session:
         base_url=evolink_emulator.base_url,
         clock=evolink_emulator.clock,
     )
+
+
+def _emulator(marks: Sequence[pytest.Mark]) -> Emulator:
+    """The emulator that *marks*, the nearest first, ask for."""
+    # Here, not above: a plugin is imported by every run of pytest, aiohttp need not be.
+    from evolink_async.emulator import Emulator, ManualClock  # noqa: PLC0415
+
+    settings: dict[str, Any] = {}
+    faults: tuple[Any, ...] = ()
+    for mark in reversed(marks):
+        _check(mark, tuple(inspect.signature(Emulator).parameters))
+        settings.update(mark.kwargs)
+        faults += mark.args
+    if "time_scale" not in settings:
+        settings.setdefault("clock", ManualClock())
+    try:
+        return Emulator(**{"pictures": "tiny", **settings, "faults": faults})
+    except (ImportError, TypeError, ValueError) as error:
+        _refuse(str(error))
+
+
+def _check(mark: pytest.Mark, names: tuple[str, ...]) -> None:
+    if not mark.args and not mark.kwargs:
+        _refuse("it needs faults, settings, or both")
+    if "faults" in mark.kwargs:
+        _refuse("faults come first and without a keyword")
+    for name in mark.kwargs:
+        if name not in names:
+            known = ", ".join(each for each in names if each != "faults")
+            _refuse(f"an emulator has no setting {name!r}; it has {known}")
+
+
+def _refuse(why: str) -> NoReturn:
+    example = "@pytest.mark.evolink(faults.Status(503, nth=1), duration=600)"
+    pytest.fail(f"@pytest.mark.evolink: {why}\nIt is used like {example}", pytrace=False)

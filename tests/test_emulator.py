@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import inspect
 import io
 import json
 import random
@@ -14,7 +15,7 @@ import pytest
 from emulator_caller import IMAGES, ORDER, Caller, calling
 
 from evolink_async.emulator import FEATURES, Emulator, ManualClock, RealClock, serve
-from evolink_async.emulator.__main__ import main
+from evolink_async.emulator.__main__ import main, parser
 
 DAY = 24 * 3600
 
@@ -578,14 +579,6 @@ async def test_undocumented_features_can_be_switched_off() -> None:
 # The emulator itself
 
 
-async def test_settings_are_checked() -> None:
-    """A setting that cannot be is refused at once."""
-    with pytest.raises(ValueError, match="pictures must be"):
-        Emulator(pictures="large")
-    with pytest.raises(ValueError, match="without must name"):
-        Emulator(without=("everything",))
-
-
 def test_full_pictures_need_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without pillow the emulator says what to install, and still makes tiny pictures."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
@@ -645,20 +638,84 @@ def test_the_command_serves_until_interrupted(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("evolink_async.emulator.__main__.serve", interrupted)
-    arguments = "--port 0 --api-key k --credits 5 --duration 1 2 --time-scale 3 --pictures tiny"
+    arguments = (
+        "--port 0 --api-key k --credits 5 --duration 1 2 --time-scale 3 --pictures tiny "
+        "--string-codes --without list --without batch --model wan9 --price 2 --max-body 500 "
+        "--callback-origin http://127.0.0.1:9 --estimate 7 --seed 3 --host 127.0.0.2"
+    )
     assert main(arguments.split()) == 0
     (emulator,) = made
     assert (emulator.port, emulator.api_key, emulator.books.remaining) == (0, "k", 5)
+    assert (emulator.host, emulator.callback_origin) == ("127.0.0.2", "http://127.0.0.1:9")
+    assert emulator.without == {"list", "batch"}
+
+
+async def test_the_command_makes_the_emulator_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the options switch on and off is so when it serves."""
+    made: list[Emulator] = []
+
+    async def kept(emulator: Emulator) -> None:
+        made.append(emulator)
+
+    monkeypatch.setattr("evolink_async.emulator.__main__.serve", kept)
+    arguments = "--port 0 --pictures tiny --string-codes --without list --model wan9 --price 2"
+    assert await asyncio.to_thread(main, arguments.split()) == 0
+    async with made[0] as emulator, calling(emulator) as api:
+        refused = await api.get("/v1/tasks/task-unknown")
+        assert refused.error["code"] == "not_found"
+        assert (await api.get("/v1/tasks")).status == 404
+        accepted = await api.submit(model="wan9")
+        assert accepted.json["usage"]["credits_reserved"] == 2
+
+
+def test_the_command_has_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each setting has its option, but for those that are Python objects; `--help` names all."""
+    options = vars(parser().parse_args([]))
+    settings = set(inspect.signature(Emulator).parameters)
+    assert set(options) == settings - {"clock", "faults"}
+    with pytest.raises(SystemExit) as info:
+        main(["--help"])
+    assert info.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(feature in text for feature in FEATURES)
+    assert "--callback-origin URL" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--port 70000", "port must be a whole number from 0 to 65535, not 70000"),
+        ("--port x", "argument --port: invalid int value: 'x'"),
+        ("--without everything", "without must be a tuple, each one of batch"),
+        ("--callback-origin here", "callback_origin must be an origin such as http://127.0.0.1:"),
+        ("--duration 5 2", "duration must be a number from 0"),
+        ("--duration nan 2", "duration must be a number from 0"),
+        ("--credits -1", "credits must be a number from 0"),
+        ("--colour red", "unrecognized arguments: --colour red"),
+        ("--pictures large", "argument --pictures: invalid choice: 'large'"),
+    ],
+)
+def test_the_command_refuses_in_one_line(
+    arguments: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A wrong option or value is one line that says what is allowed, and exit code 2."""
+    try:
+        code: Any = main(["--pictures", "tiny", *arguments.split()])
+    except SystemExit as exit_:
+        code = exit_.code
+    error = capsys.readouterr().err
+    assert (code, error.count("\n")) == (2, 1)
+    assert error.startswith(f"error: {words}")
 
 
 async def test_the_command_reports_a_taken_port(capsys: pytest.CaptureFixture[str]) -> None:
-    """A port that is taken, or a setting that cannot be, is one line and an exit code."""
+    """A port that is taken is one line and an exit code."""
     async with Emulator(pictures="tiny") as emulator:
         arguments = ["--port", str(emulator.port), "--pictures", "tiny"]
         assert await asyncio.to_thread(main, arguments) == 3
-    assert f"cannot listen on port {emulator.port}" in capsys.readouterr().err
-    assert await asyncio.to_thread(main, ["--time-scale", "0", "--pictures", "tiny"]) == 2
-    assert "scale must be a positive number" in capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1 port {emulator.port}" in capsys.readouterr().err
 
 
 async def test_the_key_may_hold_any_character() -> None:

@@ -177,7 +177,7 @@ async def test_without_an_origin_nothing_is_sent(clock: ManualClock) -> None:
 @pytest.mark.parametrize("origin", ["", "ftp://x", "app.example.com"])
 def test_the_origin_is_checked(origin: str) -> None:
     """What is no http origin is refused."""
-    with pytest.raises(ValueError, match="callback_origin must be an http origin"):
+    with pytest.raises(ValueError, match="callback_origin must be an origin such as"):
         Emulator(pictures="tiny", callback_origin=origin)
 
 
@@ -199,6 +199,28 @@ async def test_a_callback_may_be_dropped_delayed_or_doubled(
     for time, body in zip(receiver.times, receiver.bodies, strict=True):
         times[next(prompt for prompt, name in ids.items() if name == body["id"])].append(time)
     assert times == {"drop": [], "late": [130], "again": [100, 100, 100]}
+
+
+async def test_the_callback_of_one_task_may_be_spoilt(
+    api: Caller, emulator: Emulator, receiver: Receiver, clock: ManualClock
+) -> None:
+    """A callback fault may be about one task, and be added while it runs."""
+    names = [await api.task(callback_url=URL) for _ in range(2)]
+    emulator.faults.add(dropped := CallbackDropped(task=names[0]))
+    await clock.sleep_until(START + 200)
+    assert [body["id"] for body in receiver.bodies] == names[1:]
+    assert emulator.faults.struck(dropped) == 1
+
+
+async def test_a_task_fault_added_late_moves_the_callback(
+    api: Caller, emulator: Emulator, receiver: Receiver, clock: ManualClock
+) -> None:
+    """A running task that is made to fail earlier sends its callback then."""
+    name = await api.task(callback_url=URL)
+    await clock.sleep_until(START + 20)
+    emulator.faults.add(TaskFails(at=0, task=name))
+    await clock.sleep_until(START + 200)
+    assert receiver.seen == [(20, "failed")]
 
 
 async def test_callbacks_may_come_in_another_order(

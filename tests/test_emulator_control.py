@@ -107,7 +107,17 @@ async def test_a_task_can_be_ended_over_http(api: Caller, status: str) -> None:
         ("POST", "/_emulator/tasks/task-1", '{"status": "done"}', 400),
         ("POST", "/_emulator/tasks/task-1", '{"status": "failed"}', 404),
         ("POST", "/_emulator/tasks/task-1", '{"status": "completed", "code": "x"}', 400),
+        ("POST", "/_emulator/clock", '{"advance": true}', 400),
+        ("POST", "/_emulator/clock", '{"advance": NaN}', 400),
+        ("POST", "/_emulator/clock", "{}", 400),
+        ("POST", "/_emulator/tasks/task-1", '{"status": "failed", "code": 5}', 400),
+        ("POST", "/_emulator/tasks/task-1", '{"status": "failed", "message": {}}', 400),
+        ("POST", "/_emulator/tasks/task-1", '{"status": "failed", "task_id": "a"}', 400),
         ("GET", "/_emulator/books/requests?status=x", None, 400),
+        ("GET", "/_emulator/books/requests?route=reed", None, 400),
+        ("GET", "/_emulator/books/requests?promt=a", None, 400),
+        ("GET", "/_emulator/books/tasks?route=read", None, 400),
+        ("GET", "/_emulator/books/callbacks?prompt=a", None, 400),
     ],
 )
 async def test_nonsense_is_refused(

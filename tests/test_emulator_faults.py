@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from attrs import evolve
 from emulator_caller import Answer, Caller, calling
 
 from evolink_async.emulator import Emulator, ManualClock, faults
@@ -133,39 +134,111 @@ async def test_faults_can_be_listed_counted_and_cleared(api: Caller, emulator: E
     assert (await api.get("/v1/credits")).status == 200
 
 
-@pytest.mark.parametrize(
-    ("kind", "fields", "error"),
-    [
-        (Status, {"route": "everywhere"}, "route must be among submit"),
-        (Status, {"rate": 1.5}, "rate must be from 0 to 1"),
-        (Status, {"nth": 0}, "nth must be numbers"),
-        (Status, {"between": (1, None)}, "between must be two numbers"),
-        (Status, {"status": "503"}, "Status: status must be int, not '503'"),
-        (Status, {"retry_after": "2"}, r"retry_after must be float \| None"),
-        (Reset, {"when": "never"}, "when"),
-    ],
-)
-def test_a_fault_checks_its_fields(kind: Any, fields: dict[str, Any], error: str) -> None:
-    """A fault that could never strike, or break the emulator, is refused."""
-    with pytest.raises((ValueError, TypeError), match=error):
-        kind(**fields)
+async def test_a_fault_about_one_task_strikes_all_that_name_it(
+    api: Caller, emulator: Emulator
+) -> None:
+    """`task` chooses reads, batch reads and results of one task, whatever the route."""
+    url = await result_of(api, emulator)
+    name = emulator.books.tasks()[0].id
+    other = await api.task()
+    emulator.faults.add(Status(500, task=name))
+    assert (await api.get(f"/v1/tasks/{name}")).status == 500
+    assert (await api.post("/v1/tasks/batch", {"task_ids": [other, name]})).status == 500
+    assert (await api.get(url)).status == 500
+    assert (await api.get(f"/v1/tasks/{other}")).status == 200
+    assert (await api.post("/v1/tasks/batch", {"task_ids": [other]})).status == 200
 
 
 async def test_only_faults_are_faults(emulator: Emulator) -> None:
-    """Something else than a fault is refused."""
+    """Something else than a fault is refused, a class as well."""
     with pytest.raises(TypeError, match="is no fault"):
         emulator.faults.add("Status")  # type: ignore[arg-type]  # the point
+    with pytest.raises(TypeError, match=r"Status is a class, not a fault; write Status\(\)"):
+        emulator.faults.add(Status)  # type: ignore[arg-type]  # the point
 
 
-def test_every_fault_has_an_example() -> None:
-    """The first line of each fault's docstring has an example that can be made."""
-    for name in faults.__all__:
-        kind = getattr(faults, name)
-        if not (inspect.isclass(kind) and issubclass(kind, Fault)) or kind.__subclasses__():
-            continue
-        example = (kind.__doc__ or "").partition("``")[2].partition("``")[0]
-        example = example.replace("task.id", "'task-1'")
-        assert isinstance(eval(example, vars(faults)), kind), name  # noqa: S307 - our own docstring
+PROMPT = "a slow and odd lake, forbidden to four"
+
+
+async def attempted(call: Coroutine[Any, Any, Answer]) -> Answer | None:
+    """The answer, if it comes whole within a moment."""
+    try:
+        async with asyncio.timeout(0.1):
+            return await call
+    except (aiohttp.ClientError, ConnectionError, TimeoutError):
+        return None
+
+
+def told(answer: Answer | None) -> tuple[Any, ...]:
+    """What an answer says about a task."""
+    if answer is None or answer.status != 200:
+        return (answer and answer.status,)
+    try:
+        task = answer.json
+    except ValueError:
+        return (answer.body,)
+    return task["status"], task["progress"], len(task.get("results", ())), task.get("error")
+
+
+async def story(example: str = "") -> tuple[list[Any], set[str]]:
+    """What a small client sees that reads every 3 s, and the faults its requests met.
+
+    It submits eleven times, reads the first three tasks five times, fetches one result and
+    waits for the callbacks. Ids, times and durations are the same in each run.
+    """
+    clock = ManualClock()
+    async with (
+        Emulator(clock=clock, pictures="tiny", callback_origin="http://127.0.0.1:9") as emulator,
+        calling(emulator) as api,
+    ):
+        late = "task.id" in example
+        if example and not late:
+            emulator.faults.add(eval(example, vars(faults)))  # noqa: S307 - our own docstring
+        with clock.hold():
+            for _ in range(11):
+                await attempted(api.submit(prompt=PROMPT, n=4, callback_url="https://a.io/b"))
+        names = [task.id for task in emulator.books.tasks()[:3]]
+        if late:
+            first = {"task": emulator.books.task(names[0])}
+            emulator.faults.add(eval(example, vars(faults), first))  # noqa: S307 - see above
+        seen: list[Any] = []
+        for _ in range(5):
+            await clock.sleep_until(clock.now() + 3)
+            with clock.hold():
+                seen += [told(await attempted(api.get(f"/v1/tasks/{name}"))) for name in names]
+        for url in [url for name in names for url in emulator.books.task(name).result_urls][:1]:
+            await attempted(api.get(url))
+        await clock.sleep_until(clock.now() + 100)
+        calls = [(each.time, each.task_id, each.forged) for each in emulator.books.callbacks()]
+        met = {name for entry in emulator.books.requests() for name in entry.faults}
+        return [*seen, *calls], met
+
+
+@pytest.mark.parametrize("name", faults.kinds())
+async def test_the_example_of_each_fault_strikes(name: str) -> None:
+    """The example in the first line of a fault's docstring strikes a small ordinary client."""
+    kind = faults.kinds()[name]
+    first_line = (kind.__doc__ or "").partition("\n")[0]
+    example = first_line.partition("``")[2].partition("``")[0]
+    assert example.startswith(f"{name}("), first_line
+    seen, met = await story(example)
+    if issubclass(kind, faults.RequestFault):
+        assert met == {name}
+    else:
+        assert seen != (await story())[0]
+
+
+async def test_what_strikes_nothing_leaves_the_story_as_it_was() -> None:
+    """The story is the same in each run, so that a difference is the fault's."""
+    assert await story() == await story() == await story("TaskFails(prompt='sea')")
+    assert (await story("TaskLags(3.0)"))[0] == (await story())[0]
+
+
+def test_every_fault_can_be_found() -> None:
+    """Each class that strikes is among the kinds; the bases are not."""
+    bases = {"Fault", "RequestFault", "TaskFault", "CallbackFault"}
+    classes = {name for name in faults.__all__ if inspect.isclass(getattr(faults, name))}
+    assert set(faults.kinds()) == classes - bases - {"Faults"}
 
 
 # Request faults
@@ -423,6 +496,85 @@ async def test_a_task_may_vanish_or_lag(
     assert await seen() == (200, 1, 1)
     clock.advance(50)
     assert await seen() == (404, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        (TaskFails("quota_exceeded"), ("failed", 99)),
+        (TaskCancelled(), ("cancelled", 99)),
+        (TaskHangs(70), ("processing", 70)),
+        (TaskVanishes(), None),
+        (UnknownStatus("dreaming"), ("dreaming", 77)),
+        (ProgressFallsBack(), ("processing", 22)),
+    ],
+)
+async def test_a_running_task_may_be_changed(
+    api: Caller,
+    emulator: Emulator,
+    clock: ManualClock,
+    fault: Fault,
+    expected: tuple[str, int] | None,
+) -> None:
+    """A task fault about one task changes it at once, although it has been accepted before."""
+    name, other = [await api.task() for _ in range(2)]
+    clock.advance(60)
+    emulator.faults.add(fault := evolve(fault, task=name))
+    assert emulator.faults.struck(fault) == 1
+    clock.advance(18)
+    answer = await api.get(f"/v1/tasks/{name}")
+    if expected is None:
+        assert answer.status == 404
+    else:
+        assert (answer.json["status"], answer.json["progress"]) == expected
+    assert (await api.read(other))["status"] == "processing"
+    await api.task()
+    assert emulator.faults.struck(fault) == 1
+
+
+async def test_a_task_failed_late_has_failed_when_it_was_told_to(
+    api: Caller, emulator: Emulator, clock: ManualClock
+) -> None:
+    """A running task beyond the share at which it shall fail fails now, and is refunded."""
+    name = await api.task()
+    clock.advance(60)
+    emulator.faults.add(TaskFails(at=0.1, task=name))
+    record = emulator.books.task(name)
+    assert (record.status, record.ends_at, record.refunded) == ("failed", clock.now(), 1)
+
+
+async def test_only_a_running_task_can_be_changed(
+    api: Caller, emulator: Emulator, clock: ManualClock
+) -> None:
+    """A task fault about a task that is not there, or has ended, is refused."""
+    with pytest.raises(ValueError, match="TaskHangs: no task 'task-1' has been accepted; prompt="):
+        emulator.faults.add(TaskHangs(task="task-1"))
+    name = await api.task()
+    clock.advance(100)
+    with pytest.raises(ValueError, match=f"TaskHangs: task '{name}' has ended"):
+        emulator.faults.add(TaskHangs(task=name))
+    assert emulator.faults.active == ()
+    body = {"fault": "TaskHangs", "task": name}
+    answer = await api.post("/_emulator/faults", body)
+    assert (answer.status, "has ended" in answer.error["message"]) == (400, True)
+
+
+async def test_a_hanging_task_reaches_no_share(
+    api: Caller, emulator: Emulator, clock: ManualClock
+) -> None:
+    """A task that hangs and shall fail on its way hangs."""
+    emulator.faults.add(TaskHangs(), TaskFails(at=0), TaskVanishes(0.5))
+    name = await api.task()
+    clock.advance(10**6)
+    assert (await api.read(name))["status"] == "processing"
+
+
+async def test_a_long_retry_after_is_written_out(api: Caller, emulator: Emulator) -> None:
+    """`Retry-After` is a number without an exponent, in the header and in the advice."""
+    emulator.faults.add(Status(429, retry_after=2592000))
+    answer = await api.get("/v1/credits")
+    assert answer.headers["Retry-After"] == "2592000"
+    assert answer.error["fallback_suggestion"] == "retry after 2592000 seconds"
 
 
 async def test_progress_may_go_back(api: Caller, emulator: Emulator, clock: ManualClock) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from evolink_async.emulator.faults import CallbackDropped
+
 pytest_plugins = ["pytester"]
 
 PROGRAM = '''
@@ -96,6 +98,79 @@ def test_a_program_is_tested_with_the_fixtures(pytester: pytest.Pytester) -> Non
     pytester.makepyfile(program=PROGRAM, test_program=TESTS)
     result = pytester.runpytest_inprocess(*plugin_options(), "--strict-markers", "-W", "error")
     result.assert_outcomes(passed=5)
+
+
+@pytest.mark.parametrize(
+    ("mark", "words"),
+    [
+        ("mark", "it needs faults, settings, or both"),
+        ("mark()", "it needs faults, settings, or both"),
+        ("mark(Status, credits=1)", "Status is a class, not a fault; write Status()"),
+        ("mark(Status(), Endless)", "Endless is a class, not a fault; write Endless()"),
+        ("mark('Status')", "'Status' is no fault"),
+        ("mark(colour=1)", "an emulator has no setting 'colour'; it has host, port,"),
+        ("mark(faults=(Status(),))", "faults come first and without a keyword"),
+        ("mark(duration=-1)", "duration must be a number from 0"),
+        ("mark(TaskFails(task='a'))", "TaskFails: no task 'a' has been accepted"),
+        ("mark(clock=ManualClock(), time_scale=2)", "time_scale is for the real time"),
+    ],
+)
+def test_a_wrong_mark_is_explained(pytester: pytest.Pytester, mark: str, words: str) -> None:
+    """A mark that cannot be is one short error that says why and how it is used."""
+    pytester.makepyfile(
+        f"""
+        import pytest
+        from evolink_async.emulator import ManualClock
+        from evolink_async.emulator.faults import *
+
+        mark = pytest.mark.evolink
+
+        @{mark}
+        def test_it(evolink_emulator):
+            pass
+        """
+    )
+    result = pytester.runpytest_inprocess(*plugin_options())
+    result.assert_outcomes(errors=1)
+    text = result.stdout.str()
+    assert f"@pytest.mark.evolink: {words}" in text
+    assert "It is used like @pytest.mark.evolink(faults.Status(503, nth=1), duration=600)" in text
+    assert "Traceback" not in text
+
+
+def test_a_mark_without_parentheses_after_its_fault(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mark that pytest takes for a decoration of the fault's class says so."""
+    # What pytest decorates the class with is taken off again.
+    monkeypatch.setattr(CallbackDropped, "pytestmark", [], raising=False)
+    pytester.makepyfile(
+        """
+        import pytest
+        from evolink_async.emulator.faults import CallbackDropped
+
+        @pytest.mark.evolink(CallbackDropped)
+        def test_it(evolink_emulator):
+            pass
+        """
+    )
+    result = pytester.runpytest_inprocess(*plugin_options())
+    result.assert_outcomes(errors=1)
+    assert "write CallbackDropped(), with parentheses, as in @pytest.mark.e" in result.stdout.str()
+
+
+def test_a_time_scale_is_enough_for_real_time(pytester: pytest.Pytester) -> None:
+    """A mark with a time scale has the real time, without a clock beside it."""
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.evolink(time_scale=60)
+        def test_it(evolink_emulator):
+            assert evolink_emulator.clock.scale == 60
+        """
+    )
+    pytester.runpytest_inprocess(*plugin_options()).assert_outcomes(passed=1)
 
 
 def test_the_marker_is_explained(pytester: pytest.Pytester) -> None:

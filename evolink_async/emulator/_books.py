@@ -6,10 +6,14 @@ from typing import Any
 
 from attrs import asdict, define, field, frozen
 
+from evolink_async.emulator._rules import one_of
 from evolink_async.emulator._service import Service
 from evolink_async.emulator._tasks import GenerationTask
 
-__all__ = ["Books", "CallbackRecord", "RequestRecord", "TaskRecord"]
+__all__ = ["ROUTES", "Books", "CallbackRecord", "RequestRecord", "TaskRecord"]
+
+ROUTES = ("submit", "read", "batch", "list", "credits", "result")
+"""What ``route`` may name: the API's endpoints, and the links to the results."""
 
 
 @frozen(kw_only=True)
@@ -20,7 +24,7 @@ class RequestRecord:
         time: When it had arrived, on the emulator's clock.
         method: ``GET``, ``POST``.
         path: As sent, with its query.
-        route: ``submit``, ``read``, ``batch``, ``list``, ``credits``, ``result``, or ``other``.
+        route: One of `ROUTES`, or ``other``.
         status: Of the answer; None if none was given.
         request_id: Of the answer, as in its ``X-Request-Id``.
         task_ids: The ids asked for; for a submit the id of the accepted task.
@@ -141,11 +145,17 @@ class Books:
         """The requests seen, in the order in which they were answered.
 
         Args:
-            route: Only those to this route; see `RequestRecord`.
+            route: Only those to this route: one of ``faults.ROUTES``, or ``other``.
             status: Only those answered with this status.
             task: Only those about this task id.
-            prompt: Only submits with exactly this prompt.
+            prompt: Only submits with exactly this prompt (a fault's ``prompt`` is a part of
+                one).
+
+        Raises:
+            ValueError: There is no such route.
         """
+        if route is not None:
+            one_of(*ROUTES, "other").check("route", route)
         return tuple(
             entry
             for entry in self._requests
@@ -156,7 +166,11 @@ class Books:
         )
 
     def submits(self, prompt: str | None = None) -> tuple[RequestRecord, ...]:
-        """The POSTs to generation endpoints seen, accepted or not."""
+        """The POSTs to generation endpoints seen, accepted or not.
+
+        Args:
+            prompt: Only those with exactly this prompt (a fault's ``prompt`` is a part of one).
+        """
         return self.requests("submit", prompt=prompt)
 
     def reads(self, task: str | None = None) -> tuple[RequestRecord, ...]:
@@ -171,7 +185,7 @@ class Books:
         """The accepted tasks, oldest first, with what was charged and delivered.
 
         Args:
-            prompt: Only those with exactly this prompt.
+            prompt: Only those with exactly this prompt (a fault's ``prompt`` is a part of one).
             status: Only those with this status now.
         """
         now = self._service.settle()

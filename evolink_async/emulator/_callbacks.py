@@ -77,12 +77,12 @@ class Callbacks:
 
     async def _accompany(self, task: GenerationTask, redirected: asyncio.Event) -> None:
         url = self._local(task.submission.callback_url or "")
-        struck = self._faults.of_callback(task.id, task.submission.prompt, self._clock.now())
-        for fault in struck:
-            if isinstance(fault, CallbackForged):
-                await self._post(task, url, self._forgery(task, fault), attempt=1, forged=True)
+        about = task.id, task.submission.prompt
+        for fault in self._faults.forgeries(*about, self._clock.now()):
+            await self._post(task, url, self._forgery(task, fault), attempt=1, forged=True)
         await self._end_of(task, redirected)
         del self._redirected[task.id]
+        struck = self._faults.of_callback(*about, self._clock.now())
         if any(isinstance(fault, CallbackDropped) for fault in struck):
             return
         copies = await self._hold_back(struck)

@@ -5,7 +5,7 @@
 ``GET  /books/requests``    every request; ``?route=&status=&task=&prompt=``
 ``GET  /books/tasks``       every accepted task; ``?prompt=&status=``
 ``GET  /books/callbacks``   every callback sent; ``?task=``
-``GET  /faults``            the faults in place
+``GET  /faults``            the faults in place, each as it can be POSTed again
 ``POST /faults``            one more: ``{"fault": "Status", "status": 503, "nth": 3}``
 ``DELETE /faults``          no more faults
 ``GET  /clock``             the time
@@ -13,23 +13,25 @@
 ``POST /tasks/{task_id}``   end a task: ``{"status": "failed", "code": "service_error"}``
 =========================== ======================================================
 
-Nothing of this is in the books, and no fault strikes it.
+``prompt`` is the whole prompt in the books, and a part of it in a fault. Nothing of this is in
+the books, and no fault strikes it. What is not understood is answered with 400.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
-from attrs import asdict
+from attrs import asdict, fields_dict
 
 from evolink_async.emulator import faults
 from evolink_async.emulator._books import as_json
 from evolink_async.emulator._errors import ApiError
 from evolink_async.emulator._exchange import json_response
 from evolink_async.emulator._openapi import document
+from evolink_async.emulator._rules import LONGEST, number
 
 if TYPE_CHECKING:
     from evolink_async.emulator._server import Emulator
@@ -80,23 +82,26 @@ class Control:
         return self._emulator.books.summary()
 
     async def _requests(self, request: web.Request) -> Any:
-        query = request.query
+        query = _query(request, "route", "status", "task", "prompt")
         status = query.get("status")
-        found = self._emulator.books.requests(
-            query.get("route"),
-            status=None if status is None else _number(status),
-            task=query.get("task"),
-            prompt=query.get("prompt"),
-        )
+        try:
+            found = self._emulator.books.requests(
+                query.get("route"),
+                status=None if status is None else _number(status),
+                task=query.get("task"),
+                prompt=query.get("prompt"),
+            )
+        except ValueError as error:
+            raise ApiError(400, str(error), param="route") from error
         return {"data": [as_json(each) for each in found]}
 
     async def _tasks(self, request: web.Request) -> Any:
-        query = request.query
+        query = _query(request, "prompt", "status")
         found = self._emulator.books.tasks(query.get("prompt"), status=query.get("status"))
         return {"data": [as_json(each) for each in found]}
 
     async def _callbacks(self, request: web.Request) -> Any:
-        found = self._emulator.books.callbacks(request.query.get("task"))
+        found = self._emulator.books.callbacks(_query(request, "task").get("task"))
         return {"data": [as_json(each) for each in found]}
 
     async def _faults(self, _request: web.Request) -> Any:
@@ -108,15 +113,11 @@ class Control:
         }
 
     async def _add_fault(self, request: web.Request) -> Any:
-        fields = await _object(request)
-        name = fields.pop("fault", None)
-        kind = getattr(faults, str(name), None) if name in faults.__all__ else None
-        if not (isinstance(kind, type) and issubclass(kind, faults.Fault)):
-            raise ApiError(400, "fault must name a fault", param="fault")
+        fault = _fault(await _object(request))
         try:
-            self._emulator.faults.add(kind(**fields))
-        except (TypeError, ValueError) as error:
-            raise ApiError(400, str(error), param="fault") from error
+            self._emulator.faults.add(fault)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="task") from error
         return await self._faults(request)
 
     async def _clear_faults(self, request: web.Request) -> Any:
@@ -130,12 +131,12 @@ class Control:
         advance = getattr(self._emulator.clock, "advance", None)
         if advance is None:
             raise ApiError(400, "this emulator runs on a clock that cannot be moved")
+        body = await _object(request)
         try:
-            advance((await _object(request)).get("advance"))
-        except (TypeError, ValueError) as error:
-            raise ApiError(
-                400, "advance must be a number from 0 to 1e10", param="advance"
-            ) from error
+            number(0, LONGEST).check("advance", body.get("advance"))
+            advance(body["advance"])
+        except ValueError as error:
+            raise ApiError(400, str(error), param="advance") from error
         return await self._clock(request)
 
     async def _end(self, request: web.Request) -> Any:
@@ -152,6 +153,8 @@ class Control:
             raise ApiError(404, f"task {task_id!r} not found") from None
         except TypeError as error:
             raise ApiError(400, "a failed task may have a code and a message") from error
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
         return as_json(emulator.books.task(task_id))
 
 
@@ -163,6 +166,32 @@ async def _object(request: web.Request) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ApiError(400, "the body must be a JSON object")
     return fields
+
+
+def _fault(fields: dict[str, Any]) -> faults.Fault:
+    """The fault that has its class's name under ``fault``, and its fields beside it."""
+    known = faults.kinds()
+    name = fields.pop("fault", None)
+    kind = known.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise ApiError(400, f"fault must be one of {', '.join(known)}", param="fault")
+    names = fields_dict(kind)
+    for field in fields:
+        if field not in names:
+            raise ApiError(
+                400, f"{name} has no {field[:100]!r}, only {', '.join(names)}", param="fault"
+            )
+    try:
+        return kind(**fields)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="fault") from error
+
+
+def _query(request: web.Request, *allowed: str) -> Mapping[str, str]:
+    for name in request.query:
+        if name not in allowed:
+            raise ApiError(400, f"the query may have {', '.join(allowed)}, not {name[:100]!r}")
+    return request.query
 
 
 def _number(text: str) -> int:

@@ -66,7 +66,7 @@ class ApiError(Exception):
             "message": self.message,
             "type": self.kind or kind,
             "fallback_suggestion": suggestion.format(
-                retry_after=60 if self.retry_after is None else f"{self.retry_after:g}"
+                retry_after=60 if self.retry_after is None else f"{self.retry_after:.15g}"
             ),
         }
         if self.param is not None:

@@ -44,7 +44,7 @@ class Exchange:
         """The answer *error* stands for."""
         response = json_response(error.body(string_codes=self.string_codes), status=error.status)
         if error.retry_after is not None and "retry_after" not in self.without:
-            response.headers["Retry-After"] = f"{error.retry_after:g}"
+            response.headers["Retry-After"] = f"{error.retry_after:.15g}"
         return response
 
     def record(self) -> RequestRecord:

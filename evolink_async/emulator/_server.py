@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import importlib.util
 import itertools
 import json
-import re
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, Self, TextIO
@@ -24,25 +22,13 @@ from evolink_async.emulator._control import Control
 from evolink_async.emulator._errors import ApiError
 from evolink_async.emulator._exchange import Exchange, http_date, json_response
 from evolink_async.emulator._results import Results
+from evolink_async.emulator._rules import NAME, TEXT
 from evolink_async.emulator._service import Account, Duration, Service
+from evolink_async.emulator._settings import check
 from evolink_async.emulator._tasks import Course, GenerationTask
 from evolink_async.emulator.faults import Armed, Fault, Faults, RequestFault
 
-__all__ = ["FEATURES", "Emulator", "serve"]
-
-FEATURES = (
-    "batch",
-    "credits_used",
-    "duration",
-    "error_details",
-    "idempotency",
-    "list",
-    "remaining_time",
-    "request_ids",
-    "result_data",
-    "retry_after",
-)
-"""What the API does without documenting it, and ``without`` may switch off."""
+__all__ = ["Emulator", "serve"]
 
 _Handler = Callable[[Exchange], Awaitable[web.Response]]
 
@@ -61,17 +47,18 @@ class Emulator:
         port: The port; 0 for any free one.
         api_key: The one key it accepts.
         credits: What the account has at first.
-        price: Credits an image costs.
-        duration: Seconds a generation takes: a number, the bounds of a uniform law, or a
-            function of the prompt and a `random.Random` seeded for this submit.
+        price: Credits a result costs.
+        duration: Seconds a generation takes: a number, the bounds ``(least, most)`` of a
+            uniform law, or a function of the prompt and a `random.Random` seeded for this
+            submit.
         estimate: The ``estimated_time`` at submit; None for what *duration* suggests.
-        time_scale: Emulated seconds per real second.
-        clock: Another clock, such as `ManualClock`, instead of *time_scale*.
+        time_scale: Emulated seconds per real second; not together with *clock*.
+        clock: Another clock, such as `ManualClock`, instead of the real time.
         pictures: ``full`` draws pictures worth looking at and needs pillow; ``tiny`` makes
             one-coloured ones of the true size and needs nothing.
         seed: Of everything drawn: durations, ids, faults with a rate.
         models: Image models it knows besides the documented ones.
-        without: Undocumented features it shall not have; see `FEATURES`.
+        without: Undocumented features it shall not have, out of ``emulator.FEATURES``.
         string_codes: Errors carry codes such as ``invalid_request`` instead of the status.
         faults: Faults to start with; more by ``emulator.faults.add()``.
         callback_origin: Where callbacks are sent, such as ``http://127.0.0.1:8080``, whatever
@@ -80,7 +67,8 @@ class Emulator:
         max_body: Bytes of a request beyond which the answer is 413.
 
     Raises:
-        ValueError: A setting that is not one of those above.
+        ValueError: A setting that is not what it may be.
+        TypeError: Something among *faults* that is no fault.
         ImportError: ``pictures="full"`` without pillow.
     """
 
@@ -105,13 +93,11 @@ class Emulator:
         callback_origin: str | None = None,
         max_body: int = 1 << 20,
     ) -> None:
-        _check(pictures, without, callback_origin)
+        check({name: value for name, value in locals().items() if name != "self"})
         self.host = host
         self.port = port
         self.api_key = api_key
         self.clock: Clock = RealClock(time_scale) if clock is None else clock
-        self.faults = Faults(seed, self.clock.now())
-        self.faults.add(*faults)
         self.callback_origin = callback_origin
         self._string_codes = string_codes
         self._max_body = max_body
@@ -128,6 +114,8 @@ class Emulator:
             bend=self._bend,
         )
         self.books = Books(self._service)
+        self.faults = Faults(seed, self.clock.now(), self._redirect)
+        self.faults.add(*faults)
         self._results = Results(pictures)
         self._request_numbers = itertools.count(1)
         self._dates: tuple[int, str] = (0, "")
@@ -200,9 +188,17 @@ class Emulator:
     def fail(self, task_id: str, code: str = "service_error", message: str = "") -> None:
         """Let a running task fail now; one that has ended stays as it is.
 
+        Args:
+            task_id: Which task.
+            code: The task error's code, documented or not.
+            message: The task error's message.
+
         Raises:
             KeyError: There is no such task.
+            ValueError: A code or message that is no text, or an empty code.
         """
+        NAME.check("code", code)
+        TEXT.check("message", message)
         self._end(task_id, "failed", code, message or "a failure you asked for")
 
     def cancel(self, task_id: str) -> None:
@@ -227,9 +223,13 @@ class Emulator:
                 course, ends_at=now, status=status, error_code=code, error_message=message
             )
 
-        self._service.redirect(task_id, change)
+        self._redirect(task_id, change)
+
+    def _redirect(self, task_id: str, change: Callable[[Course, float], Course]) -> bool:
+        running = self._service.redirect(task_id, change)
         if self._callbacks is not None:
             self._callbacks.redirected(task_id)
+        return running
 
     def _bend(self, submission: Submission, course: Course) -> Course:
         return self.faults.bend(submission, course, self.clock.now())
@@ -422,21 +422,6 @@ class Emulator:
         path = f"/results/{match['secret']}/{match['name']}"
         task = self._service.tasks.get(exchange.task_ids[0])
         return await self._results.answer(path, task, self._service.settle())
-
-
-def _check(pictures: str, without: tuple[str, ...], callback_origin: str | None) -> None:
-    if pictures not in {"full", "tiny"}:
-        raise ValueError(f"pictures must be 'full' or 'tiny', not {pictures!r}")
-    for name in without:
-        if name not in FEATURES:
-            raise ValueError(f"without must name some of {', '.join(FEATURES)}; not {name!r}")
-    if callback_origin is not None and not re.match(r"https?://[^/]", callback_origin):
-        raise ValueError(f"callback_origin must be an http origin, not {callback_origin!r}")
-    if pictures == "full" and importlib.util.find_spec("PIL") is None:
-        raise ImportError(
-            "the emulator draws its pictures with pillow: pip install 'evolink-async[emulator]', "
-            "or ask for pictures='tiny'"
-        )
 
 
 def _strings(values: Any) -> list[str]:

@@ -20,6 +20,7 @@ from attrs import define, evolve, field, frozen
 from evolink_async.emulator._clock import Clock
 from evolink_async.emulator._contract import IDEMPOTENCY_KEY, TASK_ID, Submission, read_submission
 from evolink_async.emulator._errors import ApiError
+from evolink_async.emulator._rules import LONGEST, number
 from evolink_async.emulator._tasks import Course, GenerationTask, exact
 
 __all__ = ["Account", "Duration", "Reply", "Service"]
@@ -61,7 +62,7 @@ class Account:
             ApiError: 402, there is less than that.
         """
         if amount > self.remaining:
-            raise ApiError(402, f"{amount:g} credits are needed and {self.remaining:g} are left")
+            raise ApiError(402, f"{amount} credits are needed, {exact(self.remaining)} are left")
         self.remaining = exact(self.remaining - amount)
         self.reserved = exact(self.reserved + amount)
 
@@ -205,6 +206,7 @@ class Service:
         law = self.duration
         if callable(law):
             seconds = law(submission.prompt, draw)
+            number(0, LONGEST).check("what duration(prompt, random) returns", seconds)
             typical = seconds
         elif isinstance(law, tuple):
             seconds = draw.uniform(*law)
@@ -220,12 +222,15 @@ class Service:
         """Settle *task* when it ends."""
         heapq.heappush(self._running, (task.course.ends_at, next(self._order), task))
 
-    def redirect(self, task_id: str, change: Callable[[Course, float], Course]) -> None:
+    def redirect(self, task_id: str, change: Callable[[Course, float], Course]) -> bool:
         """Change the course of a running task; one that has ended keeps its own.
 
         Args:
             task_id: Which task.
             change: Makes the new course of the old one and the time.
+
+        Returns:
+            Whether it was running.
 
         Raises:
             KeyError: There is no such task.
@@ -233,11 +238,13 @@ class Service:
         with self._lock:
             now = self.settle()
             task = self.tasks[task_id]
-            if now < task.course.ends_at:
+            running = now < task.course.ends_at
+            if running:
                 # Its entry at the old end stays behind and settles nothing.
                 task.course = change(task.course, now)
                 self._expect(task)
                 self.settle()
+            return running
 
     # Read
 

@@ -6,13 +6,20 @@ Every fault says where and when it strikes, in keywords they all share::
     emulator.faults.add(TaskFails("content_policy_violation", prompt="forbidden"))
     emulator.faults.add(Reset("after", route="submit", rate=0.2))
 
-* ``route``: one of `ROUTES`, or several; None for any.
-* ``task``: only requests about this task id.
-* ``prompt``: only submits and tasks whose prompt contains this.
+* ``route``: one of `ROUTES`, or several; None for any. For request faults.
+* ``task``: a task id. Request faults strike the requests that name it: reads, batch reads,
+  results. A task fault changes that running task as soon as it is added, whatever else is
+  going to happen. A callback fault spoils the callback of that task.
+* ``prompt``: only submits and tasks whose prompt contains this, as in ``"lake" in prompt``
+  (the books, by contrast, look for the whole prompt).
 * ``nth``: only the n-th that fits all of the above, counted from 1; or several.
 * ``times``: strike at most so many times.
 * ``rate``: strike this share of what fits, drawn with the emulator's seed.
 * ``between``: only from the one to the other, in emulated seconds since the start.
+
+A task's id is known once its submit is answered. What strikes before then, or at a submit, is
+chosen by ``prompt`` or ``nth``. Selectors that can never fit, and values that cannot be, are
+refused with a `ValueError` where the fault is made.
 
 *Request faults* spoil an answer, *task faults* the life of a task, decided at its submit,
 *callback faults* the callbacks. Waiting inside a request is real time, as a client's
@@ -22,23 +29,43 @@ HTTP time-outs are; everything else is the emulator's time.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 import random
 import socket
 import struct
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from aiohttp import web
-from attrs import Attribute, define, evolve, field, frozen
-from attrs.validators import in_
+from attrs import define, evolve, field, frozen
 
+from evolink_async.emulator._books import ROUTES
 from evolink_async.emulator._errors import ApiError
 from evolink_async.emulator._exchange import Exchange, http_date
+from evolink_async.emulator._rules import (
+    FLAG,
+    LONGEST,
+    NAME,
+    TEXT,
+    TOKEN,
+    UTF8,
+    Rule,
+    matching,
+    number,
+    one_of,
+    or_none,
+    several,
+    whole,
+)
 
 if TYPE_CHECKING:
     from evolink_async.emulator._contract import Submission
     from evolink_async.emulator._tasks import Course
+
+    Redirect = Callable[[str, Callable[[Course, float], Course]], bool]
+    """Changes the course of a task with this id, if it runs, and says whether it does."""
 
 __all__ = [
     "ROUTES",
@@ -72,10 +99,11 @@ __all__ = [
     "Truncated",
     "UnknownStatus",
     "WrongLength",
+    "kinds",
 ]
 
-ROUTES = ("submit", "read", "batch", "list", "credits", "result")
-"""What ``route`` may name: the API's endpoints, and the links to the results."""
+_OF_TASKS = ("read", "batch", "result")
+_WITH_PROMPTS = ("submit", *_OF_TASKS)
 
 
 def _several(value: Any) -> Any:
@@ -89,57 +117,75 @@ def _pair(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    "bool": bool,
-    "float": (int, float),
-    "int": int,
-    "str": str,
-}
+_SECONDS = number(0, LONGEST)
+_REAL_SECONDS = number(0, 86400)
+_SHARE = number(0, 1)
+_STATUS = whole(200, 599)
+_BYTES = 1 << 30
+_ROUTE = or_none(
+    Rule(f"one or several of {', '.join(ROUTES)}", several(one_of(*ROUTES)).allows),
+)
+_NTH = whole(1, 10**9)
+_MEDIA_TYPE = matching(
+    r"[A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+", "a media type such as image/png"
+)
+_BETWEEN = Rule(
+    f"two numbers of seconds, from 0 to {LONGEST:g}, the second above the first",
+    lambda value: several(_SECONDS).allows(value) and len(value) == 2 and bool(value[0] < value[1]),
+)
 
 
-def _typed(_: type, fields: list[Attribute[Any]]) -> list[Attribute[Any]]:
-    """Check each plain field against its annotation: faults also come as JSON."""
-    return [
-        each.evolve(validator=_is_of_its_type)
-        if each.validator is None and each.converter is None
-        else each
-        for each in fields
-    ]
-
-
-def _is_of_its_type(fault: Fault, field: Attribute[Any], value: Any) -> None:
-    words = str(field.type).split(" | ")
-    if not any(
-        value is None if word == "None" else isinstance(value, _KINDS[word]) for word in words
-    ):
-        raise TypeError(f"{type(fault).__name__}: {field.name} must be {field.type}, not {value!r}")
-
-
-@frozen(field_transformer=_typed)
+@frozen
 class Fault:
-    """Where and when something goes wrong; see the module for the keywords."""
+    """Where and when something goes wrong; see the module for the keywords.
 
-    route: tuple[str, ...] | None = field(default=None, kw_only=True, converter=_several)
-    task: str | None = field(default=None, kw_only=True)
-    prompt: str | None = field(default=None, kw_only=True)
-    nth: tuple[int, ...] | None = field(default=None, kw_only=True, converter=_several)
-    times: int | None = field(default=None, kw_only=True)
-    rate: float = field(default=1.0, kw_only=True)
-    between: tuple[float, float] | None = field(default=None, kw_only=True, converter=_pair)
+    Raises:
+        ValueError: A value that is not allowed, or selectors that can never fit.
+        TypeError: A keyword the fault does not have, or a fault that is only a base of others.
+    """
+
+    route: tuple[str, ...] | None = field(
+        default=None, kw_only=True, converter=_several, validator=_ROUTE
+    )
+    task: str | None = field(default=None, kw_only=True, validator=or_none(NAME))
+    prompt: str | None = field(default=None, kw_only=True, validator=or_none(NAME))
+    nth: tuple[int, ...] | None = field(
+        default=None,
+        kw_only=True,
+        converter=_several,
+        validator=or_none(Rule(f"{_NTH.words}, or several", several(_NTH).allows)),
+    )
+    times: int | None = field(default=None, kw_only=True, validator=or_none(_NTH))
+    rate: float = field(default=1.0, kw_only=True, validator=_SHARE)
+    between: tuple[float, float] | None = field(
+        default=None, kw_only=True, converter=_pair, validator=or_none(_BETWEEN)
+    )
+
+    def __new__(cls, *values: Any, **_: Any) -> Self:
+        """Tell whoever forgot the parentheses in a mark of pytest."""
+        if values and (inspect.isroutine(values[0]) or inspect.isclass(values[0])):
+            name = cls.__name__
+            raise TypeError(
+                f"{name} was given {values[0].__name__}, which is no value: "
+                f"write {name}(), with parentheses, as in @pytest.mark.evolink({name}())"
+            )
+        return super().__new__(cls)
 
     def __attrs_post_init__(self) -> None:
-        for name in self.route or ():
-            if name not in ROUTES:
-                raise ValueError(f"route must be among {', '.join(ROUTES)}; not {name!r}")
-        if not all(isinstance(each, int) and each > 0 for each in self.nth or ()):
-            raise ValueError(f"nth must be numbers counted from 1, not {self.nth!r}")
-        if self.between is not None and [isinstance(at, (int, float)) for at in self.between] != [
-            True,
-            True,
-        ]:
-            raise ValueError(f"between must be two numbers of seconds, not {self.between!r}")
-        if not 0 <= self.rate <= 1:
-            raise ValueError(f"rate must be from 0 to 1, not {self.rate!r}")
+        if type(self) in _BASES:
+            names = ", ".join(kinds(type(self)))
+            raise TypeError(f"{type(self).__name__} is only what these have in common: {names}")
+        self.check_together()
+
+    def check_together(self) -> None:
+        """Refuse values that are allowed one by one, but not together.
+
+        Raises:
+            ValueError: There are such.
+        """
+
+    def _refuse(self, name: str, why: str) -> NoReturn:
+        raise ValueError(f"{type(self).__name__}: {name} cannot be {getattr(self, name)!r}: {why}")
 
     @property
     def window(self) -> tuple[float, float] | None:
@@ -150,12 +196,10 @@ class Fault:
         """Whether it lets this occasion pass for reasons of its own."""
         return False
 
-    def fits(self, route: str | None, task_ids: tuple[str, ...], prompts: tuple[str, ...]) -> bool:
-        """Whether it is about this request or task at all."""
-        return (
-            (self.route is None or route is None or route in self.route)
-            and (self.task is None or self.task in task_ids)
-            and (self.prompt is None or any(self.prompt in prompt for prompt in prompts))
+    def fits(self, task_ids: tuple[str, ...], prompts: tuple[str, ...]) -> bool:
+        """Whether it is about one of these tasks, or one with one of these prompts."""
+        return (self.task is None or self.task in task_ids) and (
+            self.prompt is None or any(self.prompt in prompt for prompt in prompts)
         )
 
 
@@ -196,6 +240,7 @@ class Faults:
 
     _seed: int
     _started_at: float
+    _redirect: Redirect
     _armed: list[Armed] = field(factory=list, init=False)
     _added: int = field(default=0, init=False)
 
@@ -204,13 +249,33 @@ class Faults:
 
         Raises:
             TypeError: Something that is no fault.
+            ValueError: A task fault with ``task=`` for a task that does not run.
         """
         for fault in faults:
-            if not isinstance(fault, Fault):
-                raise TypeError(f"{fault!r} is no fault; see evolink_async.emulator.faults")
+            _check_is_fault(fault)
             draw = random.Random(f"{self._seed}:fault:{self._added}")  # noqa: S311 - not secret
-            self._armed.append(Armed(fault, draw, self._started_at))
+            armed = Armed(fault, draw, self._started_at)
+            if isinstance(fault, TaskFault) and fault.task is not None:
+                self._bend_now(fault, fault.task)
+                armed.struck = 1
+            self._armed.append(armed)
             self._added += 1
+
+    def _bend_now(self, fault: TaskFault, task_id: str) -> None:
+        def change(course: Course, now: float) -> Course:
+            bent = fault.bend(course)
+            return evolve(bent, ends_at=max(now, bent.ends_at))
+
+        name = type(fault).__name__
+        try:
+            running = self._redirect(task_id, change)
+        except KeyError:
+            raise ValueError(
+                f"{name}: no task {task_id!r} has been accepted; "
+                "prompt= and nth= choose among the tasks to come"
+            ) from None
+        if not running:
+            raise ValueError(f"{name}: task {task_id!r} has ended; add the fault while it runs")
 
     def clear(self) -> None:
         """Make no more faults; tasks already accepted keep theirs."""
@@ -229,12 +294,12 @@ class Faults:
         """The request faults that strike *exchange*, each with its state."""
         if not self._armed:
             return []
-        about = exchange.route, exchange.task_ids, exchange.prompts
         return [
             (fault, armed)
             for armed in self._armed
             if isinstance(fault := armed.fault, RequestFault)
-            and fault.fits(*about)
+            and (fault.route is None or exchange.route in fault.route)
+            and fault.fits(exchange.task_ids, exchange.prompts)
             and armed.strikes(exchange.time)
         ]
 
@@ -244,29 +309,68 @@ class Faults:
             fault = armed.fault
             if (
                 isinstance(fault, TaskFault)
-                and fault.fits(None, (), (submission.prompt,))
+                and fault.fits((), (submission.prompt,))
                 and armed.strikes(now)
             ):
                 course = fault.bend(course)
         return course
 
+    def forgeries(self, task_id: str, prompt: str, now: float) -> list[CallbackForged]:
+        """The strangers' callbacks about a task that has just been accepted."""
+        return [
+            armed.fault
+            for armed in self._armed
+            if isinstance(armed.fault, CallbackForged)
+            and armed.fault.fits((task_id,), (prompt,))
+            and armed.strikes(now)
+        ]
+
     def of_callback(self, task_id: str, prompt: str, now: float) -> list[CallbackFault]:
-        """The callback faults that strike the callback of a task."""
+        """The faults that strike the callback of a task that has just ended."""
         return [
             armed.fault
             for armed in self._armed
             if isinstance(armed.fault, CallbackFault)
-            and armed.fault.fits(None, (task_id,), (prompt,))
+            and not isinstance(armed.fault, CallbackForged)
+            and armed.fault.fits((task_id,), (prompt,))
             and armed.strikes(now)
         ]
+
+
+def _check_is_fault(value: object) -> None:
+    if isinstance(value, type) and issubclass(value, Fault):
+        raise TypeError(f"{value.__name__} is a class, not a fault; write {value.__name__}()")
+    if not isinstance(value, Fault):
+        raise TypeError(f"{value!r} is no fault; see evolink_async.emulator.faults")
+
+
+def kinds(of: type[Fault] = Fault) -> dict[str, type[Fault]]:
+    """The faults there are, by name: all, or those that are *of* one base."""
+    named = ((name, globals()[name]) for name in __all__)
+    return {
+        name: kind
+        for name, kind in named
+        if isinstance(kind, type) and issubclass(kind, of) and kind not in _BASES
+    }
 
 
 # Request faults
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class RequestFault(Fault):
     """Spoils the answer to a request, before or after the request has been processed."""
+
+    def check_together(self) -> None:
+        self._check_has("task", _OF_TASKS)
+        self._check_has("prompt", _WITH_PROMPTS)
+
+    def _check_has(self, name: str, routes: tuple[str, ...]) -> None:
+        if getattr(self, name) is not None and self.route and not set(self.route) & set(routes):
+            given = ", ".join(self.route)
+            self._refuse(
+                name, f"of a request to {given} no {name} is known, only of {', '.join(routes)}"
+            )
 
     async def before(self, _exchange: Exchange, _armed: Armed) -> web.StreamResponse | None:
         """An answer instead of processing, or None."""
@@ -277,7 +381,7 @@ class RequestFault(Fault):
         return response
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class Status(RequestFault):
     """Answers with a status of its own. ``Status(503, retry_after=2, route="submit", nth=3)``.
 
@@ -294,16 +398,21 @@ class Status(RequestFault):
         replayed: Mark the answer with ``Idempotency-Replayed: true``.
     """
 
-    status: int = 503
-    message: str = "a fault you asked for"
-    code: str | None = field(default=None, kw_only=True)
-    kind: str | None = field(default=None, kw_only=True)
-    retry_after: float | None = field(default=None, kw_only=True)
-    as_date: bool = field(default=False, kw_only=True)
-    body: str | None = field(default=None, kw_only=True)
-    location: str | None = field(default=None, kw_only=True)
-    processed: bool = field(default=False, kw_only=True)
-    replayed: bool = field(default=False, kw_only=True)
+    status: int = field(default=503, validator=_STATUS)
+    message: str = field(default="a fault you asked for", validator=TEXT)
+    code: str | None = field(default=None, kw_only=True, validator=or_none(NAME))
+    kind: str | None = field(default=None, kw_only=True, validator=or_none(NAME))
+    retry_after: float | None = field(default=None, kw_only=True, validator=or_none(_SECONDS))
+    as_date: bool = field(default=False, kw_only=True, validator=FLAG)
+    body: str | None = field(default=None, kw_only=True, validator=or_none(UTF8))
+    location: str | None = field(default=None, kw_only=True, validator=or_none(TOKEN))
+    processed: bool = field(default=False, kw_only=True, validator=FLAG)
+    replayed: bool = field(default=False, kw_only=True, validator=FLAG)
+
+    def check_together(self) -> None:
+        super().check_together()
+        if self.as_date and self.retry_after is None:
+            self._refuse("as_date", "there is no retry_after to write as a date")
 
     async def before(self, exchange: Exchange, _armed: Armed) -> web.StreamResponse | None:
         return None if self.processed else self._answer(exchange)
@@ -327,7 +436,7 @@ class Status(RequestFault):
             response.headers["Retry-After"] = (
                 http_date(exchange.time + self.retry_after)
                 if self.as_date
-                else f"{self.retry_after:g}"
+                else f"{self.retry_after:.15g}"
             )
         if self.location is not None:
             response.headers["Location"] = self.location
@@ -336,7 +445,7 @@ class Status(RequestFault):
         return response
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class Latency(RequestFault):
     """Answers late. ``Latency(0.02, "after", route="submit")``.
 
@@ -345,8 +454,8 @@ class Latency(RequestFault):
         when: ``before`` or ``after`` the request is processed.
     """
 
-    seconds: float = 0.05
-    when: str = field(default="before", validator=in_(("before", "after")))
+    seconds: float = field(default=0.05, validator=_REAL_SECONDS)
+    when: str = field(default="before", validator=one_of("before", "after"))
 
     async def before(self, _exchange: Exchange, _armed: Armed) -> web.StreamResponse | None:
         if self.when == "before":
@@ -359,7 +468,7 @@ class Latency(RequestFault):
         return response
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class Reset(RequestFault):
     """Resets the connection. ``Reset("after", route="submit")``: accepted, and nobody knows.
 
@@ -368,7 +477,7 @@ class Reset(RequestFault):
             is sent), or ``after`` it is processed (nothing of the answer is sent).
     """
 
-    when: str = field(default="before", validator=in_(("before", "during", "after")))
+    when: str = field(default="before", validator=one_of("before", "during", "after"))
 
     async def before(self, exchange: Exchange, _armed: Armed) -> web.StreamResponse | None:
         return _reset(exchange) if self.when == "before" else None
@@ -383,7 +492,7 @@ class Reset(RequestFault):
         return _reset(exchange)
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class Truncated(RequestFault):
     """Ends the body early and closes the connection. ``Truncated(20, route="read")``.
 
@@ -391,7 +500,7 @@ class Truncated(RequestFault):
         at: Bytes sent; less than none counts from the end.
     """
 
-    at: int = 20
+    at: int = field(default=20, validator=whole(-_BYTES, _BYTES))
 
     async def after(self, exchange: Exchange, response: web.Response) -> web.StreamResponse:
         body = _body(response)
@@ -399,7 +508,7 @@ class Truncated(RequestFault):
         return await _send(exchange, response, body[: self.at], len(body))
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class WrongLength(RequestFault):
     """Declares a length that is not the body's. ``WrongLength(-100, route="result")``.
 
@@ -407,7 +516,7 @@ class WrongLength(RequestFault):
         by: Bytes declared too many; less than none for too few.
     """
 
-    by: int = 100
+    by: int = field(default=100, validator=whole(-_BYTES, _BYTES))
 
     async def after(self, exchange: Exchange, response: web.Response) -> web.StreamResponse:
         body = _body(response)
@@ -415,15 +524,15 @@ class WrongLength(RequestFault):
         return await _send(exchange, response, body, max(0, len(body) + self.by))
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class Garbled(RequestFault):
-    """Sends a body of the same length that makes no sense. ``Garbled(route="batch", times=1)``.
+    """Sends a body of the same length that makes no sense. ``Garbled(route="read", times=1)``.
 
     Args:
         body: What to send; None for the second half overwritten.
     """
 
-    body: str | None = None
+    body: str | None = field(default=None, validator=or_none(UTF8))
 
     async def after(self, _exchange: Exchange, response: web.Response) -> web.StreamResponse:
         body = _body(response)
@@ -434,7 +543,7 @@ class Garbled(RequestFault):
         return response
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class SlowDrip(RequestFault):
     """Sends the body in drops. ``SlowDrip(64, 0.05, route="result")``.
 
@@ -443,8 +552,8 @@ class SlowDrip(RequestFault):
         pause: Real seconds between two drops.
     """
 
-    chunk: int = 16
-    pause: float = 0.05
+    chunk: int = field(default=16, validator=whole(1, _BYTES))
+    pause: float = field(default=0.05, validator=_REAL_SECONDS)
 
     async def after(self, exchange: Exchange, response: web.Response) -> web.StreamResponse:
         body = _body(response)
@@ -457,7 +566,7 @@ class SlowDrip(RequestFault):
         return stream
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class Endless(RequestFault):
     """Never stops sending blanks, which JSON allows. ``Endless(route="read", nth=2)``."""
 
@@ -468,7 +577,7 @@ class Endless(RequestFault):
         return stream
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class Stalled(RequestFault):
     """Sends the head and then nothing until the client leaves. ``Stalled(route="result")``."""
 
@@ -479,7 +588,7 @@ class Stalled(RequestFault):
         return stream
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class NotAPicture(RequestFault):
     """Serves a page where a picture should be. ``NotAPicture(task=task.id)``.
 
@@ -487,15 +596,17 @@ class NotAPicture(RequestFault):
         content_type: What the answer says it is.
     """
 
-    route: tuple[str, ...] | None = field(default=("result",), kw_only=True, converter=_several)
-    content_type: str = "image/png"
+    route: tuple[str, ...] | None = field(
+        default=("result",), kw_only=True, converter=_several, validator=_ROUTE
+    )
+    content_type: str = field(default="image/png", validator=_MEDIA_TYPE)
 
     async def after(self, exchange: Exchange, _response: web.Response) -> web.StreamResponse:
         exchange.status = 200
         return web.Response(body=b"<html>no picture</html>", content_type=self.content_type)
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class RateLimit(RequestFault):
     """Answers 429 beyond a rate. ``RateLimit(10, 1.0, route="submit")``.
 
@@ -505,9 +616,9 @@ class RateLimit(RequestFault):
         retry_after: Send the header that says when the next one passes.
     """
 
-    requests: int = 10
-    per: float = 1.0
-    retry_after: bool = field(default=True, kw_only=True)
+    requests: int = field(default=10, validator=whole(0, 10**9))
+    per: float = field(default=1.0, validator=number(0, LONGEST, above=True))
+    retry_after: bool = field(default=True, kw_only=True, validator=FLAG)
 
     def spares(self, armed: Armed, now: float) -> bool:
         passed = armed.recent
@@ -527,7 +638,7 @@ class RateLimit(RequestFault):
         return exchange.refuse(error)
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class Outage(RequestFault):
     """Answers nothing but one status for a while. ``Outage(10, 30, status=None)``.
 
@@ -538,9 +649,14 @@ class Outage(RequestFault):
             every connection.
     """
 
-    start: float = 0.0
-    seconds: float = 60.0
-    status: int | None = 503
+    start: float = field(default=0.0, validator=_SECONDS)
+    seconds: float = field(default=60.0, validator=number(0, LONGEST, above=True))
+    status: int | None = field(default=503, validator=or_none(_STATUS))
+
+    def check_together(self) -> None:
+        super().check_together()
+        if self.between is not None:
+            self._refuse("between", "start and seconds say when an outage is")
 
     @property
     def window(self) -> tuple[float, float] | None:
@@ -622,9 +738,22 @@ async def _send(
 # Task faults
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class TaskFault(Fault):
-    """Changes the life of a task, decided when it is accepted."""
+    """Changes the life of a task, decided when it is accepted, or when added with ``task``."""
+
+    def check_together(self) -> None:
+        if self.route is not None:
+            self._refuse("route", "a task has no route; use prompt, task or nth")
+        if self.task is not None:
+            self._check_strikes_now()
+
+    def _check_strikes_now(self) -> None:
+        for name in ("prompt", "nth", "times", "between"):
+            if getattr(self, name) is not None:
+                self._refuse(name, "with task the fault strikes that one task, at once")
+        if self.rate != 1:
+            self._refuse("rate", "with task the fault strikes that one task, at once")
 
     def bend(self, course: Course) -> Course:
         """The course the task takes instead."""
@@ -633,10 +762,11 @@ class TaskFault(Fault):
 
 def _moment(course: Course, at: float) -> float:
     """The time at which the share *at* of the generation is over."""
-    return course.starts_at + at * (course.ends_at - course.starts_at)
+    lasts = course.ends_at - course.starts_at
+    return course.ends_at if math.isinf(lasts) else course.starts_at + at * lasts
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class TaskFails(TaskFault):
     """The generation fails. ``TaskFails("content_policy_violation", prompt="forbidden")``.
 
@@ -646,9 +776,9 @@ class TaskFails(TaskFault):
         at: The share of the generation after which it happens.
     """
 
-    code: str = "service_error"
-    message: str = "a fault you asked for"
-    at: float = field(default=0.5, kw_only=True)
+    code: str = field(default="service_error", validator=NAME)
+    message: str = field(default="a fault you asked for", validator=TEXT)
+    at: float = field(default=0.5, kw_only=True, validator=_SHARE)
 
     def bend(self, course: Course) -> Course:
         return evolve(
@@ -660,7 +790,7 @@ class TaskFails(TaskFault):
         )
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class TaskCancelled(TaskFault):
     """The generation is cancelled by somebody. ``TaskCancelled(0.3, nth=2)``.
 
@@ -668,7 +798,7 @@ class TaskCancelled(TaskFault):
         at: The share of the generation after which it happens.
     """
 
-    at: float = 0.5
+    at: float = field(default=0.5, validator=_SHARE)
 
     def bend(self, course: Course) -> Course:
         return evolve(
@@ -680,7 +810,7 @@ class TaskCancelled(TaskFault):
         )
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class TaskHangs(TaskFault):
     """The generation never ends. ``TaskHangs(40, prompt="slow")``.
 
@@ -688,41 +818,46 @@ class TaskHangs(TaskFault):
         progress: The percentage at which it stays.
     """
 
-    progress: int = 50
+    progress: int = field(default=50, validator=whole(0, 100))
 
     def bend(self, course: Course) -> Course:
         return evolve(course, ends_at=float("inf"), stuck_at=self.progress)
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class TaskVanishes(TaskFault):
-    """The API forgets the task: 404 from then on. ``TaskVanishes(0.5, rate=0.1)``.
+    """The API forgets the task: 404 from then on. ``TaskVanishes(0.5, nth=2)``.
 
     Args:
         at: The share of the generation after which it happens.
     """
 
-    at: float = 0.5
+    at: float = field(default=0.5, validator=_SHARE)
 
     def bend(self, course: Course) -> Course:
         return evolve(course, vanishes_at=_moment(course, self.at))
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class TaskLags(TaskFault):
-    """The API answers 404 at first, as a replica that lags behind. ``TaskLags(3.0)``.
+    """The API answers 404 at first, as a replica that lags behind. ``TaskLags(30.0)``.
 
     Args:
         seconds: How long, in emulated seconds after the submit.
     """
 
-    seconds: float = 3.0
+    seconds: float = field(default=30.0, validator=number(0, LONGEST, above=True))
+
+    def check_together(self) -> None:
+        super().check_together()
+        if self.task is not None:
+            self._refuse("task", "it strikes before anybody knows the id; use prompt or nth")
 
     def bend(self, course: Course) -> Course:
         return evolve(course, lag=self.seconds)
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class ProgressFallsBack(TaskFault):
     """The progress goes back in the second half. ``ProgressFallsBack(prompt="odd")``."""
 
@@ -730,7 +865,7 @@ class ProgressFallsBack(TaskFault):
         return evolve(course, falls_back=True)
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class UnknownStatus(TaskFault):
     """The status while processing is a new word. ``UnknownStatus("moderating")``.
 
@@ -738,13 +873,13 @@ class UnknownStatus(TaskFault):
         word: The status word.
     """
 
-    word: str = "moderating"
+    word: str = field(default="moderating", validator=NAME)
 
     def bend(self, course: Course) -> Course:
         return evolve(course, word=self.word)
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class FewerResults(TaskFault):
     """Fewer pictures than ordered, and fewer charged. ``FewerResults(1, prompt="four")``.
 
@@ -752,7 +887,7 @@ class FewerResults(TaskFault):
         made: How many there are.
     """
 
-    made: int = 1
+    made: int = field(default=1, validator=whole(0, 3))
 
     def bend(self, course: Course) -> Course:
         return evolve(course, made=min(self.made, course.made))
@@ -761,17 +896,21 @@ class FewerResults(TaskFault):
 # Callback faults
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class CallbackFault(Fault):
-    """Spoils the callback of a task."""
+    """Spoils the callback of a task, decided when it is due."""
+
+    def check_together(self) -> None:
+        if self.route is not None:
+            self._refuse("route", "a callback goes to no route; use prompt, task or nth")
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class CallbackDropped(CallbackFault):
     """The callback is never sent. ``CallbackDropped(rate=0.5)``."""
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class CallbackDelayed(CallbackFault):
     """The callback comes late. ``CallbackDelayed(120.0, prompt="lake")``.
 
@@ -779,10 +918,10 @@ class CallbackDelayed(CallbackFault):
         seconds: How late, in emulated seconds.
     """
 
-    seconds: float = 30.0
+    seconds: float = field(default=30.0, validator=_SECONDS)
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class CallbackDuplicated(CallbackFault):
     """The callback comes again and again. ``CallbackDuplicated(3)``.
 
@@ -790,10 +929,10 @@ class CallbackDuplicated(CallbackFault):
         copies: How many times it is sent in all.
     """
 
-    copies: int = 2
+    copies: int = field(default=2, validator=whole(2, 1000))
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class CallbackReordered(CallbackFault):
     """The callback is sent after the next task's. ``CallbackReordered(nth=1)``.
 
@@ -803,10 +942,10 @@ class CallbackReordered(CallbackFault):
         seconds: How long it waits for another.
     """
 
-    seconds: float = 60.0
+    seconds: float = field(default=60.0, validator=_SECONDS)
 
 
-@frozen(field_transformer=_typed)
+@frozen
 class CallbackForged(CallbackFault):
     """A stranger's callback comes first. ``CallbackForged("completed", prompt="lake")``.
 
@@ -817,5 +956,13 @@ class CallbackForged(CallbackFault):
         url: The result it claims.
     """
 
-    status: str = "completed"
-    url: str = "https://attacker.example/picture.png"
+    status: str = field(default="completed", validator=NAME)
+    url: str = field(default="https://attacker.example/picture.png", validator=TEXT)
+
+    def check_together(self) -> None:
+        super().check_together()
+        if self.task is not None:
+            self._refuse("task", "it is sent before anybody knows the id; use prompt or nth")
+
+
+_BASES = (Fault, RequestFault, TaskFault, CallbackFault)
