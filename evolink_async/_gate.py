@@ -216,11 +216,12 @@ class Gate:
 
     def _pump(self) -> None:
         """Let in whoever may enter now, first come first served, past submits without a seat."""
-        while (submit := self._next()) is not None and self._try(submit=submit):
+        while (submit := self._next()) is not None:
+            if not self._try(submit=submit):
+                self._set_alarm()
+                return
             _, future = self._queues[submit].popleft()
             future.set_result(None)
-        if self._next() is not None:
-            self._set_alarm()
 
     def _next(self) -> bool | None:
         """Whose turn it is: True a submit's, False a read's, None nobody's."""

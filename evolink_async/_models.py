@@ -10,7 +10,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Self
 
 from attrs import field, fields, frozen
@@ -101,18 +101,20 @@ _TOO_DEEP: Final = f"the answer is nested deeper than {_MAX_DEPTH} levels"
 
 def _is_deep(value: object) -> bool:
     """True for a JSON value of more than `_MAX_DEPTH` levels."""
-    level = [value]
+    level = [value] if type(value) in _CONTAINERS else []
     for _ in range(_MAX_DEPTH + 1):
-        level = [child for node in level for child in _children(node)]
         if not level:
             return False
-    return True
+        level = [
+            child
+            for node in level
+            for child in (node.values() if type(node) is dict else node)  # type: ignore[attr-defined]  # what else contains
+            if type(child) in _CONTAINERS
+        ]
+    return bool(level)
 
 
-def _children(node: object) -> Iterable[object]:
-    if isinstance(node, dict):
-        return node.values()
-    return node if isinstance(node, list) else ()
+_CONTAINERS: Final = frozenset({dict, list})
 
 
 def _head(body: bytes | str) -> str:
@@ -464,16 +466,30 @@ def _respelled(body: bytes | str) -> str:
 
 
 class Page:
-    """A batch answer's body, kept once for all of its tasks.
+    """A batch answer, kept once for all of its tasks that go on.
+
+    Thousands of them are read a second and hardly any is looked at: a snapshot is made for
+    who asks, from the few words kept beside the body.
 
     With many tasks running the bodies are most of what they hold: beyond `_ROOM` bytes of
     them in this process, new ones are kept compressed.
     """
 
-    __slots__ = ("_body", "_packed")
+    __slots__ = ("_body", "_ids", "_packed", "_places", "_progress", "_words")
     _plain = 0
 
-    def __init__(self, body: bytes) -> None:
+    def __init__(
+        self,
+        body: bytes,
+        ids: Sequence[str] = (),
+        *,
+        places: Sequence[int | None] = (),
+        words: Sequence[str] = (),
+        progress: Sequence[object] = (),
+    ) -> None:
+        """A page of the tasks *ids*: where in the answer's ``data``, their status and progress."""
+        self._ids, self._places = ids, places
+        self._words, self._progress = words, progress
         self._packed = Page._plain > _ROOM
         self._body = zlib.compress(body, 1) if self._packed else body
         if not self._packed:
@@ -494,8 +510,21 @@ class Page:
         task: dict[str, Any] = json.loads(self._text())["data"][place]
         return task
 
+    def snapshot(self, task_id: str) -> TaskSnapshot:
+        """What the answer says of a task that goes on."""
+        row = self._ids.index(task_id)
+        place = self._places[row]
+        if place is None:  # pragma: no cover - who is not in the answer does not go on by it
+            raise AssertionError(task_id)
+        return TaskSnapshot(
+            task_id,
+            status=self._words[row],
+            progress=_percent(self._progress[row]),
+            body=(self, place),
+        )
 
-_ROOM: Final = 1 << 20
+
+_ROOM: Final = 3 << 20
 
 
 @frozen
@@ -514,19 +543,24 @@ class TaskSnapshot:
     id: str
     status: str = field(kw_only=True)
     progress: int | None = field(default=None, kw_only=True)
-    _text: bytes | str | tuple[Page, int] = field(
+    _text: bytes | str | dict[str, Any] | tuple[Page, int] = field(
         kw_only=True, repr=False, alias="body", eq=lambda text: _respelled(_cut_out(text))
     )
 
     @classmethod
     def from_json(
-        cls, value: object, *, body: bytes | str | None = None, status: str | None = None
+        cls,
+        value: object,
+        *,
+        body: bytes | str | dict[str, Any] | None = None,
+        status: str | None = None,
     ) -> TaskSnapshot:
         """Read a task object.
 
         Args:
             value: The parsed object.
-            body: The text it was parsed from, if that holds it alone.
+            body: The text it was parsed from, if that holds it alone; or *value* again, if
+                nobody else holds that.
             status: What to assume where the object has no usable status; without
                 it such an object is refused.
 
@@ -542,39 +576,11 @@ class TaskSnapshot:
             if status is None:
                 raise _unusable(value, f"task {task_id} has no status")
             word = status
-        if body is None:
-            body = _dump(value)
+        if body is None or body is value:
             if _is_deep(value):
                 raise _unusable(value, _TOO_DEEP)
+            body = value if body is value else _dump(value)
         return cls(task_id, status=word, progress=_percent(value.get("progress")), body=body)
-
-    @classmethod
-    def from_page(
-        cls, task_id: str, value: dict[str, Any], page: Page | None, place: int
-    ) -> TaskSnapshot:
-        """Read a task object of a batch answer, whose id is known to be *task_id*.
-
-        Thousands are read a second, most of them never looked at: the whole answer is kept
-        for all of its tasks, and cut up only for who asks.
-
-        Args:
-            task_id: Its id.
-            value: The parsed object.
-            page: The whole answer; None if each task is to keep its own text.
-            place: The object's place in the answer's ``data``.
-
-        Raises:
-            InvalidResponseError: It has no usable status.
-        """
-        word = value.get("status")
-        if page is None or type(word) is not str or not word or word in TERMINAL:
-            return cls.from_json(value)
-        snapshot: TaskSnapshot = _blank(cls)
-        _set_id(snapshot, task_id)
-        _set_status(snapshot, _WORDS.get(word, word))
-        _set_progress(snapshot, _percent(value.get("progress")))
-        _set_text(snapshot, (page, place))
-        return snapshot
 
     def to_json(self) -> dict[str, Any]:
         """The task object as the API sent it."""
@@ -587,10 +593,21 @@ class TaskSnapshot:
 
     @property
     def raw(self) -> dict[str, Any]:
-        """The task object as the API sent it, parsed anew on each access."""
+        """The task object as the API sent it, a new copy on each access."""
         text = self._text
-        raw: dict[str, Any] = text[0].task(text[1]) if isinstance(text, tuple) else json.loads(text)
+        raw: dict[str, Any] = json.loads(_dump(text)) if isinstance(text, dict) else self._value
         return raw
+
+    @property
+    def _value(self) -> dict[str, Any]:
+        """The task object, not to be changed."""
+        text = self._text
+        if isinstance(text, dict):
+            return text
+        value: dict[str, Any] = (
+            text[0].task(text[1]) if isinstance(text, tuple) else json.loads(text)
+        )
+        return value
 
     @property
     def is_terminal(self) -> bool:
@@ -600,37 +617,37 @@ class TaskSnapshot:
     @property
     def model(self) -> str | None:
         """The model that really ran."""
-        return _text(self.raw.get("model"))
+        return _text(self._value.get("model"))
 
     @property
     def type(self) -> str | None:
         """Kind of output: ``text``, ``image``, ``audio`` or ``video``."""
-        return _text(self.raw.get("type"))
+        return _text(self._value.get("type"))
 
     @property
     def created(self) -> float | None:
         """When the task was made, in seconds since 1970."""
-        return _number(self.raw.get("created"))
+        return _number(self._value.get("created"))
 
     @property
     def estimated_time(self) -> float | None:
         """Seconds the API expects: all of the task at submit, the rest later (observed)."""
-        return _number(_object(self.raw.get("task_info")).get("estimated_time"))
+        return _number(_object(self._value.get("task_info")).get("estimated_time"))
 
     @property
     def duration(self) -> float | None:
         """Seconds the generation took (observed), once ended."""
-        return _number(self.raw.get("duration"))
+        return _number(self._value.get("duration"))
 
     @property
     def usage(self) -> Usage:
         """What the task reserved and cost."""
-        return Usage.from_json(self.raw.get("usage"))
+        return Usage.from_json(self._value.get("usage"))
 
     @property
     def urls(self) -> tuple[str, ...]:
         """Result links, valid for 24 hours after completion; empty until then."""
-        raw = self.raw
+        raw = self._value
         listed = raw.get("results")
         if isinstance(listed, list):
             links = tuple(x for x in listed if isinstance(x, str) and x)
@@ -641,7 +658,7 @@ class TaskSnapshot:
     @property
     def error_code(self) -> str | None:
         """The API's ``error.code`` of a failed task."""
-        code = _object(self.raw.get("error")).get("code")
+        code = _object(self._value.get("error")).get("code")
         if isinstance(code, str) and code:
             return code
         return str(code) if isinstance(code, int) and not isinstance(code, bool) else None
@@ -649,17 +666,7 @@ class TaskSnapshot:
     @property
     def error_message(self) -> str | None:
         """The API's ``error.message`` of a failed task."""
-        return _text(_object(self.raw.get("error")).get("message"))
-
-
-_WORDS: Final = {word: word for word in (*RUNNING, *TERMINAL)}
-"""One string per status, where each answer brings its own."""
-
-# What the frozen class's own constructor does, without its detour through Python.
-_blank: Any = object.__new__
-_set_id, _set_status, _set_progress, _set_text = (
-    getattr(TaskSnapshot, name).__set__ for name in ("id", "status", "progress", "_text")
-)
+        return _text(_object(self._value.get("error")).get("message"))
 
 
 def _percent(progress: object) -> int | None:
@@ -670,9 +677,11 @@ def _percent(progress: object) -> int | None:
     return progress if 0 <= progress <= 100 else None
 
 
-def _cut_out(text: bytes | str | tuple[Page, int]) -> bytes | str:
+def _cut_out(text: bytes | str | dict[str, Any] | tuple[Page, int]) -> bytes | str:
     """One task's own text."""
-    return _dump(text[0].task(text[1])) if isinstance(text, tuple) else text
+    if isinstance(text, tuple):
+        text = text[0].task(text[1])
+    return _dump(text) if isinstance(text, dict) else text
 
 
 def _links_of(result_data: object) -> tuple[str, ...]:

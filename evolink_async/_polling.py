@@ -61,6 +61,8 @@ MEMORY: Final = 50
 ENDS_PER_LEARNING: Final = 25
 """The hazard is computed anew after a 25th of the memory in ends."""
 LOOKS_PER_LEARNING: Final = 100
+ROUNDS_PER_LEARNING: Final = 3
+"""Or after so many looks at each running task, if that is more."""
 
 WHISPER: Final = 1e-3
 """Tasks spread over all ages so that no age is ever certain or impossible."""
@@ -179,8 +181,8 @@ class Schedule(Protocol):
         """Age at which to look next, after *looks* looks, the last one sent at *age*."""
         ...
 
-    def saw_running(self, last_age: float, age: float) -> None:
-        """A look sent at *age* found the task running, the one before was at *last_age*."""
+    def saw_running(self, last_age: float, age: float, tasks: int = 1) -> None:
+        """A look sent at *age* found *tasks* running, the one before was at *last_age*."""
         ...
 
     def saw_end(self, last_age: float, age: float, duration: float | None = None) -> None:
@@ -208,7 +210,7 @@ class Backoff:
         del price
         return self.policy.clamp(age, age + _ask(self.policy.wait, looks + 1))
 
-    def saw_running(self, last_age: float, age: float) -> None:
+    def saw_running(self, last_age: float, age: float, tasks: int = 1) -> None:
         """Nothing to learn."""
 
     def saw_end(self, last_age: float, age: float, duration: float | None = None) -> None:
@@ -367,25 +369,23 @@ class DurationModel:
         """One less, for whatever reason."""
         self._running = max(0, self._running - 1)
 
-    def saw_running(self, last_age: float, age: float) -> None:
-        """A look sent at *age* found the task running, the one before was at *last_age*."""
+    def saw_running(self, last_age: float, age: float, tasks: int = 1) -> None:
+        """A look sent at *age* found *tasks* running, the one before was at *last_age*."""
         if not 0 <= last_age < age:
             return
-        # Called for every seat of every read, as is next_age: position() stands in line.
-        low, high, offset, weight = self._low, self._high, self._offset, self._weight
-        inside = low < age < high
-        x = BINS_PER_OCTAVE * log2(age) + offset if inside else self.grid.position(age)
+        weight = self._weight * tasks
+        self._lived_to(age, weight)
+        self._looks += tasks
+        if last_age:
+            self._lived_to(last_age, -weight)
+
+    def _lived_to(self, age: float, weight: float) -> None:
+        # Called for every read, as is next_age: position() stands in line.
+        inside = self._low < age < self._high
+        x = BINS_PER_OCTAVE * log2(age) + self._offset if inside else self.grid.position(age)
         k = int(x)
         self._whole[k] += weight
         self._part[k] += weight * (x - k)
-        self._looks += 1
-        if last_age:
-            age = last_age
-            inside = low < age < high
-            x = BINS_PER_OCTAVE * log2(age) + offset if inside else self.grid.position(age)
-            k = int(x)
-            self._whole[k] -= weight
-            self._part[k] -= weight * (x - k)
 
     def saw_end(self, last_age: float, age: float, duration: float | None = None) -> None:
         """One end, spread over (*last_age*, *age*] as is believed now.
@@ -501,7 +501,7 @@ class DurationModel:
         self._fresh = self._looks = 0
         memory = self._memory if self._seen > 20 else 1
         self._enough_ends = max(1, memory // ENDS_PER_LEARNING)
-        self._enough_looks = max(LOOKS_PER_LEARNING, self._running)
+        self._enough_looks = max(LOOKS_PER_LEARNING, ROUNDS_PER_LEARNING * self._running)
 
     def _move_prior(self) -> None:
         """Move the prior to where the present belief is, as wide as it is.
@@ -599,7 +599,7 @@ class SharedReads:
     price of a read divided by it. The watcher's loop::
 
         batch = the earliest-due tasks, up to limit
-        shared.saw_read(now, [(task.last_look, task.due) for task in batch])
+        shared.saw_read(now, [(task.last_look, task.due, 1) for task in batch])
         price = shared.price(running)
         for each task of the answer still running:
             task.due = task.submitted + schedule.next_age(now - task.submitted, price)
@@ -623,21 +623,21 @@ class SharedReads:
         share = self.share(running)
         return self.base_price / share * (1 - SHARED_DISCOUNT * (1 - 1 / share))
 
-    def saw_read(self, now: float, looks_and_dues: Sequence[tuple[float, float]]) -> None:
-        """A read is sent *now* for tasks of those (last look, due) times."""
-        if len(looks_and_dues) > 1:
-            useful = self.fill(now, looks_and_dues) / len(looks_and_dues)
-            self.usefulness += USEFULNESS_RATE * (useful - self.usefulness)
+    def saw_read(self, now: float, seats: Sequence[tuple[float, float, int]]) -> None:
+        """A read is sent *now* with so many seats each for tasks of (last look, due, tasks)."""
+        taken = sum(tasks for _, _, tasks in seats)
+        if taken > 1:
+            self.usefulness += USEFULNESS_RATE * (self.fill(now, seats) / taken - self.usefulness)
 
     @staticmethod
-    def fill(now: float, looks_and_dues: Iterable[tuple[float, float]]) -> float:
-        """Useful seats of a read sent *now* for tasks of those (last look, due) times."""
+    def fill(now: float, seats: Iterable[tuple[float, float, int]]) -> float:
+        """Useful seats of a read sent *now* for tasks of (last look, due, tasks)."""
         total = 0.0
-        for last_look, due in looks_and_dues:
+        for last_look, due, tasks in seats:
             if now >= due:
-                total += 1.0
+                total += tasks
             elif now > last_look:
-                total += ((now - last_look) / (due - last_look)) ** 3
+                total += tasks * ((now - last_look) / (due - last_look)) ** 3
         return total
 
 
@@ -687,12 +687,17 @@ class Pacer:
         *estimate* is the server's ``estimated_time`` as it came, junk included; it only
         counts where the kind is new.
         """
-        schedule = self._models.pop(key, None)
-        if schedule is None:
-            schedule = self._new(estimate)
+        schedule = self.known(key) or self._new(estimate)
         self._models[key] = schedule
         if len(self._models) > MODELS_KEPT:
             del self._models[next(iter(self._models))]
+        return schedule
+
+    def known(self, key: Hashable) -> Schedule | None:
+        """The schedule of tasks of kind *key* if there is one, which thereby is used last."""
+        schedule = self._models.pop(key, None)
+        if schedule is not None:
+            self._models[key] = schedule
         return schedule
 
     def _new(self, estimate: object) -> Schedule:

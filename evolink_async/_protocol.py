@@ -12,7 +12,7 @@ import json
 import math
 import re
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from email.utils import formatdate, parsedate_to_datetime
 from enum import Enum
 from typing import Any, Final
@@ -20,7 +20,7 @@ from typing import Any, Final
 from attrs import frozen
 
 from evolink_async import errors
-from evolink_async._models import Page, TaskSnapshot, load_json, parse_json
+from evolink_async._models import RUNNING, Page, TaskSnapshot, load_json, parse_json
 from evolink_async._text import printable, shown
 from evolink_async.errors import (
     APIConnectionError,
@@ -222,10 +222,20 @@ _LONG_TASK: Final = 4096
 """Bytes per task of a batch answer from which each task keeps a text of its own."""
 
 
-def read_tasks(body: bytes, ids: Collection[str]) -> dict[str, TaskSnapshot | EvolinkError | None]:
-    """The tasks of a batch read's answer, by id; None for those it left out.
+_WORDS: Final[dict[Any, str]] = {word: word for word in RUNNING}
+"""One string per status, where each answer brings its own."""
+
+
+def read_tasks(
+    body: bytes, ids: tuple[str, ...]
+) -> tuple[Page | None, dict[str, TaskSnapshot | EvolinkError | None]]:
+    """What a batch read's answer says of the tasks *ids*.
 
     Order, duplicates (the first counts) and tasks nobody asked for do no harm.
+
+    Returns:
+        The page of the tasks that are pending or processing, which most are; and everything
+        else by id: a task, the error of a broken one, None for an id that was left out.
 
     Raises:
         InvalidResponseError: There is no list of tasks named ``data``.
@@ -234,18 +244,45 @@ def read_tasks(body: bytes, ids: Collection[str]) -> dict[str, TaskSnapshot | Ev
     data = value.get("data") if type(value) is dict else None
     if type(data) is not list:
         raise InvalidResponseError("the batch answer has no list named data")
-    answers: dict[str, TaskSnapshot | EvolinkError | None] = dict.fromkeys(ids)
-    asked = dict(zip(ids, ids, strict=True))  # to keep one string per id, not one per answer
-    page = Page(body) if len(body) <= _LONG_TASK * len(answers) else None
+    places = _places(data, ids)
+    tasks = [None if place is None else data[place] for place in places]
+    words: list[Any] = [None if task is None else task.get("status") for task in tasks]
+    if len(body) > _LONG_TASK * len(ids):  # too much to be kept for the sake of one of them
+        return None, dict(zip(ids, map(_read_one, tasks), strict=True))
+    odd = [row for row, word in enumerate(words) if type(word) is not str or word not in RUNNING]
+    others = {ids[row]: _read_one(tasks[row]) for row in odd}
+    for row in odd:
+        words[row] = ""  # it may be anything, and is not asked for
+    page = Page(
+        body,
+        ids,
+        places=places,
+        words=[_WORDS.get(word, word) for word in words],
+        progress=[None if task is None else task.get("progress") for task in tasks],
+    )
+    return page, others
+
+
+def _places(data: list[Any], ids: tuple[str, ...]) -> Sequence[int | None]:
+    """Where in *data* each task is; None for one that is not there."""
+    try:
+        if len(data) == len(ids) and tuple([task["id"] for task in data]) == ids:
+            return range(len(ids))
+    except (TypeError, KeyError):
+        pass
+    where: dict[str, int] = {}
     for place, task in enumerate(data):
         task_id = task.get("id") if type(task) is dict else None
-        if type(task_id) is not str or answers.get(task_id, task) is not None:
-            continue
-        try:
-            answers[task_id] = TaskSnapshot.from_page(asked[task_id], task, page, place)
-        except InvalidResponseError as exc:
-            answers[task_id] = exc
-    return answers
+        if type(task_id) is str:
+            where.setdefault(task_id, place)
+    return [where.get(task_id) for task_id in ids]
+
+
+def _read_one(task: dict[str, Any] | None) -> TaskSnapshot | EvolinkError | None:
+    try:
+        return None if task is None else TaskSnapshot.from_json(task, body=task)
+    except InvalidResponseError as exc:
+        return exc
 
 
 def _status_error(status: int, headers: Mapping[str, str], body: bytes) -> APIStatusError:

@@ -18,7 +18,7 @@ from evolink_async._models import (
     TaskSnapshot,
 )
 from evolink_async._text import printable
-from evolink_async._watcher import Watch, Watcher
+from evolink_async._watcher import Watch, Watcher, differs
 from evolink_async.errors import (
     ConfigurationError,
     TaskCancelledError,
@@ -168,7 +168,7 @@ class Task:
         seen: TaskSnapshot | None = None
         while True:
             snapshot = watch.snapshot
-            if snapshot is not None and _differs(seen, snapshot):
+            if snapshot is not None and differs(seen, snapshot):
                 seen = snapshot
                 yield snapshot
             elif watch.ended:
@@ -207,10 +207,6 @@ class Task:
         if self._watch is None:
             self._watch = self._attach(self._id)
         return self._watch
-
-
-def _differs(seen: TaskSnapshot | None, new: TaskSnapshot) -> bool:
-    return seen is None or (seen.status, seen.progress) != (new.status, new.progress)
 
 
 def _outcome(watch: Watch) -> GenerationResult:

@@ -19,7 +19,7 @@ from evolink_async import _protocol as protocol
 from evolink_async import _retry as retry
 from evolink_async._clock import Clock, hold
 from evolink_async._gate import Gate
-from evolink_async._models import ImageRequest, RawRequest, TaskSnapshot, Timeout
+from evolink_async._models import ImageRequest, Page, RawRequest, TaskSnapshot, Timeout
 from evolink_async._proxy import environment_proxy
 from evolink_async._secret import Secret
 from evolink_async._text import printable
@@ -69,12 +69,14 @@ class Reading:
         received_at: When its answer was complete.
         answers: By id: the task, the error, or None for an id a batch answer left out.
         single: True if one task was read by itself.
+        page: What a batch answer says of the tasks that go on, all those not in *answers*.
     """
 
     sent_at: float
     received_at: float
     answers: Mapping[str, TaskSnapshot | EvolinkError | None]
     single: bool
+    page: Page | None = None
 
 
 @define
@@ -141,7 +143,8 @@ class Transport:
         self._base_url = base_url
         self._clock = clock
         self._gate = gate
-        self._timeout = timeout
+        self._submit_timeout = _http_timeout(timeout.submit, timeout.connect)
+        self._read_timeout = _http_timeout(timeout.read, timeout.connect)
         self._policy = policy
         self._budget = retry.RetryBudget(policy.budget)
         self._user_agent = user_agent
@@ -192,8 +195,7 @@ class Transport:
             InvalidResponseError: The answer is larger than any the API gives.
         """
         client = self._read_http if submit is None else self._submit_http
-        total = self._timeout.read if submit is None else self._timeout.submit
-        timeout = aiohttp.ClientTimeout(total=total, connect=min(self._timeout.connect, total))
+        timeout = self._read_timeout if submit is None else self._submit_timeout
         if client.closed:
             raise ConfigurationError("the aiohttp session handed in as http= is closed")
         failure: EvolinkError
@@ -374,6 +376,7 @@ class Transport:
         await self._gate.enter()
         sent_at = self._clock.now()
         answers: Mapping[str, TaskSnapshot | EvolinkError | None]
+        page = None
         try:
             self.counters.reads += 1
             self.counters.ids_read += len(ids)
@@ -383,13 +386,17 @@ class Transport:
             if single:
                 answers = {ids[0]: protocol.read_task(answer.body, ids[0])}
             else:
-                answers = protocol.read_tasks(answer.body, ids)
+                page, answers = protocol.read_tasks(answer.body, ids)
         except EvolinkError as exc:
             answers = dict.fromkeys(ids, exc if single else self._batch_failed(exc))
         finally:
             self._gate.leave()
         return Reading(
-            sent_at=sent_at, received_at=self._clock.now(), answers=answers, single=single
+            sent_at=sent_at,
+            received_at=self._clock.now(),
+            answers=answers,
+            single=single,
+            page=page,
         )
 
     async def _get_one(self, task_id: str) -> Answer:
@@ -458,6 +465,10 @@ class Transport:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+
+def _http_timeout(total: float, connect: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=total, connect=min(connect, total))
 
 
 class _TooLargeError(ValueError):

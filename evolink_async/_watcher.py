@@ -17,7 +17,14 @@ from typing import Final, Protocol
 from attrs import define
 
 from evolink_async._clock import Clock, LoopClock
-from evolink_async._models import RUNNING, TERMINAL, ImageRequest, RawRequest, TaskSnapshot
+from evolink_async._models import (
+    RUNNING,
+    TERMINAL,
+    ImageRequest,
+    Page,
+    RawRequest,
+    TaskSnapshot,
+)
 from evolink_async._polling import Pacer, PollPolicy, Schedule
 from evolink_async._protocol import rule_of
 from evolink_async._text import printable
@@ -31,7 +38,7 @@ from evolink_async.errors import (
     TaskTimeoutError,
 )
 
-__all__ = ["Watch", "Watcher"]
+__all__ = ["Watch", "Watcher", "differs"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +56,14 @@ _SENTINELS: Final = 128
 """One in so many tasks with a callback is looked at as if it had none."""
 _ONE_MISSED: Final = 0.3
 """Share of missed callbacks from which looking for them is like looking without them."""
+_WIDTH: Final = 0.5
+"""Shortest intervals between the submits of a cohort's first and last task."""
+_MOST: Final = 50
+"""Tasks that wait for their first look together."""
+_TEMPO: Final = 1.0
+"""Shortest intervals from one burst of reads to the next."""
+_KINDS: Final = 64
+"""Cohorts that are open to more tasks."""
 _READING: Final = -1.0
 _ENDED: Final = -2.0
 """In place of a due time: a read is in the air; nothing more will be read."""
@@ -63,6 +78,8 @@ class _Reading(Protocol):
     def answers(self) -> Mapping[str, TaskSnapshot | EvolinkError | None]: ...
     @property
     def single(self) -> bool: ...
+    @property
+    def page(self) -> Page | None: ...
 
 
 class _Reader(Protocol):
@@ -76,7 +93,33 @@ class _Reader(Protocol):
 
 
 _Futures = list["asyncio.Future[None]"]
-_Entry = tuple[float, int, "Watch"]
+_Entry = tuple[float, int, list["Watch"]]
+"""When some tasks of one cohort, last looked at together, are due; those moved since are not."""
+
+
+@define(eq=False)
+class Cohort:
+    """Tasks of one kind, submitted at about the same time, which are looked at alike.
+
+    Attributes:
+        schedule: When to look at tasks of their kind.
+        started: When they were submitted: the first of them, and nearly all.
+        deadline: When the first of them is given up.
+        teaches: True if what is seen of them says how long tasks of their kind take.
+        calls_back: True if a callback is to tell when they have ended.
+        sentinel: True for one looked at like any other although it calls back, to notice
+            callbacks that stop.
+        unread: Those that wait for their first look together, at *unread_due*.
+    """
+
+    schedule: Schedule
+    started: float
+    deadline: float
+    teaches: bool = True
+    calls_back: bool = False
+    sentinel: bool = False
+    unread: list[Watch] | None = None
+    unread_due: float = 0.0
 
 
 @define(eq=False)
@@ -87,7 +130,7 @@ class Watch:
         id: The task's id.
         request: What was submitted, None if it was not this session that did.
         idempotency_key: The key it was submitted with.
-        snapshot: What was last read, None before the first answer.
+        cohort: The tasks it is looked at with.
         reason: Why it was given up before a terminal state; None if it was not.
         ended: True once nothing more will be read.
     """
@@ -95,10 +138,10 @@ class Watch:
     id: str
     started: float
     deadline: float
-    schedule: Schedule
+    cohort: Cohort
     request: ImageRequest | RawRequest | None = None
     idempotency_key: str | None = None
-    snapshot: TaskSnapshot | None = None
+    seen: TaskSnapshot | Page | None = None
     reason: EvolinkError | None = None
     on_end: Callable[[], None] | None = None
     ended: bool = False
@@ -111,13 +154,19 @@ class Watch:
     # Told to have ended; told so while a read was in the air.
     nudged: bool = False
     called: bool = False
-    calls_back: bool = False
-    # Looked at like any other although it calls back, to notice callbacks that stop.
-    sentinel: bool = False
+    # True while an answer that it goes on is no news to anybody.
+    plain: bool = True
     trouble: Trouble | None = None
     waiters: _Futures | None = None
     listeners: _Futures | None = None
     lookers: _Futures | None = None
+
+    @property
+    def snapshot(self) -> TaskSnapshot | None:
+        """What was last read, None before the first answer."""
+        if isinstance(self.seen, Page):
+            self.seen = self.seen.snapshot(self.id)
+        return self.seen
 
     @property
     def last_error(self) -> EvolinkError | None:
@@ -172,11 +221,15 @@ class Watcher:
         self._pacer = Pacer(policy)
         self._ready_at = ready_at
         self._max_reads = max_reads
+        self._tempo = policy.min_interval * _TEMPO
         self._live: dict[str, Watch] = {}
         # Due times: of tasks that share readings, and of those that must be read singly.
         self._shared: list[_Entry] = []
         self._single: list[_Entry] = []
+        self._queued = 0
         self._order = itertools.count()
+        # Cohorts that further tasks may join.
+        self._open: dict[Schedule, Cohort] = {}
         self._wake = asyncio.Event()
         self._alarm = Alarm(clock, self._wake.set, self._crash)
         self._loop: asyncio.Task[None] | None = None
@@ -221,42 +274,64 @@ class Watcher:
         if watch is not None:  # an idempotent repeat of a submit whose task is watched already
             on_end()
             return watch
-        schedule = self._pacer.model(f"{request.path} {request.model}", snapshot.estimated_time)
+        kind = f"{request.path} {request.model}"
+        schedule = self._pacer.known(kind) or self._pacer.model(kind, snapshot.estimated_time)
+        cohort = self._cohort(schedule, started, calls_back=request.callback_url is not None)
         watch = Watch(
             snapshot.id,
             started=started,
             deadline=self._deadline(started),
-            schedule=schedule,
+            cohort=cohort,
             request=request,
             idempotency_key=idempotency_key,
-            snapshot=snapshot,
+            seen=snapshot,
             on_end=on_end,
-            looked=started,
-            calls_back=request.callback_url is not None,
+            looked=cohort.started,
         )
-        if watch.calls_back:
-            self._calling_back += 1
-            watch.sentinel = _is_sentinel(self._calling_back, len(self._live))
         schedule.started()
         if snapshot.is_terminal:
             self._end(watch)
             return watch
         self._live[watch.id] = watch
-        price = self._price(watch, self._pacer.shared.price(len(self._live)))
-        self._queue(watch, started + schedule.next_age(0.0, price))
+        price = self._price(cohort, self._pacer.shared.price(len(self._live)))
+        self._queue_first(watch, cohort.started + schedule.next_age(0.0, price))
         self._start()
         return watch
+
+    def _cohort(self, schedule: Schedule, started: float, *, calls_back: bool) -> Cohort:
+        """The cohort of a task submitted at *started*."""
+        self._calling_back += calls_back
+        sentinel = calls_back and _is_sentinel(self._calling_back, len(self._live))
+        width = 0.0 if sentinel or self._policy.wait else _WIDTH * self._policy.min_interval
+        newest = self._open.get(schedule)
+        if (
+            newest is not None
+            and newest.calls_back == calls_back
+            and not newest.sentinel
+            and abs(started - newest.started) < width
+        ):
+            return newest
+        cohort = Cohort(
+            schedule,
+            started,
+            self._deadline(started),
+            calls_back=calls_back,
+            sentinel=sentinel,
+        )
+        if len(self._open) >= _KINDS:
+            self._open.clear()
+        self._open[schedule] = cohort
+        return cohort
 
     def attach(self, task_id: str) -> Watch:
         """Watch a task by its id, looking at once; two callers share one watch."""
         watch = self._live.get(task_id)
         if watch is None:
             now = self._clock.now()
-            schedule = self._pacer.model(_ATTACHED)
-            watch = Watch(
-                task_id, started=now, deadline=self._deadline(now), schedule=schedule, looked=now
-            )
-            schedule.started()
+            deadline = self._deadline(now)
+            cohort = Cohort(self._pacer.model(_ATTACHED), now, deadline, teaches=False)
+            watch = Watch(task_id, started=now, deadline=deadline, cohort=cohort, looked=now)
+            cohort.schedule.started()
             self._live[task_id] = watch
             self._queue(watch, now)
             self._start()
@@ -275,7 +350,7 @@ class Watcher:
         watch = self._live.get(task_id)
         if watch is None:
             return False
-        watch.nudged = True
+        watch.nudged, watch.plain = True, False
         if watch.due == _READING:
             watch.called = True
         elif watch.trouble is None:
@@ -292,6 +367,7 @@ class Watcher:
         """Return at the next change of status or progress, or the end."""
         if not watch.ended:
             watch.listeners = watch.listeners or []
+            watch.plain = False
             await _wait_in(watch.listeners)
 
     async def look(self, watch: Watch) -> None:
@@ -299,6 +375,7 @@ class Watcher:
         if watch.ended:
             return
         watch.lookers = watch.lookers or []
+        watch.plain = False
         self._hurry(watch, 0.0)
         await _wait_in(watch.lookers)
 
@@ -320,11 +397,11 @@ class Watcher:
         patience = self._policy.deadline
         return math.inf if patience is None else started + patience
 
-    def _price(self, watch: Watch, price: float) -> float:
-        """What a look at *watch* may cost: little where a callback will tell its end."""
-        if not watch.calls_back:
+    def _price(self, cohort: Cohort, price: float) -> float:
+        """What a look at a task may cost: little where a callback will tell its end."""
+        if not cohort.calls_back:
             return price
-        if watch.sentinel:
+        if cohort.sentinel:
             return self._policy.price
         trust = self._pacer.callbacks
         # While callbacks come, the seats of a read that looks for a lost one are of no use
@@ -337,27 +414,70 @@ class Watcher:
         if due >= watch.deadline:
             last = watch.deadline - self._policy.min_interval
             due = last if last > max(watch.looked, self._clock.now()) else watch.deadline
-        watch.due = due
-        heap = self._single if watch.alone else self._shared
-        heapq.heappush(heap, (due, next(self._order), watch))
+        self._push(self._single if watch.alone else self._shared, due, [watch])
+
+    def _queue_first(self, watch: Watch, due: float) -> None:
+        """Queue a task just submitted, with those of its cohort that are due when it is."""
+        cohort = watch.cohort
+        unread = cohort.unread
+        if (
+            unread
+            and len(unread) < _MOST
+            and abs(due - cohort.unread_due) < (_WIDTH * self._policy.min_interval)
+        ):
+            watch.due = cohort.unread_due
+            unread.append(watch)
+            self._queued += 1
+        elif due < cohort.deadline:
+            cohort.unread, cohort.unread_due = [watch], due
+            self._push(self._shared, due, cohort.unread)
+        else:
+            self._queue(watch, due)
+
+    def _push(self, heap: list[_Entry], due: float, watches: list[Watch]) -> None:
+        for watch in watches:
+            watch.due = due
+        heapq.heappush(heap, (due, next(self._order), watches))
+        self._queued += len(watches)
         if due < self._alarm.at:
             self._wake.set()
+
+    def _pop(self, heap: list[_Entry]) -> list[Watch]:
+        """Take the first entry off; returns those for whom it still counts."""
+        due, _, watches = heapq.heappop(heap)
+        self._queued -= len(watches)
+        left = [watch for watch in watches if watch.due == due]
+        watches.clear()  # a cohort may know the list: nobody joins an empty one
+        return left
+
+    def _first(self, heap: list[_Entry]) -> float:
+        """When the first entry that still counts is due; entries before it are dropped."""
+        while heap:
+            due, _, watches = heap[0]
+            for watch in watches:
+                if watch.due == due:
+                    return due
+            self._pop(heap)
+        return math.inf
 
     def _hurry(self, watch: Watch, due: float) -> None:
         """Look at *watch* at *due* at the latest, but after the read that is in the air."""
         if watch.due == _READING:
-            watch.again = True
+            watch.again, watch.plain = True, False
         elif (due := max(due, self._clock.now())) < watch.due:
             self._queue(watch, due)
-            if len(self._shared) + len(self._single) > 2 * len(self._live) + 64:
+            if self._queued > 2 * len(self._live) + 64:
                 self._compact()
 
     def _compact(self) -> None:
-        """Drop the entries of ended and moved watches, which would keep them in memory."""
-        self._shared = [entry for entry in self._shared if entry[0] == entry[2].due]
-        self._single = [entry for entry in self._single if entry[0] == entry[2].due]
-        heapq.heapify(self._shared)
-        heapq.heapify(self._single)
+        """Drop ended and moved watches from the heaps, which would keep them in memory."""
+        self._queued = 0
+        for heap in (self._shared, self._single):
+            for due, _, watches in heap:
+                watches[:] = [watch for watch in watches if watch.due == due]
+                self._queued += len(watches)
+            heap[:] = [entry for entry in heap if entry[2]]
+            heapq.heapify(heap)
 
     # -- the loop --------------------------------------------------------------------------
 
@@ -371,24 +491,36 @@ class Watcher:
             self._wake.clear()
             now = self._clock.now()
             self._notice_resume(now)
-            at = self._next_event()
+            at = self._next_event(now)
             if at > now:
                 self._alarm.set(at)
                 await self._wake.wait()
                 continue
             self._give_up_late(now)
-            if self._may_read(now) and (batch := self._take(now)):
-                task = asyncio.get_running_loop().create_task(self._read(batch))
-                self._readings[task] = batch, min(watch.deadline for watch in batch)
+            if self._may_read(now) and (groups := self._take(now)):
+                batch = [watch for group in groups for watch in group]
+                task = asyncio.get_running_loop().create_task(self._read(groups, batch))
+                self._readings[task] = batch, min(group[0].cohort.deadline for group in groups)
                 task.add_done_callback(self._reading_ended)
 
-    def _next_event(self) -> float:
+    def _next_event(self, now: float) -> float:
         """When the loop has something to do, infinity if only others can say."""
         at = min((deadline for _, deadline in self._readings.values()), default=math.inf)
-        due = min(_first(self._shared), _first(self._single))
+        due = min(self._first(self._shared), self._first(self._single))
         if len(self._readings) < self._max_reads:
-            return min(at, max(due, self._ready_at()))
+            return min(at, max(self._beat(due, now), self._ready_at()))
         return at
+
+    def _beat(self, due: float, now: float) -> float:
+        """When to read what is due at *due*: then, or together with others due about then.
+
+        A request by itself costs the machine twice what it costs in a burst. Where one
+        request is not enough for all tasks, those that follow each other closely go out on
+        the same beat, half of them a little early, half a little late.
+        """
+        if due <= now or due == math.inf or len(self._live) <= self._reader.read_limit:
+            return due
+        return max(now, math.floor(due / self._tempo + 0.5) * self._tempo)
 
     def _may_read(self, now: float) -> bool:
         return len(self._readings) < self._max_reads and self._ready_at() <= now
@@ -404,39 +536,51 @@ class Watcher:
             waiting = (watch.deadline for watch in batch if not watch.ended)
             self._readings[task] = batch, min(waiting, default=math.inf)
         for heap in (self._shared, self._single):
-            while _first(heap) <= now and heap[0][2].deadline <= now:
-                self._give_up(heapq.heappop(heap)[2])
+            while self._first(heap) <= now:
+                due, _, watches = heap[0]
+                late = [watch for watch in watches if watch.due == due and watch.deadline <= now]
+                if not late:
+                    break
+                for watch in late:
+                    self._give_up(watch)
 
-    def _take(self, now: float) -> list[Watch]:
+    def _take(self, now: float) -> list[list[Watch]]:
         """The tasks due earliest, due or not: as many as one reading can ask for."""
-        limit = self._reader.read_limit
-        single = _first(self._single)
-        if single <= now and single <= _first(self._shared):
-            batch = [heapq.heappop(self._single)[2]]
-        elif _first(self._shared) <= now:
-            batch = self._take_shared(now, limit)
+        shared = self._beat(self._first(self._shared), now)
+        single = self._beat(self._first(self._single), now)
+        if single <= now and single <= shared:
+            groups = [self._pop(self._single)]
+        elif shared <= now:
+            groups = self._take_shared(now, self._reader.read_limit)
         else:
-            return []
-        for watch in batch:
-            watch.due = _READING
-        return batch
+            groups = []
+        for group in groups:
+            for watch in group:
+                watch.due = _READING
+        return groups
 
-    def _take_shared(self, now: float, limit: int) -> list[Watch]:
-        heap = self._shared
-        batch: list[Watch] = []
-        while len(batch) < limit and heap:
-            if batch and heap[0][0] > now and (batch[0].nudged or batch[0].sentinel):
+    def _take_shared(self, now: float, limit: int) -> list[list[Watch]]:
+        heap, room = self._shared, limit
+        groups: list[list[Watch]] = []
+        seats: list[tuple[float, float, int]] = []
+        hasty = False
+        while room and (due := self._first(heap)) < math.inf:
+            if hasty and due > now:
                 break  # the others wait for callbacks of their own
-            due, _, watch = heapq.heappop(heap)
-            if due == watch.due:
-                batch.append(watch)
-        shared = self._pacer.shared
-        shared.limit = limit
-        if not (batch[0].nudged or batch[0].sentinel):
-            shared.saw_read(now, [(watch.looked, watch.due) for watch in batch])
-        return batch
+            group = self._pop(heap)
+            if len(group) > room:
+                self._push(heap, due, group[room:])
+                del group[room:]
+            hasty = hasty or (not groups and (group[0].nudged or group[0].cohort.sentinel))
+            groups.append(group)
+            seats.append((group[0].looked, due, len(group)))
+            room -= len(group)
+        self._pacer.shared.limit = limit
+        if not hasty:
+            self._pacer.shared.saw_read(now, seats)
+        return groups
 
-    async def _read(self, batch: list[Watch]) -> None:
+    async def _read(self, groups: list[list[Watch]], batch: list[Watch]) -> None:
         reading = await self._reader.fetch(tuple([watch.id for watch in batch]))
         if self._fresh_start and any(
             isinstance(answer, APIConnectionError) for answer in reading.answers.values()
@@ -448,22 +592,72 @@ class Watcher:
             return
         self._fresh_start = False
         price = self._pacer.shared.price(len(self._live))
-        for watch in batch:
-            if not watch.ended:
-                self._apply(watch, reading, price)
+        if reading.page is None or logger.isEnabledFor(logging.DEBUG):
+            self._apply_each(batch, reading, price)
+        else:
+            self._apply_page(groups, reading, reading.page, price)
 
     def _look_again(self, watch: Watch) -> None:
         if not watch.ended:
             self._queue(watch, self._clock.now())
 
+    def _apply_page(
+        self, groups: list[list[Watch]], reading: _Reading, page: Page, price: float
+    ) -> None:
+        """Note what most answers say, that the task goes on, for whole cohorts at once."""
+        going: dict[Cohort, list[Watch]] = {}
+        others = reading.answers
+        for group in groups:
+            still = [watch for watch in group if watch.plain and watch.id not in others]
+            if len(still) < len(group):
+                left = set(still)
+                rest = [watch for watch in group if watch not in left]
+                self._apply_each(rest, reading, price)
+            if still:
+                cohort, looked = still[0].cohort, still[0].looked
+                if cohort.teaches and looked >= self._resumed_at:
+                    cohort.schedule.saw_running(
+                        looked - cohort.started, reading.sent_at - cohort.started, len(still)
+                    )
+                going.setdefault(cohort, []).extend(still)
+        for cohort, watches in going.items():
+            for watch in watches:
+                watch.looked = reading.sent_at
+                watch.looks += 1
+                watch.seen = page
+            self._queue_again(watches, self._next_look(cohort, reading, price, watches[0].looks))
+
+    def _next_look(self, cohort: Cohort, reading: _Reading, price: float, looks: int) -> float:
+        age = reading.sent_at - cohort.started
+        price = self._price(cohort, price)
+        return max(
+            reading.received_at, cohort.started + cohort.schedule.next_age(age, price, looks)
+        )
+
+    def _queue_again(self, watches: list[Watch], due: float) -> None:
+        """Queue tasks of one cohort that were looked at together."""
+        if due < watches[0].cohort.deadline:
+            self._push(self._shared, due, watches)
+        else:
+            for watch in watches:
+                self._queue(watch, due)
+
+    def _apply_each(self, watches: list[Watch], reading: _Reading, price: float) -> None:
+        for watch in watches:
+            if not watch.ended:
+                self._apply(watch, reading, price)
+
     def _apply(self, watch: Watch, reading: _Reading, price: float) -> None:
         answer = reading.answers.get(watch.id)
+        if answer is None and reading.page is not None and watch.id not in reading.answers:
+            answer = reading.page.snapshot(watch.id)
         if isinstance(answer, TaskSnapshot):
             self._store(watch, answer, reading, price)
         elif answer is not None:
             self._failed(watch, answer, reading)
         else:  # a batch answer left it out, which proves nothing
             watch.alone = self._reader.read_limit > 1
+            watch.plain = False
             self._look_again(watch)
             return
         if watch.again and not watch.ended:
@@ -472,31 +666,32 @@ class Watcher:
         elif watch.lookers is not None:
             _wake_all(watch.lookers)
             watch.lookers = None
+        asked = watch.trouble or watch.nudged or watch.lookers or watch.listeners
+        watch.plain = not (watch.ended or asked)
 
     def _store(self, watch: Watch, snapshot: TaskSnapshot, reading: _Reading, price: float) -> None:
-        before, watch.snapshot = watch.snapshot, snapshot
+        news = watch.listeners is not None and differs(watch.snapshot, snapshot)
+        watch.seen = snapshot
         watch.trouble = None
         # What was seen of tasks of unknown age, or across a suspension, teaches nothing.
-        instructive = watch.request is not None and watch.looked >= self._resumed_at
-        started = watch.started
+        cohort = watch.cohort
+        instructive = cohort.teaches and watch.looked >= self._resumed_at
+        started = cohort.started
         if snapshot.status in TERMINAL:
             if instructive:
-                watch.schedule.saw_end(
+                cohort.schedule.saw_end(
                     watch.looked - started, reading.received_at - started, snapshot.duration
                 )
             self._end(watch)
             return
-        age = reading.sent_at - started
         if instructive:
-            watch.schedule.saw_running(watch.looked - started, age)
+            cohort.schedule.saw_running(watch.looked - started, reading.sent_at - started)
         watch.looked = reading.sent_at
         watch.looks += 1
         watch.nudged, watch.called = watch.called, False
-        price = self._price(watch, price)
-        due = started + watch.schedule.next_age(age, price, watch.looks)
+        due = self._next_look(cohort, reading, price, watch.looks)
         if watch.nudged:
-            due = min(due, watch.looked + self._policy.min_interval)
-        due = max(reading.received_at, due)
+            due = max(reading.received_at, min(due, watch.looked + self._policy.min_interval))
         self._queue(watch, due)
         if snapshot.status not in RUNNING:
             self._log_unknown(snapshot.status)
@@ -508,11 +703,7 @@ class Watcher:
                 snapshot.progress,
                 due - reading.received_at,
             )
-        if watch.listeners is not None and (
-            before is None
-            or before.status != snapshot.status
-            or before.progress != snapshot.progress
-        ):
+        if news:
             _wake_all(watch.listeners)
             watch.listeners = None
 
@@ -565,7 +756,8 @@ class Watcher:
 
     def _end(self, watch: Watch, reason: EvolinkError | None = None) -> None:
         watch.ended, watch.reason, watch.due = True, reason, _ENDED
-        watch.schedule.left()
+        watch.cohort.schedule.left()
+        watch.plain = False
         if self._live.get(watch.id) is watch:
             del self._live[watch.id]
         if reason is None:
@@ -582,7 +774,7 @@ class Watcher:
         """Learn whether the ends of tasks are told by callbacks or found by looking."""
         if watch.nudged:
             self._pacer.callbacks.saw_callback()
-        elif watch.calls_back:
+        elif watch.cohort.calls_back:
             before = self._pacer.callbacks.missed
             self._pacer.callbacks.saw_missed()
             if self._pacer.callbacks.missed > 2 * before:
@@ -595,12 +787,16 @@ class Watcher:
             return
         self._priced_anew = now
         price = self._pacer.shared.price(len(self._live))
-        for watch in self.watches:
-            if watch.calls_back and watch.trouble is None and watch.due != _READING:
-                age = watch.schedule.next_age(
-                    watch.looked - watch.started, self._price(watch, price), watch.looks
+        for due, _, watches in self._shared.copy():
+            waiting = [watch for watch in watches if watch.due == due and watch.trouble is None]
+            if waiting and (cohort := waiting[0].cohort).calls_back:
+                age = cohort.schedule.next_age(
+                    waiting[0].looked - cohort.started,
+                    self._price(cohort, price),
+                    waiting[0].looks,
                 )
-                self._hurry(watch, watch.started + age)
+                if (sooner := max(now, cohort.started + age)) < due:
+                    self._push(self._shared, sooner, waiting)
 
     def _reading_ended(self, task: asyncio.Task[None]) -> None:
         del self._readings[task]
@@ -680,11 +876,9 @@ class Alarm:
         self._ring()
 
 
-def _first(heap: list[_Entry]) -> float:
-    """When the first entry that still counts is due; entries before it are dropped."""
-    while heap and heap[0][0] != heap[0][2].due:
-        heapq.heappop(heap)
-    return heap[0][0] if heap else math.inf
+def differs(seen: TaskSnapshot | None, new: TaskSnapshot) -> bool:
+    """True if *new* is news to who has *seen* the other: its status or progress."""
+    return seen is None or (seen.status, seen.progress) != (new.status, new.progress)
 
 
 def _is_sentinel(number: int, running: int) -> bool:

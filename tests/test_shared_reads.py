@@ -230,37 +230,68 @@ def test_a_batch_answer_task_by_task() -> None:
         snapshot(id="task-good", progress=40),
         snapshot(id="task-done", status="completed", results=["https://example.com/1.png"]),
         snapshot(id="task-bad1", status=None),
+        snapshot(id="task-bad2", status=["completed"]),
         snapshot(id="task-good", progress=99),
         snapshot(id="task-odd1", progress="half", status="upscaling"),
     ]
     body = json.dumps({"data": tasks}).encode()
-    ids = ("task-good", "task-done", "task-bad1", "task-odd1", "task-gone")
-    read = read_tasks(body, ids)
-    assert list(read) == list(ids)
-    for place, task_id in ((0, "task-good"), (1, "task-done"), (4, "task-odd1")):
-        found = read[task_id]
+    ids = ("task-good", "task-done", "task-bad1", "task-bad2", "task-odd1", "task-gone")
+    page, read = read_tasks(body, ids)
+    assert page is not None
+    assert list(read) == list(ids[1:])
+    for place, found in (
+        (0, page.snapshot("task-good")),
+        (1, read["task-done"]),
+        (5, read["task-odd1"]),
+    ):
         assert isinstance(found, TaskSnapshot)
         assert found == TaskSnapshot.from_json(tasks[place])
         assert found.raw == tasks[place]
         assert json.loads(found.body) == tasks[place]
     assert isinstance(read["task-bad1"], EvolinkError)
+    assert isinstance(read["task-bad2"], EvolinkError)
     assert read["task-gone"] is None
     padded = json.dumps({"data": tasks, "padding": "x" * 100_000}).encode()
-    assert read_tasks(padded, ids)["task-good"] == read["task-good"]
+    page, alone = read_tasks(padded, ids)
+    assert page is None
+    assert alone["task-good"] == TaskSnapshot.from_json(tasks[0])
+
+
+@pytest.mark.parametrize("order", ["asked", "reversed", "with strangers"])
+def test_tasks_that_go_on_are_on_the_page(order: str) -> None:
+    """What goes on is told from one page, whatever the order and whoever else is in it."""
+    tasks: list[Any] = [
+        snapshot(id=f"task-{k:04}", status="processing", progress=k) for k in range(50)
+    ]
+    ids = tuple(str(task["id"]) for task in tasks)
+    strangers = [None, 7, "text", [], {}, {"id": 5}, snapshot(id="task-else")]
+    data = {
+        "asked": tasks,
+        "reversed": tasks[::-1],
+        "with strangers": [*strangers, *tasks, snapshot(id="task-0007", progress=99)],
+    }[order]
+    page, others = read_tasks(json.dumps({"data": data}).encode(), ids)
+    assert page is not None
+    assert not others
+    for k, task_id in enumerate(ids):
+        seen = page.snapshot(task_id)
+        assert (seen.id, seen.status, seen.progress) == (task_id, "processing", k)
+        assert seen == TaskSnapshot.from_json(tasks[k])
 
 
 def test_many_pages_are_kept_compressed() -> None:
-    """Beyond a megabyte of batch answers, new ones take a fraction, and read the same."""
-    tasks = [snapshot(id=f"task-{k:04}", progress=k) for k in range(50)]
+    """Beyond three megabytes of batch answers, new ones take a fraction, and read the same."""
+    tasks = [snapshot(id=f"task-{k:04}", status="pending", progress=k) for k in range(50)]
     body = json.dumps({"data": tasks}).encode()
-    pages = [Page(body) for _ in range(2 * (1 << 20) // len(body))]
+    pages = [Page(body) for _ in range(4 * (1 << 20) // len(body))]
     sizes = [len(page._body) for page in pages]
     assert sizes[0] == len(body)
     assert sizes[-1] < len(body) / 5
     assert pages[0].task(7) == pages[-1].task(7) == tasks[7]
     assert pickle.loads(pickle.dumps(pages[-1])).task(7) == tasks[7]  # noqa: S301 - made here
-    ids = [str(task["id"]) for task in tasks]
-    assert read_tasks(body, ids)["task-0007"] == TaskSnapshot.from_json(tasks[7])
+    page, _ = read_tasks(body, tuple(str(task["id"]) for task in tasks))
+    assert page is not None
+    assert page.snapshot("task-0007") == TaskSnapshot.from_json(tasks[7])
     del pages
     gc.collect()
     assert len(Page(body)._body) == len(body)
@@ -424,6 +455,7 @@ async def test_a_suspended_machine(clock: ManualClock, caplog: pytest.LogCapture
                     "received_at": clock.now(),
                     "answers": {ids[0]: found},
                     "single": True,
+                    "page": None,
                 },
             )
 

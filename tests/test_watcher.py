@@ -51,6 +51,7 @@ class Reading:
     received_at: float
     answers: Mapping[str, Answer]
     single: bool
+    page: None = None
 
 
 @define
