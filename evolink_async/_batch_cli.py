@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import sys
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -14,13 +14,14 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 import click
-from attrs import asdict, frozen
+from attrs import asdict, define, field, frozen
 
 from evolink_async._batch_input import Source
 from evolink_async._retry import RetryPolicy
 from evolink_async._session import Session
 from evolink_async._text import printable
 from evolink_async.batch import BatchProgress, BatchReport, Problem, run_batch
+from evolink_async.errors import RequestValidationError
 
 if TYPE_CHECKING:
     from evolink_async.emulator import Emulator
@@ -32,6 +33,7 @@ EMULATED: Final[dict[str, Any]] = {"duration": (20.0, 40.0), "time_scale": 10.0,
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _LINE_EVERY: Final = 5.0
+_READING: Final = "reading the prompts"
 _NAMED: Final = 20
 """Failed items that are told one by one; the manifest has them all."""
 
@@ -85,7 +87,14 @@ def batch_command(console: Console) -> click.Command:
         show_default=True,
         help="Generations running at once.",
     )
-    @click.option("--max-credits", type=float, help="Most credits all runs may cost together.")
+    @click.option(
+        "--max-credits",
+        type=click.FloatRange(0, 1e15, max_open=True),
+        callback=_number,
+        metavar="CREDITS",
+        help="Most credits all runs may cost together. The first submit of a model, "
+        "whose price is not known yet, may cost more.",
+    )
     @click.option(
         "--resend-uncertain",
         is_flag=True,
@@ -120,6 +129,9 @@ def batch_command(console: Console) -> click.Command:
         Run the same command again to go on where it ended: nothing is submitted twice.
         The first Ctrl-C stops submitting and waits up to 30 s for what runs, the second
         leaves at once.
+
+        Exit codes: 0 all saved, 1 not all, 2 usage or bad lines, 3 API, network or disk,
+        130 interrupted.
         """
         order = _Order(
             source=source,
@@ -134,6 +146,12 @@ def batch_command(console: Console) -> click.Command:
     return batch
 
 
+def _number(_context: click.Context, _option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and math.isnan(value):
+        raise click.BadParameter("nan is no number of credits")
+    return value
+
+
 async def _run(order: _Order, console: Console) -> int:
     stop = asyncio.Event()
     running = asyncio.Event()
@@ -142,9 +160,9 @@ async def _run(order: _Order, console: Console) -> int:
         running.set()
         show(now)
 
-    with _first_interrupt(stop, running, console), _progress(console) as show:
+    with _first_interrupt(stop, running, console):
         try:
-            async with _session(order, console) as session:
+            async with _progress(console) as show, _session(order, console) as session:
                 report = await run_batch(
                     session,
                     order.source,
@@ -157,6 +175,10 @@ async def _run(order: _Order, console: Console) -> int:
                 )
         except asyncio.CancelledError:
             console.tell("left at once; run the same command again to go on")
+            raise
+        except RequestValidationError as exc:
+            if not order.options["skip_invalid"]:
+                exc.add_note("--skip-invalid goes on without bad lines")
             raise
     _tell_problems(report, console)
     if order.as_json:
@@ -226,26 +248,51 @@ def _first_interrupt(
 # Progress
 
 
-@contextmanager
-def _progress(console: Console) -> Iterator[Callable[[BatchProgress], None]]:
+@asynccontextmanager
+async def _progress(console: Console) -> AsyncIterator[Callable[[BatchProgress], None]]:
     """Shows how it goes on stderr: a bar on a terminal, a line every few seconds elsewhere."""
     if _is_terminal(sys.stderr):
         with _bar() as show:
             yield show
         return
-    told_at = float("-inf")
-    last: BatchProgress | None = None
+    lines = _Lines(console.tell)
+    teller = asyncio.create_task(lines.keep_telling())
+    try:
+        yield lines.show
+    finally:
+        teller.cancel()
+        lines.tell_news()
 
-    def show_line(now: BatchProgress) -> None:
-        nonlocal told_at, last
-        last = now
-        if time.monotonic() - told_at >= _LINE_EVERY:
-            told_at, last = time.monotonic(), None
-            console.tell(_words(now))
 
-    yield show_line
-    if last is not None:
-        console.tell(_words(last))
+@define(eq=False)
+class _Lines:
+    """Progress for a log: the first state at once, then a line every few seconds, changed or not.
+
+    A log that falls silent looks like a process that has died.
+    """
+
+    _tell: Callable[[str], None]
+    _words: str = field(default=_READING, init=False)
+    _told: str | None = field(default=None, init=False)
+
+    def show(self, now: BatchProgress) -> None:
+        self._words = _words(now)
+        if self._told in {None, _READING}:
+            self._tell_now()
+
+    async def keep_telling(self) -> None:
+        while True:
+            await asyncio.sleep(_LINE_EVERY)
+            self._tell_now()
+
+    def tell_news(self) -> None:
+        """The last state, if nobody has been told of it."""
+        if self._words not in {self._told, _READING}:
+            self._tell_now()
+
+    def _tell_now(self) -> None:
+        self._told = self._words
+        self._tell(self._words)
 
 
 def _is_terminal(stream: Any) -> bool:
@@ -265,7 +312,7 @@ def _bar() -> Iterator[Callable[[BatchProgress], None]]:
         transient=True,
     )
     with progress:
-        bar = progress.add_task("reading the prompts", total=None)
+        bar = progress.add_task(_READING, total=None)
 
         def show(now: BatchProgress) -> None:
             ended = now.saved + now.failed + now.uncertain
@@ -315,6 +362,8 @@ def _tell_problems(report: BatchReport, console: Console) -> None:
         console.tell(hint)
     if report.stop is not None and report.stop.kind != "interrupted":
         console.tell(f"error: {report.stop.message}")
+    for why in report.unwritten:
+        console.tell(f"error: {why}")
 
 
 def _problem(problem: Problem) -> str:

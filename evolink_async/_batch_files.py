@@ -1,43 +1,128 @@
-"""The files of a batch's items: their names, their check sums, whose fault it is if not."""
+"""The files of a batch: their names, their check sums, whose fault it is if they are not there."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import glob
 import hashlib
 import logging
+import os
 import re
+import secrets
+from collections.abc import Collection
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
-from evolink_async._download import _EXTENSIONS, _is_whole, media_type, safe_name
+from attrs import define, field
+
+from evolink_async._download import _EXTENSIONS, _is_whole, _sync_folder, media_type, safe_name
 from evolink_async._ledger import File, Item
 from evolink_async._models import GenerationResult
 from evolink_async.errors import DownloadError, EvolinkError
 
-__all__ = ["disk_error", "file_of", "matches", "stems", "sweep", "whole"]
+__all__ = [
+    "Draft",
+    "digest_of",
+    "disk_error",
+    "file_of",
+    "is_foreign",
+    "matches",
+    "stems",
+    "sweep",
+    "whole",
+]
 
 logger = logging.getLogger(__name__)
 
 _PARTIAL: Final = re.compile(r"\..+\.[0-9a-f]{16}\.part")
 
 
-def stems(item: Item, folder: Path) -> tuple[str, ...]:
-    """Names for its files, without extension, the nicest first; the last is its alone."""
+def stems(item: Item, folder: Path, count: int) -> tuple[str, ...]:
+    """Names for its *count* files, without extension, the nicest first; the last is its alone.
+
+    A file that nobody told the ledger of is somebody else's: its name is not among them.
+    """
+    free = [stem for stem in _names(item) if not _is_taken(folder, stem, count)]
+    return tuple(free) or (f"{_names(item)[-1]}-{secrets.token_hex(8)}",)
+
+
+def _names(item: Item) -> tuple[str, str]:
     digest = hashlib.sha256(item.identity.encode()).hexdigest()
     if item.user_id is not None:
         name = safe_name(item.user_id, 80)
-        unique = f"{name}-{digest[:16]}"
-        # A file nobody told the ledger of is somebody else's.
-        return (unique,) if _is_taken(folder, name) else (name, unique)
+        return name, f"{name}-{digest[:16]}"
     prompt = str(item.request.get("prompt") or item.request.get("body", {}).get("prompt") or "")
     words = re.sub(r"[^a-z0-9]+", "-", prompt[:200].lower()).strip("-")[:40].strip("-")
     name = words or "picture"
-    return (f"{name}-{digest[:8]}", f"{name}-{digest[:32]}")
+    return f"{name}-{digest[:8]}", f"{name}-{digest[:32]}"
 
 
-def _is_taken(folder: Path, stem: str) -> bool:
-    return any(folder.glob(f"{glob.escape(stem)}-1.*"))
+def _is_taken(folder: Path, stem: str, count: int) -> bool:
+    # One by one, as the file system compares names: a folder of thousands is not read each time.
+    names = (f"{stem}-{k}.{ext}" for k in range(1, count + 1) for ext in _EXTENSIONS)
+    return any(os.path.lexists(folder / name) for name in names)
+
+
+@define(eq=False)
+class Draft:
+    """A text file that gets its name when it is whole and on disk; everything blocks."""
+
+    path: Path
+    _temporary: Path = field(init=False)
+    _file: IO[bytes] = field(init=False)
+    _hash: hashlib._Hash = field(factory=hashlib.sha256, init=False)
+
+    def open(self) -> None:
+        """Make it, under a name that `sweep` knows; and its folder, should that be gone."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}.part")
+        self._file = self._temporary.open("xb")
+
+    def write(self, text: str) -> None:
+        data = text.encode()
+        self._hash.update(data)
+        self._file.write(data)
+
+    def finish(self) -> str:
+        """See that it is on disk; returns its SHA-256."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._hash.hexdigest()
+
+    def publish(self, ours: Collection[str]) -> None:
+        """Give it its name, if what has that name now is one of *ours*, by SHA-256.
+
+        Raises:
+            FileExistsError: It is somebody else's.
+        """
+        if is_foreign(self.path, ours):
+            raise FileExistsError(errno.EEXIST, "what is there is not what the batch wrote")
+        self._temporary.replace(self.path)
+        _sync_folder(self.path.parent)
+
+    def discard(self) -> None:
+        """Remove it, unless it has its name."""
+        with contextlib.suppress(OSError):  # what is still in memory may find no room
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._temporary.unlink()
+
+
+def digest_of(path: Path) -> str | None:
+    """SHA-256 of a file; None of what is no file, or cannot be read."""
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            return None
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def is_foreign(path: Path, ours: Collection[str]) -> bool:
+    """True if there is something of that name that is not one of *ours*, by SHA-256."""
+    return os.path.lexists(path) and digest_of(path) not in ours
 
 
 def file_of(path: Path) -> File:

@@ -33,7 +33,8 @@ _DEEPEST: Final = 100
 """Levels of nesting: what is read once must be written and read again, with less stack left."""
 _IMAGE_FIELDS: Final = frozenset(f.name for f in fields(ImageRequest))
 _RAW_FIELDS: Final = frozenset({"path", "body"})
-_JSON_NAMES: Final = (".jsonl", ".ndjson")
+_JSON_NAMES: Final = (".jsonl", ".ndjson", ".json")
+_UNCHECKED: Final = 'write it as an object with "validate": false'
 
 
 class _BadLineError(ValueError):
@@ -46,8 +47,9 @@ def read(source: Source) -> Iterator[Entry | Invalid]:
     Args:
         source: A path, ``-`` for standard input, or an iterable of prompts, mappings (as
             the objects of a JSON Lines file) or requests. A file is JSON Lines if its name
-            ends in ``.jsonl`` or ``.ndjson``, or its first line is a JSON string or
-            object; else it is text, one prompt a line.
+            ends in ``.jsonl``, ``.ndjson`` or ``.json``, or its first line is a JSON string
+            or object, or begins an array (whose lines are bad ones, and not prompts to be
+            paid for); else it is text, one prompt a line.
 
     Raises:
         ConfigurationError: *source* is none of these, or the file cannot be read.
@@ -108,9 +110,9 @@ def _decoded(raw: bytes, *, first: bool) -> str | None:
 
 def _looks_like_json(text: str) -> bool:
     try:
-        return isinstance(json.loads(text), str | dict)
+        return isinstance(json.loads(text), str | dict | list)
     except (ValueError, RecursionError):
-        return text.lstrip().startswith("{")
+        return text.lstrip().startswith("{") or text.strip() in {"[", "[{"}
 
 
 def _of_json(line: int, text: str) -> Entry | Invalid:
@@ -129,7 +131,7 @@ def _entry(line: int, item: object) -> Entry | Invalid:
     try:
         return _checked(line, item)
     except (_BadLineError, RequestValidationError) as exc:
-        return Invalid(line, str(exc))
+        return Invalid(line, str(exc).replace("pass validate=False", _UNCHECKED))
 
 
 def _checked(line: int, item: object) -> Entry:

@@ -64,6 +64,8 @@ _DOUBTS: Final = 8
 _MIN_FREE: Final = 64 * 1024 * 1024
 """Bytes the disk must have left before anything more is bought."""
 _PAGE: Final = 64
+_TELL_EVERY: Final = 1.0
+"""Real seconds between two reports of a progress that may not change."""
 
 
 @frozen(kw_only=True)
@@ -136,11 +138,13 @@ class _Job:
     Attributes:
         phase: ``waiting`` until its submit is about to be recorded, ``recording``,
             ``sent`` once its POST may leave, ``answered`` when its task is known.
+        sends: How often its POST may have left.
     """
 
     item: Item
     key: str | None
     phase: str = "waiting"
+    sends: int = 0
     state: str = ""
 
 
@@ -200,11 +204,13 @@ class Run:
         helpers = [loop.create_task(self._pump()), loop.create_task(self._verify())]
         for helper in helpers:
             helper.add_done_callback(self._ended)
-        obeying = [] if stop is None else [loop.create_task(self._obey(stop))]
+        others = [loop.create_task(self._keep_telling())]
+        if stop is not None:
+            others.append(loop.create_task(self._obey(stop)))
         try:
             await self._until_idle(helpers)
         finally:
-            left = (*helpers, *obeying, *self._lives)
+            left = (*helpers, *others, *self._lives)
             for each in left:
                 each.cancel()
             await asyncio.gather(*left, return_exceptions=True)
@@ -243,7 +249,10 @@ class Run:
                     continue
                 if not await self._room(item):
                     return
-                self._start(item)
+                # The page may be old by now: what was under way when it was read may have ended.
+                state = await self._commit(self.ledger.state(item.number))
+                if state in states and item.number not in self._active:
+                    self._start(item)
 
     async def _room(self, item: Item) -> bool:
         """Wait until *item* may start; False if it must not."""
@@ -342,7 +351,10 @@ class Run:
                 self._requeued = True
             for numbers in self._places:
                 numbers.discard(number)
-        if not task.cancelled() and (exc := task.exception()) is not None and self.crash is None:
+        exc = None if task.cancelled() else task.exception()
+        if isinstance(exc, OSError) and not isinstance(exc, EvolinkError):
+            self._lose(exc)
+        elif exc is not None and self.crash is None:
             self.crash = exc
         self._notify()
 
@@ -366,14 +378,24 @@ class Run:
         self._notify()
         self._report_progress()
 
+    def _lose(self, exc: OSError) -> None:
+        """A file or the folder is not what it was a moment ago."""
+        self._halt(
+            "disk",
+            f"the folder {self.folder} cannot be used any more: {exc.strerror or exc}; see to "
+            "that, then run the same batch again",
+        )
+
     def _outage(self, item: Item, exc: EvolinkError) -> None:
         """The API takes no submits: pause, and after long enough stop."""
         now = self._clock.now()
         if now - self._accepted_at >= self.options.patience:
             self._halt("network", f"the API takes no submits: {exc}; run the same batch again")
         after = exc.retry_after if isinstance(exc, APIStatusError) else None
+        # One warning for all that are put off by the same trouble.
+        level = logging.WARNING if now >= self._paused_until else logging.DEBUG
         self._paused_until = max(self._paused_until, now + max(_OUTAGE_PAUSE, after or 0.0))
-        logger.warning("line %d is put off: %s", item.line, exc)
+        logger.log(level, "submits are put off, that of line %d first: %s", item.line, exc)
 
     def _notify(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
@@ -440,15 +462,20 @@ class Run:
             await self._take_back(job)
             raise
         except SubmitUncertainError as exc:
-            await self._doubt(job, exc.idempotency_key, str(exc.__cause__ or exc))
+            why = str(exc.__cause__ or "no usable answer came")
+            await self._doubt(job, exc.idempotency_key, why)
             self._count_doubt(exc)
             return None
         except _HaltedError:
             await self._return(job)
             return None
-        except EvolinkError as exc:
-            if isinstance(exc, LedgerError):
+        except LedgerError as exc:
+            if job.sends:
                 raise
+            self._halt("disk", str(exc))
+            await self._return(job)
+            return None
+        except EvolinkError as exc:
             await self._refused(job, exc)
             return None
         job.phase = "answered"
@@ -461,23 +488,17 @@ class Run:
             raise _HaltedError
         job.phase, job.key = "recording", key
         await self._commit(self.ledger.submitting(job.item.number, key))
-        job.phase = "sent"
+        job.phase, job.sends = "sent", job.sends + 1
         self._moved(job, "submitting")
 
     async def _take_back(self, job: _Job) -> None:
         """Cancelled: say what is sure about its submit."""
         if job.phase == "waiting":
             return
-        if self._in_air(job):
+        if job.key not in self.session.unsent:  # a POST of it may have been accepted
             await self._doubt(job, job.key, "the batch was left while this was being submitted")
         else:
             await self._return(job)
-
-    def _in_air(self, job: _Job) -> bool:
-        """Whether a POST of it may have been accepted, or be accepted yet."""
-        posts = self.session._posts.values()  # noqa: SLF001 - one package
-        found = [post for post in posts if post.idempotency_key == job.key]
-        return not found or any(post.in_air for post in found)
 
     async def _return(self, job: _Job) -> None:
         """Nothing of it was accepted now: as it was before."""
@@ -502,7 +523,7 @@ class Run:
             self._halt(
                 "network",
                 f"{self._doubts} submits in a row may or may not have been accepted, the last "
-                f"because: {exc.__cause__ or exc}; see what is wrong before you go on",
+                f"because: {exc.__cause__ or 'no answer came'}; see what is wrong before you go on",
             )
 
     async def _accepted(self, job: _Job, task: Task) -> None:
@@ -580,8 +601,10 @@ class Run:
             self._halt("authentication", f"the API refuses the key: {exc}")
         except SessionClosedError:
             self._halt("closed", "the session was closed; run the same batch again to go on")
-        except TaskTimeoutError as exc:
-            logger.warning("line %d is left running: %s", job.item.line, exc)
+        except TaskTimeoutError:
+            logger.warning(
+                "line %d is left running: task %s has not ended in time", job.item.line, task.id
+            )
         except EvolinkError as exc:
             logger.warning("line %d is left as it is: %s", job.item.line, exc)
         else:
@@ -603,7 +626,7 @@ class Run:
             code=NOT_FOUND,
             charged=True,
             message=f"the API does not know task {task.id} any more; its results can no longer "
-            "be had, submitting it again (resubmit_expired) pays again",
+            "be had; submitting it again pays again",
         )
         if self._may_buy_anew(job.item) and self._going:
             await self._commit(self.ledger.queued(job.item.number))
@@ -644,7 +667,7 @@ class Run:
                 item.number,
                 snapshot=json.dumps(result.to_json()),
                 used=used,
-                stems=stems(item, self.folder),
+                stems=stems(item, self.folder, len(result.urls)),
             )
         )
         self._moved(job, "completed")
@@ -672,7 +695,7 @@ class Run:
             self._halt(
                 "max_credits",
                 f"the API does not say what {printable(item.model, 80)} costs, so no limit can be "
-                "kept; go on without one (max_credits) if you want to",
+                "kept; go on without a limit if you want to",
             )
 
     async def _download(self, result: GenerationResult, stem: str) -> tuple[Path, ...]:
@@ -733,7 +756,7 @@ class Run:
             code="results_expired",
             charged=True,
             message="the links to its results have expired (they are kept for 24 hours); "
-            "submitting it again (resubmit_expired) pays again",
+            "submitting it again pays again",
         )
 
     async def _verify(self) -> None:
@@ -750,7 +773,7 @@ class Run:
                     await self.ledger.damaged(item.number)
                 damaged = evolve(item, state="completed", files=())
                 self._moved(_Job(item, key=None), "completed")
-                if await self._room(damaged):
+                if await self._room(damaged) and item.number not in self._active:
                     self._start(damaged)
 
     # -- telling ---------------------------------------------------------------------------
@@ -764,6 +787,12 @@ class Run:
             self._ends.append(time.monotonic())
         self._notify()
         self._report_progress()
+
+    async def _keep_telling(self) -> None:
+        """Rate and time left change while nothing else does."""
+        while self.progress is not None:
+            await asyncio.sleep(_TELL_EVERY)
+            self._report_progress()
 
     def _report_progress(self) -> None:
         if self.progress is not None:

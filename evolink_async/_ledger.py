@@ -61,8 +61,8 @@ _APPLICATION: Final = 0x45764C6B
 """SQLite's ``application_id`` of our files: "EvLk"."""
 _CHUNK: Final = 500
 """Input lines per transaction while reading: bounds memory."""
-_GROUP: Final = 512
-"""Most changes that share one commit."""
+_GROUP: Final = 64
+"""Most changes that share one commit: those who wait for it wake in one turn of the loop."""
 
 _CREATE: Final = """
 CREATE TABLE items (
@@ -123,7 +123,14 @@ CREATE TABLE owner (
     key_digest BLOB
 );
 """
-_STEPS: Final = (_CREATE, _OWNER)
+_OUTPUTS: Final = """
+CREATE TABLE outputs (
+    name TEXT NOT NULL,
+    sha256 TEXT NOT NULL,
+    PRIMARY KEY (name, sha256)
+) WITHOUT ROWID;
+"""
+_STEPS: Final = (_CREATE, _OWNER, _OUTPUTS)
 """Step k makes format k+1 of format k; a ledger's ``user_version`` is its format."""
 
 
@@ -315,8 +322,7 @@ class _Worker:
                     each.error = _ours(exc, self._path)
             _tell(group)
         if opened:
-            with contextlib.suppress(OSError):
-                self._path.with_name(_RESERVE).unlink(missing_ok=True)
+            _release(self._path)
         for opened_one in (connection, lock):
             if opened_one is not None:
                 with contextlib.suppress(sqlite3.Error):
@@ -356,7 +362,7 @@ def _do_with_room(connection: sqlite3.Connection, group: Sequence[_Job], path: P
             full = getattr(exc, "sqlite_errorname", "").startswith("SQLITE_FULL")
             if not full or group[0].alone:
                 raise
-            path.with_name(_RESERVE).unlink(missing_ok=True)
+            _release(path)
             time.sleep(pause)
         else:
             return
@@ -367,8 +373,21 @@ def _reserve(path: Path) -> None:
     """Take the room that is to be kept; a disk without it is found out soon enough."""
     reserve = path.with_name(_RESERVE)
     with contextlib.suppress(OSError):
-        if not reserve.exists() or reserve.stat().st_size != _RESERVED:
+        if not reserve.exists() or (_is_reserve(reserve) and reserve.stat().st_size != _RESERVED):
             reserve.write_bytes(bytes(_RESERVED))
+
+
+def _release(path: Path) -> None:
+    """Give that room back."""
+    reserve = path.with_name(_RESERVE)
+    with contextlib.suppress(OSError):
+        if _is_reserve(reserve):
+            reserve.unlink()
+
+
+def _is_reserve(path: Path) -> bool:
+    """False for a file of somebody else."""
+    return path.stat().st_size <= _RESERVED and not any(path.read_bytes())
 
 
 @contextlib.contextmanager
@@ -560,7 +579,7 @@ class Ledger:
 
         *lines* is iterated in the ledger's thread. Items are recognised by their user's id,
         or by their request and how many equal ones stand above them; known ones keep their
-        state, the rest is queued.
+        state, the rest is queued. If none is good, the input stays what it was.
 
         Raises:
             LedgerError: It cannot be written.
@@ -584,6 +603,22 @@ class Ledger:
             )
         )
 
+    # -- what else is in the folder --------------------------------------------------------
+
+    async def outputs(self, name: str) -> frozenset[str]:
+        """The SHA-256 a file of that name beside the pictures has if a batch wrote it."""
+        sql = "SELECT sha256 FROM outputs WHERE name = ?"
+        return await self._do(
+            lambda connection: frozenset(
+                sha256 for (sha256,) in connection.execute(sql, (name,)).fetchall()
+            )
+        )
+
+    async def record_outputs(self, name: str, digests: Iterable[str]) -> None:
+        """From now on a file of that name with one of these SHA-256 is ours, others are not."""
+        rows = [(name, digest) for digest in digests]
+        await self._do(lambda connection: _record_outputs(connection, name, rows))
+
     # -- looking ---------------------------------------------------------------------------
 
     async def page(
@@ -600,6 +635,13 @@ class Ledger:
         """
         return await self._do(lambda connection: _page(connection, states, after, limit))
 
+    async def state(self, number: int) -> str:
+        """The state it is in now."""
+        sql = "SELECT state FROM items WHERE number = ?"
+        return await self._do(
+            lambda connection: str(connection.execute(sql, (number,)).fetchone()[0])
+        )
+
     async def counts(self) -> Counts:
         """The whole ledger in numbers."""
         return await self._do(_counts)
@@ -615,7 +657,8 @@ class Ledger:
         await asyncio.to_thread(self._worker.check_lock)
         await self._change(
             "UPDATE items SET state = 'submitting', idempotency_key = ?, submitting_at = ?, "
-            "code = NULL, message = NULL, retryable = 0 WHERE number = ?",
+            "code = NULL, message = NULL, retryable = 0 WHERE number = ? "
+            "AND state IN ('queued', 'uncertain', 'submitting')",
             (key, time.time(), number),
         )
 
@@ -720,8 +763,8 @@ _QUEUED: Final = (
 
 
 def _once(connection: sqlite3.Connection, sql: str, values: tuple[Any, ...]) -> None:
-    if connection.execute(sql, values).rowcount != 1:  # pragma: no cover - numbers come from here
-        raise AssertionError(values)
+    if connection.execute(sql, values).rowcount != 1:
+        raise AssertionError(values)  # a mistake of ours, which must not cost money
 
 
 _OWNED: Final = (
@@ -827,6 +870,13 @@ def _saved(connection: sqlite3.Connection, number: int, files: Sequence[File]) -
     )
 
 
+def _record_outputs(
+    connection: sqlite3.Connection, name: str, rows: Sequence[tuple[str, str]]
+) -> None:
+    connection.execute("DELETE FROM outputs WHERE name = ?", (name,))
+    connection.executemany("INSERT INTO outputs (name, sha256) VALUES (?, ?)", rows)
+
+
 def _requeue_failed(connection: sqlite3.Connection, retryable: bool, codes: Sequence[str]) -> int:  # noqa: FBT001 - private
     marks = ", ".join("?" * len(codes))
     return connection.execute(
@@ -872,7 +922,7 @@ def _load(
         connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]  # noqa: S608 - ours
         for table in ("incoming", "invalid")
     )
-    if skip_invalid or not invalid:
+    if valid and (skip_invalid or not invalid):
         with _transaction(connection):
             _merge(connection)
     return Loaded(valid=valid, invalid=invalid)

@@ -481,6 +481,16 @@ class Session:
             self._slots.release()
 
     @property
+    def unsent(self) -> frozenset[str]:
+        """Idempotency keys of the submits that cost nothing yet.
+
+        They wait for a seat, a cool-down or another attempt: no POST of theirs has left, or
+        each that has was surely refused.
+        """
+        in_air = {post.idempotency_key for post in self._posts.values() if post.in_air}
+        return frozenset(post.idempotency_key for post in self._posts.values()) - in_air
+
+    @property
     def max_in_flight(self) -> int:
         """Generations running at once."""
         return self._max_in_flight

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
+import stat
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any, Final, TypeVar
 
 from attrs import field, frozen
 
-from evolink_async._batch_files import sweep
+from evolink_async._batch_files import Draft, digest_of, is_foreign, sweep
 from evolink_async._batch_input import Source, read
 from evolink_async._batch_run import NOT_FOUND, BatchProgress, Options, Run, Stop
 from evolink_async._clock import hold
@@ -31,17 +31,15 @@ from evolink_async._gallery import write_gallery
 from evolink_async._ledger import EMULATOR, LEDGER, Counts, Invalid, Item, Ledger
 from evolink_async._session import Session
 from evolink_async._text import printable
-from evolink_async.errors import (
-    ConfigurationError,
-    RequestValidationError,
-)
+from evolink_async.errors import ConfigurationError, LedgerError, RequestValidationError
 
 __all__ = ["BatchProgress", "BatchReport", "Invalid", "Problem", "Stop", "run_batch"]
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SHOWN: Final = 1000
+_CHUNK: Final = 500
+"""Items of manifest and gallery written at once."""
 _MANIFEST: Final = "manifest.jsonl"
 _GALLERY: Final = "gallery.html"
 
@@ -102,6 +100,8 @@ class BatchReport:
         manifest: A JSON line per item; None if it could not be written.
         gallery: The page to look at the pictures with; None if none was wanted, or it
             could not be written.
+        unwritten: Why manifest or gallery could not be written, or the ledger is gone, with
+            what to do.
     """
 
     folder: Path
@@ -123,15 +123,18 @@ class BatchReport:
     problems: tuple[Problem, ...] = field(repr=False)
     manifest: Path | None
     gallery: Path | None
+    unwritten: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
-        """0 all saved, 1 not all, 3 stopped by the API, network or disk, 130 interrupted."""
-        if self.stop is not None and self.stop.kind == "interrupted":
-            return 0 if self.saved == self.total else 130
-        if self.stop is not None and self.stop.kind != "max_credits":
+        """0 all saved, 1 not all, 3 API, network or disk, 130 interrupted."""
+        kind = None if self.stop is None else self.stop.kind
+        complete = self.saved == self.total
+        if kind == "interrupted" and not complete:
+            return 130
+        if self.unwritten or kind not in {None, "interrupted", "max_credits"}:
             return 3
-        return 0 if self.saved == self.total else 1
+        return 0 if complete else 1
 
 
 async def run_batch(
@@ -190,13 +193,14 @@ async def run_batch(
             from ending.
         patience: Seconds of the session's clock the API may be unreachable or refuse all
             submits before the batch stops.
-        progress: Called on the event loop at each change of an item's state.
+        progress: Called on the event loop at each change of an item's state, and each second.
         on_invalid: Called with each bad line.
 
     Raises:
-        RequestValidationError: Lines are bad and *skip_invalid* is not set; nothing was sent.
-        ConfigurationError: *source* or *out* cannot be used, a file there would be
-            overwritten, or *max_credits* is no number.
+        RequestValidationError: Lines are bad and *skip_invalid* is not set, or all are;
+            nothing was sent.
+        ConfigurationError: *source* is empty, *source* or *out* cannot be used, a file
+            there would be overwritten, or *max_credits* is no number.
         LedgerError: The ledger is in use, damaged, of a newer format, belongs to another API
             or key, or cannot be written.
     """
@@ -208,11 +212,14 @@ async def run_batch(
         grace=grace,
         patience=patience,
     )
+    await asyncio.to_thread(_check_readable, source)
     folder = await asyncio.to_thread(_make_folder, out)
-    await asyncio.to_thread(_check_outputs, folder, source)
+    names = (_MANIFEST, _GALLERY) if gallery else (_MANIFEST,)
+    await asyncio.to_thread(_check_source, folder, source)
     with hold(session.clock):
         ledger = await Ledger(folder / LEDGER).__aenter__()
     try:
+        await _check_outputs(ledger, folder, names)
         await _claim(ledger, session, emulated=emulated, new_key=new_key)
         await asyncio.to_thread(sweep, folder)
         invalid = await _load(ledger, source, skip_invalid=skip_invalid, on_invalid=on_invalid)
@@ -229,17 +236,10 @@ async def run_batch(
             progress=progress,
         )
         await run.go(stop)
-        manifest = await _write_lines(folder / _MANIFEST, _manifest_lines(ledger))
-        page = None
-        if gallery:
-            lines = write_gallery(_all_items(ledger), title=folder.name)
-            page = await _write_lines(folder / _GALLERY, lines)
+        unwritten = {name: await _write(ledger, folder / name) for name in names}
+        unwritten[LEDGER] = await asyncio.to_thread(_missing, ledger)
         return await _report(
-            run,
-            invalid=invalid,
-            seconds=time.monotonic() - started,
-            manifest=manifest,
-            gallery=page,
+            run, invalid=invalid, seconds=time.monotonic() - started, unwritten=unwritten
         )
     finally:
         await ledger.__aexit__()
@@ -273,24 +273,45 @@ def _make_folder(out: str | os.PathLike[str]) -> Path:
     except (OSError, ValueError) as exc:
         why = exc.strerror if isinstance(exc, OSError) else "it cannot be the name of a folder"
         raise ConfigurationError(
-            f"out={printable(str(folder))} cannot be written to: {why}; choose another folder"
+            f"the folder {printable(str(folder))} cannot be written to: {why}; choose another one"
         ) from exc
     return folder.resolve()
 
 
-def _check_outputs(folder: Path, source: Source) -> None:
-    """Refuse to write over the input, or over what no batch has written."""
-    fresh = not (folder / LEDGER).exists()
+def _check_readable(source: Source) -> None:
+    """Refuse an input that is not there, before a folder is made for it."""
+    if not isinstance(source, str | os.PathLike) or source == "-":
+        return
+    why: object = None
+    try:
+        mode = Path(source).stat().st_mode  # not opened: a pipe can be read only once
+    except (OSError, ValueError) as exc:
+        why = exc.strerror if isinstance(exc, OSError) else "it cannot be the name of a file"
+    else:
+        why = "it is a folder" if stat.S_ISDIR(mode) else None
+    if why is not None:
+        name = printable(os.fspath(source))
+        raise ConfigurationError(f"the prompts cannot be read from {name}: {why}")
+
+
+def _check_source(folder: Path, source: Source) -> None:
+    """Refuse to write over the input."""
     for path in (folder / name for name in (_MANIFEST, _GALLERY)):
         if _is_source(path, source):
             raise ConfigurationError(
-                f"source={printable(str(path))} would be overwritten: the batch writes a file of "
-                "that name; rename it, or choose another folder (out)"
+                f"the input {printable(str(path))} would be overwritten: the batch writes a file "
+                "of that name; rename it, or choose another folder"
             )
-        if fresh and path.is_file():
+
+
+async def _check_outputs(ledger: Ledger, folder: Path, names: tuple[str, ...]) -> None:
+    """Refuse to write over what is not as a batch wrote it."""
+    for path in (folder / name for name in names):
+        ours = await ledger.outputs(path.name)
+        if await asyncio.to_thread(is_foreign, path, ours):
             raise ConfigurationError(
-                f"{printable(str(path))} would be overwritten, and no batch has written it (there "
-                "is no ledger beside it); move it, or choose another folder (out)"
+                f"{printable(str(path))} would be overwritten, and it is not what the batch "
+                "wrote there; move it, or choose another folder"
             )
 
 
@@ -312,6 +333,11 @@ async def _load(
 ) -> int:
     """Read the input into the ledger; returns how many lines were bad."""
     loaded = await ledger.load(read(source), skip_invalid=skip_invalid)
+    if not loaded.valid and not loaded.invalid:
+        raise ConfigurationError(
+            f"there is nothing to do: {_name_of(source)} holds no prompt, blank lines aside; "
+            "nothing was submitted"
+        )
     if not loaded.invalid:
         return 0
     first = (await ledger.invalid(limit=1))[0]
@@ -320,11 +346,11 @@ async def _load(
         for each in bad:
             on_invalid(each)
         after = bad[-1].line
-    if not skip_invalid:
+    if not skip_invalid or not loaded.valid:
+        advice = "correct or skip them" if loaded.valid else "correct them"
         raise RequestValidationError(
             f"{loaded.invalid} of {loaded.valid + loaded.invalid} lines cannot be submitted, the "
-            f"first is line {first.line}: {first.reason}. Nothing was submitted: correct them, "
-            "or skip them (skip_invalid)",
+            f"first is line {first.line}: {first.reason}. Nothing was submitted: {advice}",
             field=f"line {first.line}",
             value=None,
             allowed="a prompt, or an object with the fields of a request",
@@ -332,12 +358,18 @@ async def _load(
     return loaded.invalid
 
 
+def _name_of(source: Source) -> str:
+    if source == "-":
+        return "standard input"
+    return printable(os.fspath(source)) if isinstance(source, str | os.PathLike) else "the input"
+
+
 # ---------------------------------------------------------------------------------------------
 # Telling
 
 
 async def _report(
-    run: Run, *, invalid: int, seconds: float, manifest: Path | None, gallery: Path | None
+    run: Run, *, invalid: int, seconds: float, unwritten: Mapping[str, str | None]
 ) -> BatchReport:
     """What it has come to, by the ledger."""
     counts = await run.ledger.counts()
@@ -345,6 +377,7 @@ async def _report(
     problems = await run.ledger.page(
         "submitting", "submitted", "completed", "failed", "uncertain", limit=_SHOWN
     )
+    written = {name: run.folder / name for name, why in unwritten.items() if why is None}
     return BatchReport(
         folder=run.folder,
         total=sum(states.values()),
@@ -363,8 +396,9 @@ async def _report(
         seconds=seconds,
         stop=run.stop,
         problems=tuple(_problem(item) for item in problems),
-        manifest=manifest,
-        gallery=gallery,
+        manifest=written.get(_MANIFEST),
+        gallery=written.get(_GALLERY),
+        unwritten=tuple(why for why in unwritten.values() if why is not None),
     )
 
 
@@ -396,8 +430,8 @@ async def _all_items(ledger: Ledger) -> AsyncIterator[Item]:
         after = (page[-1].line, page[-1].number)
 
 
-async def _manifest_lines(ledger: Ledger) -> AsyncIterator[str]:
-    async for item in _all_items(ledger):
+async def _manifest_lines(items: AsyncIterator[Item]) -> AsyncIterator[str]:
+    async for item in items:
         yield json.dumps(_record(item)) + "\n"
 
 
@@ -421,24 +455,52 @@ def _record(item: Item) -> Mapping[str, Any]:
     }
 
 
-async def _write_lines(path: Path, lines: AsyncIterator[str]) -> Path | None:
-    """Replace *path* as a whole; None, with a warning, if that cannot be done."""
-    partial_path = path.with_name(f".{path.name}.part")
+async def _write(ledger: Ledger, path: Path) -> str | None:
+    """Replace manifest or gallery as a whole; returns why not, with what to do, if not."""
+    draft = Draft(path)
     try:
-        file = await asyncio.to_thread(partial_path.open, "w", encoding="utf-8", newline="\n")
+        await asyncio.to_thread(draft.open)
         try:
-            chunk: list[str] = []
-            async for line in lines:
-                chunk.append(line)
-                if len(chunk) >= 500:
-                    await asyncio.to_thread(file.write, "".join(chunk))
-                    chunk.clear()
-            await asyncio.to_thread(file.write, "".join(chunk))
+            await _fill(draft, ledger)
+            digest = await asyncio.to_thread(draft.finish)
+            ours = await ledger.outputs(path.name)
+            now = await asyncio.to_thread(digest_of, path)
+            # Before it has the name: killed in between, the next run must know both.
+            await ledger.record_outputs(path.name, {digest} | (ours & {now}))
+            await asyncio.to_thread(draft.publish, ours)
         finally:
-            await asyncio.to_thread(file.close)
-        await asyncio.to_thread(os.replace, partial_path, path)
+            await asyncio.to_thread(draft.discard)
+    except FileExistsError as exc:
+        why = f"{exc.strerror}; move it"
     except OSError as exc:
-        logger.warning("%s cannot be written: %s", path, exc.strerror or exc)
-        partial_path.unlink(missing_ok=True)
+        why = f"{exc.strerror or exc}; see to that"
+    except LedgerError as exc:
+        why = str(exc)
+    else:
         return None
-    return path
+    return f"{printable(str(path))} cannot be written: {why}, then run the same batch again"
+
+
+def _missing(ledger: Ledger) -> str | None:
+    if ledger.path.exists():
+        return None
+    return (
+        f"the ledger {printable(str(ledger.path))} was removed while it was in use: a new one "
+        f"knows nothing of what was paid for; {_MANIFEST}, if it was written, names it all"
+    )
+
+
+async def _fill(draft: Draft, ledger: Ledger) -> None:
+    items = _all_items(ledger)
+    pieces = (
+        _manifest_lines(items)
+        if draft.path.name == _MANIFEST
+        else write_gallery(items, title=draft.path.parent.name)
+    )
+    chunk: list[str] = []
+    async for piece in pieces:
+        chunk.append(piece)
+        if len(chunk) >= _CHUNK:
+            await asyncio.to_thread(draft.write, "".join(chunk))
+            chunk.clear()
+    await asyncio.to_thread(draft.write, "".join(chunk))

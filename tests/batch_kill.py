@@ -1,6 +1,6 @@
-"""Kills a batch with SIGKILL at chosen events, restarts it, and compares all books in the end.
+"""Kills batches, or fills their disk, at chosen events, and compares all books in the end.
 
-    python tests/batch_kill.py --kills 1000 --seed 7
+    python tests/batch_kill.py --kills 1000 --full-disks 200 --seed 7
 
 The emulator runs here; the batch runs in a child process that kills itself, or is killed by
 the emulator, at the k-th event of one kind:
@@ -8,7 +8,12 @@ the emulator, at the k-th event of one kind:
 * ``received``: a POST has arrived; ``answered``: it was processed, its answer is on its way;
 * ``load``, ``submitting``, ``submitted``, ``completed``, ``saved``: a commit of that kind,
   right before or right after it;
-* ``renamed``: a picture gets its name, right before or right after.
+* ``renamed``: a picture gets its name, right before or right after; ``written``: manifest or
+  gallery do.
+
+A disk fills up at the k-th write of one kind, and stays full until the process ends: that of a
+``picture``, of the ``ledger`` (a commit), of ``manifest`` or ``gallery``. Either the ledger's
+reserve is room enough for it, or there is none for it, either.
 """
 
 from __future__ import annotations
@@ -16,8 +21,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
 import hashlib
+import io
 import json
+import logging
 import os
 import random
 import re
@@ -42,6 +50,7 @@ from evolink_async.batch import run_batch
 from evolink_async.emulator import Emulator, RealClock
 from evolink_async.emulator._exchange import Exchange
 from evolink_async.emulator.faults import Armed, RequestFault
+from evolink_async.errors import LedgerError
 
 KINDS = (
     "received",
@@ -52,7 +61,12 @@ KINDS = (
     "completed",
     "saved",
     "renamed",
+    "written",
 )
+DISK_KINDS = ("picture", "ledger", "manifest", "gallery")
+MOST = {"load": 1, "written": 2, "ledger": 60, "manifest": 1, "gallery": 1}
+"""The last event of a kind at which something happens; 4 if nothing is said here."""
+TROUBLE = 3
 ITEMS = 24
 CONNECTIONS = 6
 SCALE = 50.0
@@ -67,6 +81,7 @@ class Plan:
     base_url: str
     prompts: tuple[str, ...]
     resend: bool = False
+    resubmit: bool = False
     kind: str = ""
     nth: int = 0
     after: bool = False
@@ -122,15 +137,84 @@ def watch(trigger: Trigger) -> None:
         return connection
 
     def replace_watched(source: Any, target: Any) -> None:
-        kind = "renamed" if str(target).endswith(".png") else ""
+        kind = {".png": "renamed", ".html": "written", ".jsonl": "written"}.get(
+            Path(target).suffix, ""
+        )
         trigger.around(kind, lambda: replace(source, target))
 
     sqlite3.connect = connect_watched  # type: ignore[assignment]  # as sqlite3 has it
     os.replace = replace_watched  # type: ignore[assignment]  # as os has it
 
 
-async def run(plan: Plan) -> None:
-    """One run of the batch, on the emulator's time scale."""
+@define
+class Disk:
+    """Is full from the n-th write of one kind on."""
+
+    plan: Plan
+    seen: int = 0
+    full: bool = False
+
+    def count(self, kind: str) -> None:
+        """One more write of that kind is about to happen."""
+        if kind == self.plan.kind:
+            self.seen += 1
+            self.full = self.full or self.seen == self.plan.nth
+
+    def write(self, kind: str) -> None:
+        """Let a write of that kind pass, or not."""
+        self.count(kind)
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def commit(self) -> None:
+        """Let a commit pass, or not."""
+        self.count("ledger")
+        reserved = Path(self.plan.out, "ledger.reserve").exists()
+        if self.full and (reserved or self.plan.after):
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorname = "SQLITE_FULL"
+            raise error
+
+
+def fill(disk: Disk) -> None:
+    """Have this process write pictures, ledger, manifest and gallery to *disk*."""
+
+    class Filled(sqlite3.Connection):
+        changed = False
+
+        def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+            self.changed = self.changed or " WHERE number = ?" in sql
+            if sql == "COMMIT" and (self.changed or disk.full):
+                self.changed = False
+                disk.commit()
+            return super().execute(sql, *values)
+
+    class File(io.FileIO):
+        kind = ""
+
+        def write(self, data: Any) -> int:
+            disk.write(self.kind)
+            return super().write(data)
+
+    connect, open_ = sqlite3.connect, io.open
+
+    def connect_filled(*args: Any, **options: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = connect(*args, factory=Filled, **options)
+        return connection
+
+    def open_filled(name: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
+        if mode not in {"xb", "r+b"}:
+            return open_(name, mode, *args, **options)
+        file = File(name, mode)
+        file.kind = "picture" if mode == "r+b" else Path(name).name.split(".")[1]
+        return io.BufferedWriter(file) if mode == "xb" else io.BufferedRandom(file)
+
+    sqlite3.connect = connect_filled  # type: ignore[assignment]  # as sqlite3 has it
+    io.open = open_filled  # type: ignore[assignment]  # as io has it
+
+
+async def run(plan: Plan) -> int:
+    """One run of the batch, on the emulator's time scale; 3 if the API or the disk stopped it."""
     async with Session(
         "emulator-key",
         base_url=plan.base_url,
@@ -139,25 +223,34 @@ async def run(plan: Plan) -> None:
         poll=PollPolicy(deadline=600),
         retry=RetryPolicy(attempts=5),
     ) as session:
-        report = await run_batch(
-            session, plan.prompts, plan.out, gallery=False, resend_uncertain=plan.resend
-        )
-        if report.stop is not None:
-            raise RuntimeError(report.stop.message)
+        try:
+            report = await run_batch(
+                session,
+                plan.prompts,
+                plan.out,
+                resend_uncertain=plan.resend,
+                resubmit_expired=plan.resubmit,
+                grace=1,
+            )
+        except LedgerError:
+            return TROUBLE
+        return TROUBLE if report.exit_code == TROUBLE else 0
 
 
 def serve_children() -> None:
     """Fork a child for each plan that is read: what takes long, the imports, is done once."""
+    logging.getLogger("evolink_async").addHandler(logging.NullHandler())
     for line in sys.stdin:
         plan = Plan(**json.loads(line))
         child = os.fork()
         if not child:
             code = 1
             try:
-                if plan.kind and plan.kind not in IN_SERVER:
+                if plan.kind in DISK_KINDS:
+                    fill(Disk(plan))
+                elif plan.kind and plan.kind not in IN_SERVER:
                     watch(Trigger(plan))
-                asyncio.run(run(plan))
-                code = 0
+                code = asyncio.run(run(plan))
             finally:
                 sys.stderr.flush()
                 os._exit(code)
@@ -192,11 +285,12 @@ class Kill(RequestFault):
 
 @define
 class Harness:
-    """Kills batches and looks at what is left."""
+    """Kills batches, or fills their disk, and looks at what is left."""
 
     kills: int
     seed: int
     folder: Path
+    kinds: tuple[str, ...] = KINDS
     draw: random.Random = field(init=False)
     zygote: subprocess.Popen[str] = field(init=False)
     hits: Counter[str] = field(factory=Counter, init=False)
@@ -207,7 +301,7 @@ class Harness:
         self.draw = random.Random(self.seed)
 
     def run(self) -> None:
-        """Kill as often as asked, each kind in turn.
+        """Kill, or fill the disk, as often as asked, each kind in turn.
 
         Raises:
             AssertionError: Something was lost, or paid twice.
@@ -226,16 +320,8 @@ class Harness:
 
     @contextlib.contextmanager
     def _children(self) -> Iterator[None]:
-        self.zygote = subprocess.Popen(  # noqa: S603 - this very file
-            [sys.executable, __file__, "--children"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        try:
+        with children() as self.zygote:
             yield
-        finally:
-            self.zygote.communicate()
 
     def _batch(self, emulator: Emulator, out: Path) -> None:
         prompts = tuple(f"batch {self.batches} prompt {k // 2}" for k in range(ITEMS))
@@ -245,16 +331,16 @@ class Harness:
             "prompts": prompts,
         }
         while sum(self.hits.values()) < self.kills:
-            least = min(self.hits[kind] for kind in KINDS)
-            kind = self.draw.choice([each for each in KINDS if self.hits[each] == least])
-            nth = 1 if kind == "load" else self.draw.randint(1, 4)
+            least = min(self.hits[kind] for kind in self.kinds)
+            kind = self.draw.choice([each for each in self.kinds if self.hits[each] == least])
+            nth = self.draw.randint(1, MOST.get(kind, 4))
             code = self._child(
                 emulator,
                 Plan(**plan, kind=kind, nth=nth, after=self.draw.random() < 0.5),
             )
             if code == 0:
                 break  # all is done: it never got there
-            assert code == -signal.SIGKILL, code
+            assert code == (TROUBLE if kind in DISK_KINDS else -signal.SIGKILL), code
             self.hits[kind] += 1
             self._look_at_the_wreck(out)
         assert self._child(emulator, Plan(**plan)) == 0
@@ -263,8 +349,6 @@ class Harness:
         self._check_all_paid_once(emulator, out, prompts)
 
     def _child(self, emulator: Emulator, plan: Plan) -> int:
-        assert self.zygote.stdin is not None
-        assert self.zygote.stdout is not None
         child: list[int] = []
         emulator.faults.clear()
         if plan.kind in IN_SERVER:
@@ -276,10 +360,7 @@ class Harness:
                     kill=lambda: os.kill(child[0], signal.SIGKILL),
                 )
             )
-        self.zygote.stdin.write(json.dumps({f: getattr(plan, f) for f in FIELDS}) + "\n")
-        self.zygote.stdin.flush()
-        child.append(int(self.zygote.stdout.readline()))
-        return int(self.zygote.stdout.readline())
+        return start(self.zygote, plan, child.append)
 
     def _look_at_the_wreck(self, out: Path) -> None:
         """No more is in doubt than may have been in the air, and each of it has its key."""
@@ -300,26 +381,58 @@ class Harness:
         doubtful = {key for state, _, key in items if state == "uncertain"}
         for task in emulator.books.tasks():
             assert task.id in known or task.idempotency_key in doubtful, task
-        self._check_files(out)
-
-    def _check_files(self, out: Path) -> None:
-        """What is on disk is what the ledger says, and nothing else is."""
-        files = dict(ledger(out, "SELECT name, sha256 FROM files"))
-        found = {
-            path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.glob("*.png")
-        }
-        assert found == files
-        assert not list(out.glob(".*.part"))
+        check_files(out)
 
     def _check_all_paid_once(self, emulator: Emulator, out: Path, prompts: tuple[str, ...]) -> None:
         assert ledger(out, "SELECT DISTINCT state FROM items") == [("saved",)]
         bought = Counter(task.prompt for task in emulator.books.tasks())
         assert bought == Counter(prompts)
         assert emulator.books.charged == len(prompts)
-        self._check_files(out)
+        check_files(out)
 
 
-FIELDS = ("out", "base_url", "prompts", "resend", "kind", "nth", "after")
+FIELDS = ("out", "base_url", "prompts", "resend", "resubmit", "kind", "nth", "after")
+
+
+@contextlib.contextmanager
+def children() -> Iterator[subprocess.Popen[str]]:
+    """A process that forks children."""
+    zygote = subprocess.Popen(  # noqa: S603 - this very file
+        [sys.executable, __file__, "--children"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield zygote
+    finally:
+        zygote.communicate()
+
+
+def start(
+    zygote: subprocess.Popen[str], plan: Plan, started: Callable[[int], None] = lambda _: None
+) -> int:
+    """Run *plan* in a child to its exit code; its process id is told once it runs."""
+    assert zygote.stdin is not None
+    assert zygote.stdout is not None
+    zygote.stdin.write(json.dumps({f: getattr(plan, f) for f in FIELDS}) + "\n")
+    zygote.stdin.flush()
+    started(int(zygote.stdout.readline()))
+    return int(zygote.stdout.readline())
+
+
+def check_files(out: Path) -> None:
+    """What is on disk is what the ledger says, and nothing else is; manifest and gallery agree."""
+    files = dict(ledger(out, "SELECT name, sha256 FROM files"))
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.glob("*.png")}
+    assert found == files
+    assert not list(out.glob(".*.part"))
+    manifest = (out / "manifest.jsonl").read_text("utf-8").splitlines()
+    told = {file["name"]: file["sha256"] for line in manifest for file in json.loads(line)["files"]}
+    assert told == files
+    page = (out / "gallery.html").read_text("utf-8")
+    assert page.endswith("</html>\n")
+    assert all(name in page for name in files)
 
 
 def ledger(out: Path, sql: str) -> list[tuple[Any, ...]]:
@@ -337,6 +450,7 @@ def main() -> int:
     """Kill, compare, print what was done."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--kills", type=int, default=50)
+    options.add_argument("--full-disks", type=int, default=0)
     options.add_argument("--seed", type=int, default=None)
     options.add_argument("--children", action="store_true", help=argparse.SUPPRESS)
     given = options.parse_args()
@@ -345,15 +459,20 @@ def main() -> int:
         return 0
     seed = secrets.randbelow(10**6) if given.seed is None else given.seed
     print(f"seed {seed}", flush=True)  # noqa: T201 - to repeat it with
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        harness = Harness(given.kills, seed, Path(folder))
-        harness.run()
-    print(  # noqa: T201 - the result
-        f"{sum(harness.hits.values())} kills in {harness.batches} batches of {ITEMS} items, "
-        f"{time.monotonic() - started:.0f} s: {dict(harness.hits)}; at most {CONNECTIONS} items "
-        f"were uncertain after a kill, {harness.uncertain} in all; no item lost, none paid twice"
-    )
+    for what, times, kinds in (
+        ("kills", given.kills, KINDS),
+        ("full disks", given.full_disks, DISK_KINDS),
+    ):
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            harness = Harness(times, seed, Path(folder), kinds)
+            harness.run()
+        print(  # noqa: T201 - the result
+            f"{sum(harness.hits.values())} {what} in {harness.batches} batches of {ITEMS} items, "
+            f"{time.monotonic() - started:.0f} s: {dict(harness.hits)}; at most {CONNECTIONS} "
+            f"items were uncertain after each, {harness.uncertain} in all; no item lost, none "
+            "paid twice"
+        )
     return 0
 
 

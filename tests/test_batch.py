@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -24,11 +26,19 @@ import pytest
 from aiohttp import web
 from attrs import define
 
-from evolink_async import ImageRequest, PollPolicy, RawRequest, RetryPolicy, Session, _batch_cli
+from evolink_async import (
+    ImageRequest,
+    PollPolicy,
+    RawRequest,
+    RetryPolicy,
+    Session,
+    _batch_cli,
+    _batch_run,
+)
 from evolink_async.__main__ import main
 from evolink_async._ledger import LEDGER
 from evolink_async.batch import BatchProgress, BatchReport, Invalid, run_batch
-from evolink_async.emulator import Emulator, ManualClock, faults
+from evolink_async.emulator import Emulator, ManualClock, RealClock, faults
 from evolink_async.emulator._exchange import Exchange
 from evolink_async.errors import (
     ConfigurationError,
@@ -198,6 +208,32 @@ async def test_a_file_of_somebody_else_is_not_replaced(desk: Desk) -> None:
     assert (desk.out / "hero-1.png").read_text() == "mine"
 
 
+@pytest.mark.parametrize("item", [{"prompt": "a lake", "n": 2}, {"id": "h", "prompt": "b", "n": 2}])
+async def test_no_picture_of_an_item_takes_the_name_of_a_file_of_somebody_else(
+    desk: Desk, tmp_path: Path, item: dict[str, Any]
+) -> None:
+    """With an id or without, the first or a later one: all its names are looked at."""
+    await Desk(desk.emulator, tmp_path / "other").run([item])
+    desk.out.mkdir()
+    for path in (tmp_path / "other").glob("*-2.png"):
+        (desk.out / path.name).write_text("mine")
+    (mine,) = desk.out.iterdir()
+    report = await desk.run([item])
+    assert (report.saved, len(desk.pictures())) == (1, 3)
+    assert mine.read_text() == "mine"
+    assert mine.name not in {file["name"] for file in desk.manifest()[0]["files"]}
+
+
+async def test_where_every_name_is_taken_another_is_found(desk: Desk) -> None:
+    """Even the one that only this item would have."""
+    desk.out.mkdir()
+    digest = hashlib.sha256(b"id:h").hexdigest()[:16]
+    for name in ("h-1.png", f"h-{digest}-1.jpg"):
+        (desk.out / name).write_text("mine")
+    assert (await desk.run([{"id": "h", "prompt": "b"}])).saved == 1
+    assert {(desk.out / name).read_text() for name in ("h-1.png", f"h-{digest}-1.jpg")} == {"mine"}
+
+
 async def test_metadata_and_fields_reach_the_manifest(desk: Desk) -> None:
     """What a line holds beside the request's fields is kept; an id may be a number."""
     await desk.run([{"id": 7, "prompt": "a", "size": "1024x1024", "chapter": "one", "tags": [1]}])
@@ -226,6 +262,24 @@ async def test_requests_of_all_kinds_are_taken(desk: Desk) -> None:
     kinds = {(task.type, task.prompt, task.n) for task in desk.emulator.books.tasks()}
     assert report.saved + report.failed == 3
     assert {("image", "a", 2), ("video", "b", 1)} <= kinds
+
+
+async def test_progress_is_told_while_nothing_changes(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rate and time left of a batch that hangs do not stay what they were."""
+    monkeypatch.setattr(_batch_run, "_TELL_EVERY", 0.005)
+    desk.emulator.faults.add(faults.TaskHangs(50))
+    stop = asyncio.Event()
+    seen: list[BatchProgress] = []
+
+    def look(now: BatchProgress) -> None:
+        seen.append(now)
+        if seen[-5:].count(now) == 5:
+            stop.set()
+
+    report = await desk.run(["a"], progress=look, stop=stop, grace=0)
+    assert report.exit_code == 130
 
 
 async def test_progress_counts_every_item_all_the_time(desk: Desk) -> None:
@@ -260,6 +314,22 @@ async def test_a_text_file(desk: Desk, tmp_path: Path) -> None:
     source.write_text("  a lake \n\n[not json]\n평화로운 호수", "utf-8")
     await desk.run(str(source))
     assert set(desk.bought) == {"a lake", "[not json]", "평화로운 호수"}
+
+
+@pytest.mark.parametrize("name", ["prompts.json", "prompts.txt"])
+@pytest.mark.parametrize("indent", [None, 2])
+async def test_an_array_is_not_taken_for_prompts(
+    desk: Desk, tmp_path: Path, name: str, indent: int | None
+) -> None:
+    """Whoever saves JSON instead of JSON Lines does not pay for pictures of its brackets."""
+    source = tmp_path / name
+    contents = [json.dumps([{"prompt": "a"}, {"prompt": "b"}], indent=indent)]
+    contents += ['["a",\n"b"]'] if name == "prompts.json" else []
+    for content in contents:
+        source.write_text(content)
+        with pytest.raises(RequestValidationError, match="Nothing was submitted"):
+            await desk.run(source)
+    assert desk.emulator.books.requests() == ()
 
 
 async def test_standard_input(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,6 +378,31 @@ async def test_a_bad_line_is_reported_with_its_number_before_any_money_is_spent(
     report = await desk.run(source, skip_invalid=True)
     assert (report.saved, report.invalid, report.exit_code) == (2, 1, 0)
     assert set(desk.bought) == {"first", "last"}
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \r\n\t\n", b"\xef\xbb\xbf"])
+async def test_an_empty_input_is_refused_and_leaves_the_one_of_before(
+    desk: Desk, tmp_path: Path, content: bytes
+) -> None:
+    """A file that is empty by mistake says so, and nothing that was queued is forgotten."""
+    await desk.run(["a"], max_credits=0)
+    source = tmp_path / "empty.txt"
+    source.write_bytes(content)
+    with pytest.raises(ConfigurationError, match=r"empty.txt holds no prompt"):
+        await desk.run(source)
+    with pytest.raises(ConfigurationError, match="the input holds no prompt"):
+        await desk.run([])
+    assert desk.states() == {"queued": 1}
+
+
+async def test_an_input_of_bad_lines_only_is_refused_even_if_they_may_be_skipped(
+    desk: Desk,
+) -> None:
+    """There would be nothing left; what was queued before stays."""
+    await desk.run(["a"], max_credits=0)
+    with pytest.raises(RequestValidationError, match="2 of 2 lines"):
+        await desk.run(["", ""], skip_invalid=True)
+    assert desk.states() == {"queued": 1}
 
 
 async def test_every_bad_line_is_reported(desk: Desk) -> None:
@@ -433,6 +528,20 @@ async def test_an_outage_is_waited_out(desk: Desk) -> None:
     assert set(desk.bought.values()) == {1}
 
 
+async def test_what_waited_while_another_was_put_off_is_not_bought_twice(tmp_path: Path) -> None:
+    """The queue is read before the pause; who was submitted during it is not in it any more."""
+    fast = RealClock(50.0)
+    async with Emulator(clock=fast, pictures="tiny", duration=0.2, estimate=0) as emulator:
+        desk = Desk(emulator, tmp_path / "out")
+        emulator.faults.add(
+            faults.Status(503, route="submit", prompt="lake 0", times=1, retry_after=1)
+        )
+        settings = {"max_connections": 4, "retry": RetryPolicy(attempts=1)}
+        report = await desk.run(prompts(4), settings=settings)
+    assert report.saved == 4
+    assert desk.bought == {f"lake {k}": 1 for k in range(4)}
+
+
 async def test_an_outage_without_end_stops_the_batch(desk: Desk) -> None:
     """After so long without one accepted submit the batch says why and ends, all still queued."""
     desk.emulator.faults.add(faults.Status(503, route="submit"))
@@ -524,6 +633,7 @@ async def test_a_task_the_api_has_forgotten_is_offered_for_resubmission(desk: De
     desk.emulator.faults.add(faults.TaskVanishes(0.5, prompt="a", times=1))
     first = await desk.run(["a"])
     assert (first.failed, first.expired, first.problems[0].code) == (1, 1, "task_not_found")
+    assert "resubmit_expired" not in (first.problems[0].message or "")  # the command shows it, too
     assert (await desk.run(["a"], retry_failed=True)).failed == 1
     assert (await desk.run(["a"], resubmit_expired=True)).saved == 1
     assert desk.bought == {"a": 2}
@@ -693,12 +803,80 @@ async def test_links_that_have_changed_since_are_used(desk: Desk) -> None:
     assert (report.saved, desk.emulator.books.accepted) == (1, 1)
 
 
-async def test_a_page_that_cannot_be_written_does_not_spoil_the_batch(desk: Desk) -> None:
-    """Something else under its name stays, and the report has no page."""
-    (desk.out / "gallery.html").mkdir(parents=True)
-    report = await desk.run(["a"])
-    assert (report.saved, report.gallery) == (1, None)
-    assert (desk.out / "gallery.html").is_dir()
+@pytest.mark.parametrize("name", ["manifest.jsonl", "gallery.html"])
+@pytest.mark.parametrize("kind", ["file", "folder", "dead link"])
+async def test_what_appears_under_the_name_of_an_output_stays_and_is_told(
+    desk: Desk, name: str, kind: str
+) -> None:
+    """The pictures are saved, the report has no such file and says why, the exit code is not 0."""
+    path = desk.out / name
+
+    def appear(now: BatchProgress) -> None:
+        if now.saved == 1 and not os.path.lexists(path):
+            if kind == "folder":
+                path.mkdir()
+            elif kind == "file":
+                path.write_text("mine")
+            else:
+                path.symlink_to("nowhere")
+
+    report = await desk.run(["a"], progress=appear)
+    assert (report.saved, report.exit_code) == (1, 3)
+    assert (report.manifest is None, report.gallery is None) == (
+        name == "manifest.jsonl",
+        name == "gallery.html",
+    )
+    (why,) = report.unwritten
+    assert why.startswith(f"{path} cannot be written: what is there is not what the batch wrote")
+    assert path.is_symlink() if kind == "dead link" else path.exists()
+    assert not list(desk.out.glob(".*.part"))
+    with pytest.raises(ConfigurationError, match=f"{name} would be overwritten"):
+        await desk.run(["a"])
+    assert path.is_dir() or path.is_symlink() or path.read_text() == "mine"
+    assert desk.emulator.books.accepted == 1
+
+
+async def test_an_output_that_was_changed_is_not_written_over(desk: Desk) -> None:
+    """Somebody's notes in the manifest are kept; one that is gone is written anew."""
+    await desk.run(["a"])
+    manifest = desk.out / "manifest.jsonl"
+    with manifest.open("a") as file:
+        file.write("a note\n")
+    with pytest.raises(ConfigurationError, match=r"manifest.jsonl would be overwritten.*move it"):
+        await desk.run(["a", "b"])
+    assert manifest.read_text().endswith("a note\n")
+    assert desk.emulator.books.accepted == 1
+    manifest.unlink()
+    (desk.out / "gallery.html").write_text("mine")
+    report = await desk.run(["a", "b"], gallery=False)
+    assert (report.saved, report.exit_code, report.gallery) == (2, 0, None)
+    assert len(desk.manifest()) == 2
+    assert (desk.out / "gallery.html").read_text() == "mine"
+
+
+async def test_an_output_without_room_is_told_and_the_old_one_stays(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the flush fails, as on a full disk, no half of a file gets the name."""
+    await desk.run(["a"])
+    before = (desk.out / "manifest.jsonl").read_bytes()
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        drafts = desk.out.glob(".manifest.jsonl.*.part")
+        if any(os.path.samestat(draft.stat(), os.fstat(descriptor)) for draft in drafts):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        report = await desk.run(["a", "b"])
+    assert (report.saved, report.exit_code, report.manifest) == (2, 3, None)
+    assert "No space left" in report.unwritten[0]
+    assert (desk.out / "manifest.jsonl").read_bytes() == before
+    assert not list(desk.out.glob(".*.part"))
+    report = await desk.run(["a", "b"])
+    assert (report.exit_code, len(desk.manifest())) == (0, 2)
 
 
 async def test_the_input_and_foreign_files_are_not_written_over(desk: Desk) -> None:
@@ -714,7 +892,7 @@ async def test_the_input_and_foreign_files_are_not_written_over(desk: Desk) -> N
         path.unlink()
     assert desk.emulator.books.requests() == ()
     assert (await desk.run(["a lake"])).saved == 1
-    with pytest.raises(ConfigurationError, match=r"source=.*would be overwritten"):
+    with pytest.raises(ConfigurationError, match=r"the input .*would be overwritten"):
         await desk.run(desk.out / "manifest.jsonl")
 
 
@@ -979,12 +1157,62 @@ async def test_a_disk_that_is_nearly_full_stops_before_more_is_bought(
     assert desk.emulator.books.requests() == ()
 
 
+@pytest.mark.parametrize("removed", ["folder", "ledger"])
+async def test_a_folder_that_is_removed_stops_the_batch_and_what_was_paid_for_is_named(
+    desk: Desk, removed: str
+) -> None:
+    """What runs is still saved, the manifest knows it, and the loss of the ledger is told."""
+
+    def look(now: BatchProgress) -> None:
+        if now.saved == 2 and desk.out.exists() and not gone:
+            gone.append(removed)
+            if removed == "folder":
+                shutil.rmtree(desk.out)
+            else:
+                for path in desk.out.glob("ledger.*"):
+                    path.unlink()
+
+    gone: list[str] = []
+    report = await desk.run(prompts(60), progress=look, settings={"max_in_flight": 4})
+    assert report.stop is not None
+    assert (report.stop.kind, report.exit_code) == ("disk", 3)
+    assert report.uncertain == 0
+    assert "ledger.sqlite3 was removed while it was in use" in report.unwritten[-1]
+    named = {item["task_id"] for item in desk.manifest()} - {None}
+    assert named == {task.id for task in desk.emulator.books.tasks()}
+    with pytest.raises(ConfigurationError, match=r"manifest.jsonl would be overwritten"):
+        await desk.run(prompts(60))
+
+
+async def test_a_disk_that_cannot_be_asked_stops_the_batch(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of the system, as of a share that went away, is told in the report."""
+
+    def fail(_: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(shutil, "disk_usage", fail)
+    report = await desk.run(prompts(3))
+    assert report.stop is not None
+    assert (report.stop.kind, report.exit_code, report.queued) == ("disk", 3, 3)
+    assert f"the folder {desk.out} cannot be used any more: Stale file" in report.stop.message
+
+
+async def test_a_missing_input_makes_no_folder(desk: Desk, tmp_path: Path) -> None:
+    """A slip in its name leaves nothing behind."""
+    for source in ("no-such-file.txt", tmp_path, "a\0b"):
+        with pytest.raises(ConfigurationError, match="cannot be read"):
+            await desk.run(source)
+    assert not desk.out.exists()
+
+
 async def test_a_folder_that_cannot_be_one_is_refused(desk: Desk, tmp_path: Path) -> None:
     """Before the input is read, with the name."""
     (tmp_path / "file").write_text("")
     async with desk.session() as session:
         for out in (tmp_path / "file", tmp_path / "file" / "below", "a\0b"):
-            with pytest.raises(ConfigurationError, match="out="):
+            with pytest.raises(ConfigurationError, match=r"the folder .* cannot be written to"):
                 await run_batch(session, ["a"], out)
 
 
@@ -1105,12 +1333,81 @@ def test_the_command_runs_without_key_or_money(
 ) -> None:
     """With an emulator of its own; without one, and without a key, it says what is missing."""
     monkeypatch.setitem(_batch_cli.EMULATED, "clock", ManualClock())
+    monkeypatch.delitem(_batch_cli.EMULATED, "time_scale")
     monkeypatch.setitem(_batch_cli.EMULATED, "pictures", "tiny")
     assert main(["batch", lakes, "--out", "out", "--emulator"]) == 0
     assert len(list(Path("out").glob("*.png"))) == 3
     assert main(["batch", lakes, "--out", "out", "--emulator"]) == 0
     assert main(["batch", lakes, "--out", "other"]) == 2
     assert "EVOLINK_API_KEY" in capsys.readouterr().err
+
+
+def test_the_command_speaks_of_its_options(
+    api: Emulator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What to do next is said in words that can be typed, not in those of Python."""
+    source, out = tmp_path / "p.jsonl", tmp_path / "out"
+    source.write_text('"a"\n{"prompt": "b", "n": 3}\n')
+    assert main(["batch", str(source), "--out", str(out)]) == 2
+    first = capsys.readouterr().err
+    assert "--skip-invalid" in first
+    assert '"validate": false' in first
+    source.write_text("\n")
+    assert main(["batch", str(source), "--out", str(out)]) == 2
+    source.write_text('"a"\n')
+    assert main(["batch", str(source), "--out", str(source)]) == 2
+    assert main(["batch", str(source), "--out", str(out), "--max-credits", "nan"]) == 2
+    assert main(["batch", str(out / "gallery.html"), "--out", str(out)]) == 2
+    assert main(["batch", str(source), "--out", str(out)]) == 0
+    told = first + capsys.readouterr().err
+    assert not re.search(r"skip_invalid|validate=|resubmit_expired|max_credits|out=|source=", told)
+    source.write_text('{"prompt": "b", "n": 3, "validate": false}\n')
+    assert main(["batch", str(source), "--out", str(out)]) in {0, 1}
+    assert [task.n for task in api.books.tasks(prompt="b")] in ([3], [])
+    assert [record.prompt for record in api.books.submits()] == ["a", "b"]
+
+
+def test_the_command_does_not_end_with_0_if_the_manifest_is_missing(
+    api: Emulator, lakes: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All pictures are there, and what is not is an error with what to do."""
+    sync = os.fsync
+
+    def sync_and_spoil(descriptor: int) -> None:
+        sync(descriptor)
+        Path("out", "manifest.jsonl").touch()
+
+    monkeypatch.setattr(os, "fsync", sync_and_spoil)
+    assert main(["batch", lakes, "--out", "out"]) == 3
+    out, err = capsys.readouterr()
+    assert "saved             3" in out
+    assert "error: " in err
+    assert "manifest.jsonl cannot be written" in err
+    assert "move it, then run the same batch again" in err
+
+
+async def test_a_log_is_told_how_it_goes_even_while_nothing_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A line every few seconds, from the reading on; what is new in the end is told, once."""
+    monkeypatch.setattr(_batch_cli, "_LINE_EVERY", 0.005)
+    told: list[str] = []
+    console = _batch_cli.Console(
+        drive=asyncio.run,
+        say=told.append,
+        say_json=lambda value: told.append(str(value)),
+        tell=told.append,
+        emulator=lambda settings: Emulator(**settings),
+    )
+    running, done = BatchProgress(total=1, running=1), BatchProgress(total=1, saved=1)
+    async with _batch_cli._progress(console) as show:
+        await until(lambda: told.count("reading the prompts") >= 3)
+        reading = len(told)
+        show(running)
+        assert told[reading:] == [_batch_cli._words(running)]
+        await until(lambda: told.count(_batch_cli._words(running)) >= 3)
+        show(done)
+    assert told.count(_batch_cli._words(done)) == 1
 
 
 @pytest.mark.parametrize(

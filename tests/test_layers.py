@@ -54,7 +54,7 @@ FLOORS: dict[str, str] = {
     # the front door re-exports floors 1 and 3
     "__init__": "errors _clock _models _polling _retry _session _task",
     # 5: programs and plugins
-    "_batch_cli": f"_batch_input _retry _session batch emulator {PLAIN}",
+    "_batch_cli": f"errors _batch_input _retry _session batch emulator {PLAIN}",
     "_cli": (
         "_batch_cli __init__ errors _models _polling _protocol _retry _session _task webhook batch "
         "emulator "

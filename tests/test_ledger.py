@@ -80,6 +80,17 @@ async def test_what_was_being_submitted_by_a_process_that_is_gone_is_uncertain(p
     assert (last.state, last.idempotency_key, last.code) == ("uncertain", KEY, "submit_uncertain")
 
 
+async def test_what_was_accepted_cannot_be_submitted_again(path: Path) -> None:
+    """Whoever asks for that has made a mistake, which is stopped before it costs anything."""
+    async with Ledger(path) as ledger:
+        (first,) = await load(ledger, "a lake")
+        await ledger.submitting(first.number, KEY)
+        await ledger.submitted(first.number, key=KEY, task_id="task-1", reserved=1.0)
+        with pytest.raises(AssertionError):
+            await ledger.submitting(first.number, KEY)
+        assert await ledger.state(first.number) == "submitted"
+
+
 async def test_a_change_is_on_disk_when_it_returns(path: Path) -> None:
     """Another reader sees it at once, without the ledger being closed."""
     async with Ledger(path) as ledger:
@@ -392,6 +403,27 @@ async def test_room_is_kept_for_recording_what_was_paid_for(path: Path) -> None:
     async with Ledger(path):
         assert reserve.exists()
     assert not reserve.exists()
+
+
+async def test_a_file_of_somebody_else_is_not_taken_for_the_room(path: Path) -> None:
+    """It stays as it is, whatever its name."""
+    reserve = path.with_name(_ledger._RESERVE)
+    reserve.write_text("mine")
+    async with Ledger(path) as ledger:
+        await load(ledger, "a lake")
+    assert reserve.read_text() == "mine"
+
+
+async def test_files_are_ours_by_what_was_recorded_last(path: Path) -> None:
+    """Of a name there may be several, and those of before are forgotten."""
+    async with Ledger(path) as ledger:
+        assert await ledger.outputs("page") == frozenset()
+        await ledger.record_outputs("page", ["a", "b"])
+        await ledger.record_outputs("other", ["c"])
+        assert await ledger.outputs("page") == {"a", "b"}
+        await ledger.record_outputs("page", ["b"])
+    async with Ledger(path) as ledger:
+        assert await ledger.outputs("page") == {"b"}
 
 
 async def test_a_cancelled_change_is_still_made_in_its_turn(path: Path) -> None:
