@@ -54,6 +54,12 @@ _ATTACHED: Final = "attached"
 """The kind of tasks found by their id, of which nothing else is known."""
 _SENTINELS: Final = 128
 """One in so many tasks with a callback is looked at as if it had none."""
+_FIRST_SENTINELS: Final = 8
+"""One in so many of the first 128 while hardly any callback has come; then one in twice as many."""
+_PROVEN: Final = 32
+"""Callbacks that came from which others are expected to come as well."""
+_SENTINEL_SHARE: Final = 0.5
+"""How useful a seat is to a sentinel in a read of all of them."""
 _ONE_MISSED: Final = 0.3
 """Share of missed callbacks from which looking for them is like looking without them."""
 _WIDTH: Final = 0.5
@@ -236,6 +242,7 @@ class Watcher:
         # Readings in the air: what they ask for, and the first deadline among it.
         self._readings: dict[asyncio.Task[None], tuple[list[Watch], float]] = {}
         self._calling_back = 0
+        self._sentinels = 0
         self._priced_anew = -math.inf
         self._unknown_words: set[str] = set()
         self._wall = wall
@@ -301,7 +308,8 @@ class Watcher:
     def _cohort(self, schedule: Schedule, started: float, *, calls_back: bool) -> Cohort:
         """The cohort of a task submitted at *started*."""
         self._calling_back += calls_back
-        sentinel = calls_back and _is_sentinel(self._calling_back, len(self._live))
+        sentinel = calls_back and self._is_sentinel()
+        self._sentinels += sentinel
         width = 0.0 if sentinel or self._policy.wait else _WIDTH * self._policy.min_interval
         newest = self._open.get(schedule)
         if (
@@ -322,6 +330,19 @@ class Watcher:
             self._open.clear()
         self._open[schedule] = cohort
         return cohort
+
+    def _is_sentinel(self) -> bool:
+        """Whether the task submitted now is one: every so many, and some of the first.
+
+        Those only in a crowd, which would wait for callbacks that nobody has seen yet: who
+        generates one by one learns from the first that is missed.
+        """
+        number = self._calling_back
+        if self._pacer.callbacks.heard >= _PROVEN:
+            return number % _SENTINELS == 0
+        every = _FIRST_SENTINELS if number <= _SENTINELS else 2 * _FIRST_SENTINELS
+        due = number % every == 0 or (number < every and number.bit_count() == 1 < number)
+        return due and len(self._live) >= min(number, every) // 2
 
     def attach(self, task_id: str) -> Watch:
         """Watch a task by its id, looking at once; two callers share one watch."""
@@ -402,7 +423,7 @@ class Watcher:
         if not cohort.calls_back:
             return price
         if cohort.sentinel:
-            return self._policy.price
+            return self._policy.price / max(1.0, _SENTINEL_SHARE * self._sentinels)
         trust = self._pacer.callbacks
         # While callbacks come, the seats of a read that looks for a lost one are of no use
         # to each other, so that there is nothing to share its price with.
@@ -565,7 +586,7 @@ class Watcher:
         seats: list[tuple[float, float, int]] = []
         hasty = False
         while room and (due := self._first(heap)) < math.inf:
-            if hasty and due > now:
+            if hasty and due > now and not _of_sentinels(groups[0], heap[0][2]):
                 break  # the others wait for callbacks of their own
             group = self._pop(heap)
             if len(group) > room:
@@ -757,6 +778,7 @@ class Watcher:
     def _end(self, watch: Watch, reason: EvolinkError | None = None) -> None:
         watch.ended, watch.reason, watch.due = True, reason, _ENDED
         watch.cohort.schedule.left()
+        self._sentinels -= watch.cohort.sentinel
         watch.plain = False
         if self._live.get(watch.id) is watch:
             del self._live[watch.id]
@@ -881,14 +903,8 @@ def differs(seen: TaskSnapshot | None, new: TaskSnapshot) -> bool:
     return seen is None or (seen.status, seen.progress) != (new.status, new.progress)
 
 
-def _is_sentinel(number: int, running: int) -> bool:
-    """Whether task *number* with a callback is a sentinel: every 128th, and some before.
-
-    Those before only in a crowd, which would wait for callbacks that nobody has seen yet:
-    who generates one by one learns from the first that is missed.
-    """
-    early = number < _SENTINELS and number.bit_count() == 1 and running >= number // 2 > 0
-    return early or number % _SENTINELS == 0
+def _of_sentinels(*groups: list[Watch]) -> bool:
+    return all(group[0].cohort.sentinel for group in groups)
 
 
 def _strike(watch: Watch, trouble: Trouble, error: EvolinkError, now: float) -> bool:
