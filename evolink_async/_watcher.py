@@ -570,15 +570,10 @@ class Watcher:
         shared = self._beat(self._first(self._shared), now)
         single = self._beat(self._first(self._single), now)
         if single <= now and single <= shared:
-            groups = [self._pop(self._single)]
-        elif shared <= now:
-            groups = self._take_shared(now, self._reader.read_limit)
-        else:
-            groups = []
-        for group in groups:
-            for watch in group:
-                watch.due = _READING
-        return groups
+            group = self._pop(self._single)
+            _mark(group)
+            return [group]
+        return self._take_shared(now, self._reader.read_limit) if shared <= now else []
 
     def _take_shared(self, now: float, limit: int) -> list[list[Watch]]:
         heap, room = self._shared, limit
@@ -592,6 +587,7 @@ class Watcher:
             if len(group) > room:
                 self._push(heap, due, group[room:])
                 del group[room:]
+            _mark(group)
             hasty = hasty or (not groups and (group[0].nudged or group[0].cohort.sentinel))
             groups.append(group)
             seats.append((group[0].looked, due, len(group)))
@@ -901,6 +897,12 @@ class Alarm:
 def differs(seen: TaskSnapshot | None, new: TaskSnapshot) -> bool:
     """True if *new* is news to who has *seen* the other: its status or progress."""
     return seen is None or (seen.status, seen.progress) != (new.status, new.progress)
+
+
+def _mark(group: list[Watch]) -> None:
+    """Note that they are being read: other entries for them count no more."""
+    for watch in group:
+        watch.due = _READING
 
 
 def _of_sentinels(*groups: list[Watch]) -> bool:

@@ -70,6 +70,66 @@ async def test_many_tasks_share_reads(crowd: Emulator) -> None:
     assert max(len(r.task_ids) for r in crowd.books.requests("batch")) == 50
 
 
+async def test_reads_that_follow_each_other_closely_go_out_together(crowd: Emulator) -> None:
+    """Where one request is not enough they go out in bursts; one at a time they keep their time."""
+    async with connect(crowd, max_in_flight=1000) as session:
+        await asyncio.gather(*(session.submit(f"lake {i}") for i in range(1000)))
+        await asyncio.gather(*session.tasks)
+    sent = Counter(record.time for record in crowd.books.requests("batch"))
+    middle = sorted(sent)[len(sent) // 4 : -len(sent) // 4]
+    assert sum(sent[time] for time in middle) > 3 * len(middle)
+    assert min(b - a for a, b in pairwise(middle)) > 0.2
+
+
+async def test_a_crowd_is_seen_as_it_is(crowd: Emulator) -> None:
+    """Status and progress of tasks that go on are the server's, asked for or watched."""
+    async with connect(crowd, max_in_flight=120) as session:
+        tasks = await asyncio.gather(*(session.submit(f"lake {i}") for i in range(120)))
+        seen = [snapshot async for snapshot in tasks[60].updates()]
+        read = {i: record.time for record in crowd.books.reads() for i in record.task_ids}
+        assert len(seen) > 5
+        assert seen[-1].status == "completed"
+        assert [s.progress for s in seen] == sorted(s.progress or 0 for s in seen)
+        running = [task for task in tasks if not task.done()]
+        assert len(running) > 10
+        for task in running:
+            record = crowd.books.task(task.id)
+            part = (read[task.id] - record.accepted_at) / (record.ends_at - record.accepted_at)
+            assert task.status == "processing"
+            assert task.progress == pytest.approx(100 * part, abs=6)
+            assert task.snapshot is not None
+            assert task.snapshot.raw["progress"] == task.progress
+        await asyncio.gather(*tasks)
+
+
+async def test_looking_at_one_of_many_leaves_the_others(crowd: Emulator) -> None:
+    """A task read out of turn is neither lost nor read twice with those it was submitted with."""
+    async with connect(crowd, max_in_flight=200) as session:
+        tasks = await asyncio.gather(*(session.submit(f"lake {i}") for i in range(200)))
+        for task in tasks[::7]:
+            await task.refresh()
+        await asyncio.gather(*tasks)
+    for record in crowd.books.reads():
+        assert len(set(record.task_ids)) == len(record.task_ids)
+    assert {record.status for record in crowd.books.tasks()} == {"completed"}
+
+
+async def test_a_crowd_is_given_up_task_by_task(clock: ManualClock) -> None:
+    """Each of many tasks is given up at its own deadline, and read until shortly before."""
+    async with Emulator(
+        clock=clock, duration=(900, 900), pictures="tiny", credits=1000
+    ) as emulator:
+        poll = PollPolicy(deadline=60)
+        async with connect(emulator, max_in_flight=100, poll=poll) as session:
+            tasks = await asyncio.gather(*(session.submit(f"lake {i}") for i in range(100)))
+            failures = await asyncio.gather(*tasks, return_exceptions=True)
+            assert all(isinstance(failure, TaskTimeoutError) for failure in failures)
+            assert session.stats.running == 0
+        assert clock.now() - emulator.books.tasks()[0].accepted_at == pytest.approx(60, abs=0.01)
+        for record in emulator.books.tasks():
+            assert 55 < emulator.books.reads(record.id)[-1].time - record.accepted_at < 60
+
+
 async def test_one_task_alone_is_read_singly(crowd: Emulator) -> None:
     """There is nothing to share: the documented endpoint is enough."""
     async with connect(crowd) as session:
