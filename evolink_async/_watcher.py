@@ -608,6 +608,11 @@ class Watcher:
                 self._look_again(watch)
             return
         self._fresh_start = False
+        failed = [a for a in reading.answers.values() if isinstance(a, EvolinkError)]
+        if failed:
+            logger.warning(
+                "a read failed for %d of %d tasks: %s", len(failed), len(batch), failed[0]
+            )
         price = self._pacer.shared.price(len(self._live))
         if reading.page is None or logger.isEnabledFor(logging.DEBUG):
             self._apply_each(batch, reading, price)

@@ -559,6 +559,17 @@ async def test_reads_use_new_connections_after_a_suspension(crowd: Emulator) -> 
 # -- why is it not looking? --------------------------------------------------------------------
 
 
+async def test_a_failed_read_is_one_warning(
+    crowd: Emulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many tasks a failed read was for, it is one line that says how many and why."""
+    crowd.faults.add(faults.Status(500, route="batch", times=1))
+    async with connect(crowd, max_in_flight=20) as session:
+        await asyncio.gather(*(session.generate(f"lake {i}") for i in range(20)))
+    (line,) = [record.getMessage() for record in caplog.records if "read failed" in record.msg]
+    assert "for 20 of 20 tasks: HTTP 500" in line
+
+
 async def test_debug_logs_say_when_it_looks_next(
     crowd: Emulator, caplog: pytest.LogCaptureFixture
 ) -> None:
