@@ -27,7 +27,7 @@ from attrs import NOTHING, NothingType, evolve, field, frozen
 from evolink_async import _clock as clocks
 from evolink_async._clock import Clock, LoopClock
 from evolink_async._gate import Gate
-from evolink_async._hosts import check_base_url
+from evolink_async._hosts import check_base_url, check_callback_url
 from evolink_async._models import (
     Credits,
     GenerationResult,
@@ -48,6 +48,7 @@ from evolink_async._protocol import (
 from evolink_async._retry import RetryPolicy
 from evolink_async._secret import Secret
 from evolink_async._task import Task
+from evolink_async._text import shown
 from evolink_async._watcher import Watch, Watcher
 from evolink_async.errors import (
     ConfigurationError,
@@ -194,7 +195,7 @@ class Session:
         self._retry = _instance("retry", retry, RetryPolicy)
         self._timeout = _instance("timeout", timeout, Timeout)
         self._http = http
-        self._callback = _callback(callback)
+        self._callback = _callback(callback, self)
         self._clock: Clock = clocks.default() if clock is None else clock
         self._slots = asyncio.Semaphore(self._max_in_flight)
         self._release = self._slots.release  # one bound method for all watches
@@ -357,7 +358,8 @@ class Session:
             request: A prompt, a mapping of fields, an `ImageRequest` or a `RawRequest`.
             idempotency_key: Key of an earlier submit to ask for again; default a new one.
             before_send: Awaited with the idempotency key when nothing is left to wait for,
-                right before each POST; if it raises, nothing is sent.
+                right before each POST; if it raises, nothing is sent. It holds a connection:
+                it must not wait for other requests of this session.
             callback: What gives a request without ``callback_url`` one, as for the session;
                 None for nothing. Default the session's.
             **fields: Fields of `ImageRequest`, beside a prompt or mapping.
@@ -371,7 +373,7 @@ class Session:
         given = as_request(request, **fields)
         key = new_idempotency_key() if idempotency_key is None else idempotency_key
         check_idempotency_key(key)
-        source = self._callback if callback is NOTHING else _callback(callback)
+        source = self._callback if callback is NOTHING else _callback(callback, self)
         asked = _with_callback(given, source, key)
         self._open()
         await self._take_slot()
@@ -412,7 +414,7 @@ class Session:
 
     @callback.setter
     def callback(self, callback: str | CallbackSource | None) -> None:
-        self._callback = _callback(callback)
+        self._callback = _callback(callback, self)
 
     async def _take_slot(self) -> None:
         self._waiting += 1
@@ -479,6 +481,11 @@ class Session:
         del self._posts[post]
         if post.cancelled() or post.exception() is not None:
             self._slots.release()
+
+    @property
+    def closed(self) -> bool:
+        """True from the moment `aclose` was called, or the ``async with`` block was left."""
+        return self._closing
 
     @property
     def unsent(self) -> frozenset[str]:
@@ -864,13 +871,21 @@ def _rate(value: object) -> float | None:
     return float(value)
 
 
-def _callback(callback: Callback) -> Callback:
-    if callback is None or isinstance(callback, str):
-        return callback
-    if not (hasattr(callback, "url_for") and hasattr(callback, "registered")):
-        raise ConfigurationError(
-            f"callback={callback!r} is not allowed: an https address, a CallbackReceiver or None"
-        )
+def _callback(callback: Callback, session: Session) -> Callback:
+    if callback is None:
+        return None
+    allowed = "an https address, a CallbackReceiver of this session or None"
+    reason = None
+    if isinstance(callback, str):
+        reason = check_callback_url(callback)
+    elif isinstance(callback, type) or not (
+        hasattr(callback, "url_for") and hasattr(callback, "registered")
+    ):
+        reason = "it makes no addresses"
+    elif getattr(callback, "session", session) is not session:
+        reason = "it belongs to another session, which would look for the tasks in vain"
+    if reason is not None:
+        raise ConfigurationError(f"callback={shown(callback)} is not allowed: {allowed} ({reason})")
     return callback
 
 

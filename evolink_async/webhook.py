@@ -13,20 +13,24 @@
 The API's page documents no signature, so a callback is only a hint: a delivery makes the
 session look at its task now, and what the task is comes from that look. Each submit gets a
 ``callback_url`` of its own, ending in ``<idempotency key>.<HMAC of it>``; what comes to
-another path is turned away unread.
+another path is turned away unread. Who knows that path can have its task read, so keep it
+out of access logs: ``access_log=None`` in aiohttp.web, ``access_log=False`` in uvicorn.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import inspect
 import json
 import logging
+import math
 import re
 import secrets
 from base64 import urlsafe_b64encode
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final
 
@@ -35,7 +39,9 @@ from attrs import define, evolve, field, frozen
 from evolink_async._clock import Clock
 from evolink_async._hosts import check_callback_url, shown_url
 from evolink_async._models import check_task_id
+from evolink_async._secret import Secret
 from evolink_async._session import Session
+from evolink_async._text import shown
 from evolink_async.errors import ConfigurationError, EvolinkError, RequestValidationError
 
 if TYPE_CHECKING:
@@ -45,6 +51,7 @@ __all__ = ["CallbackReceiver", "CallbackStats"]
 
 logger = logging.getLogger(__name__)
 
+_Bytes = bytes | bytearray | memoryview
 Forward = Callable[[str], Awaitable[object]]
 _Message = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Message]]
@@ -55,9 +62,16 @@ _LARGEST: Final = 256 * 1024
 _SLOWEST: Final = 10.0
 """Real seconds a delivery may take to arrive: its sender gives up then (API page, callbacks)."""
 _REMEMBERED: Final = 10_000
+"""URLs with deliveries of unknown tasks; and, apart from them, ids other replicas told of."""
 _REMEMBERED_SECONDS: Final = 600.0
+_IDS_PER_URL: Final = 4
+"""Unknown ids one URL is believed to be about: the first may be a lie of who found it."""
+_KNOWN: Final = 100_000
+"""Newest URLs that are known to be of tasks of this session; each takes some 80 bytes."""
 _FORWARDS: Final = 1_000
 """Ids that wait to be forwarded at once; more are left to the safety reads."""
+_FORWARD_SECONDS: Final = 10.0
+"""Real seconds one call of ``forward`` may take."""
 _SHORTEST_SECRET: Final = 16
 _TOKEN: Final = re.compile(r"([A-Za-z0-9._-]{16,96})\.([A-Za-z0-9_-]{43})")
 _LONGEST_TOKEN: Final = 96 + 1 + 43
@@ -79,7 +93,10 @@ class CallbackStats:
         too_slow: Their body took longer than their sender waits (10 s).
         compressed: Their body was compressed; it is not unpacked.
         wrong_method: They were not POSTs.
+        closed: The session was closed; their sender is asked to try again.
         forwarded: Ids handed to ``forward``; counted in ``early`` as well.
+        dropped: Ids not forwarded, because 1000 were waiting for it; counted in ``early``
+            as well.
     """
 
     nudged: int = 0
@@ -91,14 +108,16 @@ class CallbackStats:
     too_slow: int = 0
     compressed: int = 0
     wrong_method: int = 0
+    closed: int = 0
     forwarded: int = 0
+    dropped: int = 0
 
     @property
     def received(self) -> int:
         """All deliveries."""
         told = self.nudged + self.early + self.late
         refused = self.too_large + self.too_slow + self.compressed + self.wrong_method
-        return told + refused + self.forged + self.malformed
+        return told + refused + self.forged + self.malformed + self.closed
 
 
 class CallbackReceiver:
@@ -113,7 +132,7 @@ class CallbackReceiver:
         session: Session,
         *,
         public_url: str,
-        secret: str | bytes | None = None,
+        secret: str | _Bytes | None = None,
         forward: Forward | None = None,
         forward_after: float = 1.0,
         default: bool = True,
@@ -125,25 +144,33 @@ class CallbackReceiver:
             public_url: Where the API reaches this receiver: https on a public host, to
                 which a path segment of at most 140 characters is added.
             secret: What the paths are signed with, at least 16 bytes. Give all replicas the
-                same, and keep it over restarts; None for a new one, with which paths made
-                earlier are not known any more.
+                same, and keep it over restarts. None for a new one: paths made earlier are
+                not known any more, and a submit repeated with its idempotency key asks for
+                another ``callback_url``, which the gateway refuses (409,
+                ``idempotency_conflict``).
             forward: Awaited with the id of a delivered task that nobody here knows, for
-                other replicas to `nudge`; at most once per ``callback_url``.
+                other replicas to `nudge`; once per id, for at most 4 ids per
+                ``callback_url``, and for at most 10 real seconds. See `aclose`.
             forward_after: Seconds such an id is waited for first: a callback may come
                 before the answer to its submit.
             default: Whether all submits of the session ask for callbacks.
 
         Raises:
-            ConfigurationError: *public_url* or *secret* cannot be used.
+            ConfigurationError: A setting cannot be used.
         """
-        self._session = session
-        self._public_url = _public_url(public_url)
-        self._secret = _secret(secret)
-        self._forward = forward
-        self._forward_after = forward_after
+        self._public_url = ""
         self._stats = CallbackStats()
-        self._tokens = _Memory(session.clock)
-        self._ids = _Memory(session.clock)
+        self._secret, reason = _secret(secret)
+        del secret  # or a report of a later error shows it
+        if reason is not None:
+            raise ConfigurationError(reason)
+        self._session = _session(session)
+        self._public_url = _public_url(public_url)
+        self._forward = _forward(forward)
+        self._forward_after = _forward_after(forward_after)
+        self._early = _Memory(session.clock)
+        self._told = _Memory(session.clock)
+        self._known = _Known()
         self._forwards: set[asyncio.Task[None]] = set()
         if default:
             session.callback = self
@@ -152,12 +179,18 @@ class CallbackReceiver:
         return f"<CallbackReceiver {self._public_url}, {self._stats.received} received>"
 
     @property
+    def session(self) -> Session:
+        """Whose tasks the callbacks are about."""
+        return self._session
+
+    @property
     def stats(self) -> CallbackStats:
         """What became of the deliveries so far."""
         return self._stats
 
     async def aclose(self) -> None:
-        """Forward nothing more; only needed with ``forward``."""
+        """Forward nothing more; needed with ``forward``, whose calls may be waiting."""
+        self._forward = None
         forwards = tuple(self._forwards)
         for forward in forwards:
             forward.cancel()
@@ -172,26 +205,37 @@ class CallbackReceiver:
     def registered(self, task_id: str, callback_url: str) -> None:
         """A submit with *callback_url* was answered: it made *task_id*."""
         token = callback_url.rpartition("/")[2]
-        came_early = self._tokens.get(token) == _EARLY or self._ids.get(task_id) == _EARLY
-        self._tokens.put(token, _KNOWN)
-        if came_early:
+        self._known.add(token)
+        if self._early.get(token) or self._told.get(task_id):
             self._session.nudge(task_id)
 
     # -- deliveries ------------------------------------------------------------------------
 
-    async def deliver(self, path: str, body: bytes) -> int:
+    async def deliver(self, path: str, body: _Bytes) -> int:
         """Take the delivery that was POSTed to *path*; returns the status to answer with.
 
         Args:
-            path: The path of its URL; what stands before the last segment does not matter.
+            path: The path of its URL, perhaps with a query, which does not matter, nor does
+                what stands before the last segment.
             body: What was POSTed, not compressed; better not read beyond 256 KiB.
 
         Returns:
-            204 if it was taken, else 400, 404 or 413.
+            204 if it was taken; 400 for a body that is no task, 404 for a path not made
+            here (also with a slash after it), 413 for a body beyond 256 KiB, 503 once the
+            session is closed.
+
+        Raises:
+            ConfigurationError: *path* is not a string, *body* not bytes, or this is not
+                the event loop of the session.
         """
+        if not isinstance(path, str) or not isinstance(body, _Bytes):
+            raise ConfigurationError(
+                f"deliver({type(path).__name__}, {type(body).__name__}) is not allowed: "
+                "give the path as str and the body as bytes"
+            )
+        self._check_loop()
         try:
-            token = self._admit(path)
-            return self._take(token, body)
+            return self._take(self._admit(path.partition("?")[0]), bytes(body))
         except _RefusedError as refused:
             return refused.status
 
@@ -203,10 +247,12 @@ class CallbackReceiver:
 
         Raises:
             RequestValidationError: *task_id* cannot be one.
+            ConfigurationError: This is not the event loop of the session.
         """
+        self._check_loop()
         watched = self._session.nudge(check_task_id(task_id))
         if not watched:
-            self._ids.put(task_id, _EARLY)
+            self._told.add(task_id, task_id)
         return watched
 
     async def aiohttp_handler(self, request: web.Request) -> web.Response:
@@ -224,13 +270,18 @@ class CallbackReceiver:
         if status != _TAKEN and not request.content.is_eof():
             # The server would read, and unpack, the rest of the body for a while.
             response.force_close()
-            await response.prepare(request)
-            await response.write_eof()
+            with suppress(ConnectionError):  # whoever cut the body may be gone
+                await response.prepare(request)
+                await response.write_eof()
             request.protocol.force_close()
         return response
 
-    async def asgi(self, scope: _Message, receive: _Receive, send: _Send) -> None:
+    @property
+    def asgi(self) -> _AsgiApplication:
         """An ASGI application: mount it, e.g. ``app.mount("/hooks/evolink", receiver.asgi)``."""
+        return _AsgiApplication(self._answer)
+
+    async def _answer(self, scope: _Message, receive: _Receive, send: _Send) -> None:
         if scope["type"] == "lifespan":
             await _live(receive, send)
         elif scope["type"] == "websocket":
@@ -259,6 +310,7 @@ class CallbackReceiver:
         chunks: AsyncIterator[bytes],
     ) -> int:
         """Take a delivery while it arrives; reads no more of it than it must."""
+        self._check_loop()
         try:
             if method != "POST":
                 raise self._refuse("wrong_method")
@@ -285,12 +337,27 @@ class CallbackReceiver:
             raise self._refuse("malformed") from None
         return bytes(body)
 
+    def _check_loop(self) -> None:
+        """Refuse to touch the session from another event loop or thread than its own."""
+        own = self._session._loop  # noqa: SLF001 - one package
+        try:
+            here = asyncio.get_running_loop()
+        except RuntimeError:
+            here = None
+        if own is not None and here is not own:
+            raise ConfigurationError(
+                "this receiver's session belongs to another event loop; hand the callback over "
+                "to that loop, e.g. with asyncio.run_coroutine_threadsafe"
+            )
+
     def _admit(self, path: str) -> str:
         """The token *path* ends in, if it is one of ours."""
         token = path.rpartition("/")[2]
         match = _TOKEN.fullmatch(token) if len(token) <= _LONGEST_TOKEN else None
         if match is None or not hmac.compare_digest(self._signature(match[1]), match[2]):
             raise self._refuse("forged")
+        if self._session.closed:
+            raise self._refuse("closed")
         return token
 
     def _take(self, token: str, body: bytes) -> int:
@@ -301,12 +368,14 @@ class CallbackReceiver:
         if request is not None and (url or "").rpartition("/")[2] != token:
             raise self._refuse("forged")
         if self._session.nudge(task_id):
-            self._tokens.put(token, _KNOWN)
+            self._known.add(token)
             self._count("nudged")
-        elif self._tokens.get(token) is not None:
+        elif token in self._known or task_id in (told := self._early.get(token)):
             self._count("late")
+        elif len(told) >= _IDS_PER_URL:
+            raise self._refuse("forged")
         else:
-            self._tokens.put(token, _EARLY)
+            self._early.add(token, task_id)
             self._count("early")
             self._forward_later(task_id, token)
         return _TAKEN
@@ -321,7 +390,9 @@ class CallbackReceiver:
             raise self._refuse("malformed") from None
 
     def _signature(self, key: str) -> str:
-        digest = hmac.digest(self._secret, _DOMAIN + key.encode(), sha256)
+        digest = hmac.digest(
+            self._secret.reveal().encode("latin-1"), _DOMAIN + key.encode(), sha256
+        )
         return urlsafe_b64encode(digest).rstrip(b"=").decode()
 
     def _refuse(self, reason: str) -> _RefusedError:
@@ -334,23 +405,51 @@ class CallbackReceiver:
     # -- other replicas --------------------------------------------------------------------
 
     def _forward_later(self, task_id: str, token: str) -> None:
-        if self._forward is None or len(self._forwards) >= _FORWARDS:
+        if self._forward is None:
+            return
+        if len(self._forwards) >= _FORWARDS:
+            self._drop()
             return
         loop = asyncio.get_running_loop()
         task = loop.create_task(self._forward_unknown(self._forward, task_id, token))
         self._forwards.add(task)
         task.add_done_callback(self._forwards.discard)
 
+    def _drop(self) -> None:
+        if not self._stats.dropped:
+            logger.warning(
+                "%d ids wait to be forwarded: more are dropped, and their tasks found by the "
+                "safety reads of other replicas; is forward=%r too slow?",
+                len(self._forwards),
+                self._forward,
+            )
+        self._count("dropped")
+
     async def _forward_unknown(self, forward: Forward, task_id: str, token: str) -> None:
         clock = self._session.clock
         await clock.sleep_until(clock.now() + self._forward_after)
-        if self._tokens.get(token) == _KNOWN:
+        if token in self._known:
             return
         self._count("forwarded")
         try:
-            await forward(task_id)
+            async with asyncio.timeout(_FORWARD_SECONDS):
+                await _awaitable(forward, task_id)
         except Exception:  # the service's own code: its trouble is not the sender's
-            logger.exception("forwarding the callback of task %s failed", task_id)
+            logger.exception(
+                "forwarding the callback of task %s failed (it may take %g s)",
+                task_id,
+                _FORWARD_SECONDS,
+            )
+
+
+class _AsgiApplication:
+    """An object with ``__call__``: servers take a bound method for an ASGI 2 application."""
+
+    def __init__(self, answer: Callable[[_Message, _Receive, _Send], Awaitable[None]]) -> None:
+        self._answer = answer
+
+    async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
+        await self._answer(scope, receive, send)
 
 
 class _RefusedError(EvolinkError):
@@ -373,55 +472,139 @@ _REFUSALS: Final = {
     "too_slow": 408,
     "compressed": 415,
     "wrong_method": 405,
+    "closed": 503,
 }
-_EARLY: Final = "early"
-_KNOWN: Final = "known"
 
 
 @define
 class _Memory:
-    """Words about names, for a while: bounded in number and time."""
+    """Ids that came with names, for a while: bounded in number and time."""
 
     clock: Clock
-    _entries: OrderedDict[str, tuple[float, str]] = field(factory=OrderedDict, init=False)
+    _entries: OrderedDict[str, tuple[float, tuple[str, ...]]] = field(
+        factory=OrderedDict, init=False
+    )
 
-    def put(self, name: str, word: str) -> None:
-        """Remember *word* of *name*, and forget the oldest where there are too many."""
-        self._entries[name] = self.clock.now() + _REMEMBERED_SECONDS, word
+    def add(self, name: str, task_id: str) -> None:
+        """Remember *task_id* with *name*, and forget the oldest name where there are too many."""
+        self._entries[name] = (
+            self.clock.now() + _REMEMBERED_SECONDS,
+            (*self.get(name), task_id),
+        )
         self._entries.move_to_end(name)
         if len(self._entries) > _REMEMBERED:
             self._entries.popitem(last=False)
 
-    def get(self, name: str) -> str | None:
-        """What was remembered of *name*, None if it was not, or too long ago."""
-        until, word = self._entries.get(name, (0.0, None))
-        return word if word is not None and self.clock.now() < until else None
+    def get(self, name: str) -> tuple[str, ...]:
+        """The ids that came with *name*, unless it was too long ago."""
+        until, ids = self._entries.get(name, (0.0, ()))
+        return ids if self.clock.now() < until else ()
+
+
+@define
+class _Known:
+    """The newest tokens of the session's own tasks, as hashes: bounded in number only.
+
+    A task may run for an hour, and its callback be late; nobody says when it has ended.
+    """
+
+    _order: deque[int] = field(factory=deque, init=False)
+    _hashes: set[int] = field(factory=set, init=False)
+
+    def __contains__(self, token: str) -> bool:
+        return hash(token) in self._hashes
+
+    def add(self, token: str) -> None:
+        """Know *token*, and forget the oldest where there are too many."""
+        if token in self:
+            return
+        self._order.append(hash(token))
+        self._hashes.add(hash(token))
+        if len(self._order) > _KNOWN:
+            self._hashes.discard(self._order.popleft())
+
+
+def _awaitable(forward: Forward, task_id: str) -> Awaitable[object]:
+    """What ``forward`` returns, which its type cannot promise at run time."""
+    returned = forward(task_id)
+    if not inspect.isawaitable(returned):
+        raise ConfigurationError(
+            f"forward={forward!r} returned {type(returned).__name__}, which cannot be awaited; "
+            "make it an async function"
+        )
+    return returned
+
+
+# -- settings ----------------------------------------------------------------------------------
+
+
+def _session(session: Session) -> Session:
+    if not isinstance(session, Session):
+        raise ConfigurationError(
+            f"session={shown(session)} is not allowed: an evolink_async.Session"
+        )
+    return session
 
 
 def _public_url(url: str) -> str:
+    if not isinstance(url, str):
+        raise ConfigurationError(f"public_url={shown(url)} is not allowed: {_PUBLIC_URL}")
     base = url.rstrip("/")
     reason = check_callback_url(f"{base}/{'k' * _LONGEST_TOKEN}")
     if reason is None and ("?" in base or "#" in base):
         reason = "it has a query or a fragment"
     if reason is not None:
         raise ConfigurationError(
-            f"public_url={shown_url(url)!r} is not allowed: {reason}; it is the https address "
-            "on a public host at which the API reaches this service, such as "
-            "https://app.example.com/hooks/evolink"
+            f"public_url={shown_url(url)!r} is not allowed: {reason}; give {_PUBLIC_URL}"
         )
     return base
 
 
-def _secret(secret: str | bytes | None) -> bytes:
-    if secret is None:
-        return secrets.token_bytes(32)
-    given = secret.encode() if isinstance(secret, str) else bytes(secret)
-    if len(given) < _SHORTEST_SECRET:
+_PUBLIC_URL: Final = (
+    "the https address on a public host at which the API reaches this service, such as "
+    "'https://app.example.com/hooks/evolink'"
+)
+
+
+def _secret(given: object) -> tuple[Secret, str | None]:
+    """*given* wrapped, and why it is not allowed; raises nothing, or its frame would show it."""
+    if given is None:
+        given = secrets.token_bytes(32)
+    if isinstance(given, str):
+        try:
+            given = given.encode()
+        except UnicodeEncodeError:
+            return Secret(""), f"secret holds half a character (a lone surrogate); give {_SECRET}"
+    if not isinstance(given, _Bytes):
+        kind = type(given).__name__
+        return Secret(""), f"secret is of type {kind}, not str or bytes; give {_SECRET}"
+    wrapped = Secret(bytes(given).decode("latin-1"))
+    size = len(wrapped.reveal())
+    return wrapped, None if size >= _SHORTEST_SECRET else f"secret has {size} bytes; give {_SECRET}"
+
+
+_SECRET: Final = (
+    f"at least {_SHORTEST_SECRET} bytes, such as secrets.token_hex(32), the same in every "
+    "replica and after a restart"
+)
+
+
+def _forward(forward: Forward | None) -> Forward | None:
+    never = inspect.isclass(forward) or inspect.isbuiltin(forward)
+    if forward is not None and (never or not callable(forward)):
         raise ConfigurationError(
-            f"secret has {len(given)} bytes; give at least {_SHORTEST_SECRET}, such as "
-            "secrets.token_hex(32), the same in every replica and after a restart"
+            f"forward={shown(forward)} is not allowed: an async function of a task's id, or None"
         )
-    return given
+    return forward
+
+
+def _forward_after(seconds: float) -> float:
+    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not number or not 0 <= seconds < math.inf:
+        raise ConfigurationError(
+            f"forward_after={shown(seconds)} is not allowed: seconds, 0 or more"
+        )
+    return float(seconds)
 
 
 def _headers(status: int) -> dict[str, str]:
@@ -439,8 +622,6 @@ async def _aiohttp_chunks(request: web.Request) -> AsyncIterator[bytes]:
         async for chunk in request.content.iter_any():
             yield chunk
     except (web.RequestPayloadError, OSError, EOFError) as exc:
-        if isinstance(exc, TimeoutError):
-            raise
         raise _CutError("the connection was lost") from exc
 
 

@@ -562,9 +562,7 @@ def test_fill_counts_due_tasks_whole_and_others_in_part() -> None:
         st.tuples(st.floats(-1e9, 1e9), st.floats(-1e9, 1e9), st.integers(1, 50)), max_size=50
     ),
 )
-def test_fill_is_between_nothing_and_all(
-    now: float, seats: list[tuple[float, float, int]]
-) -> None:
+def test_fill_is_between_nothing_and_all(now: float, seats: list[tuple[float, float, int]]) -> None:
     """Whatever the times, a seat is worth from nothing to one."""
     assert 0 <= SharedReads.fill(now, seats) <= sum(tasks for _, _, tasks in seats)
 

@@ -171,3 +171,16 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 def _line(script: str, start: str) -> str:
     (line,) = [line for line in script.splitlines() if line.startswith(start)]
     return line
+
+
+async def test_the_callback_example_runs(unused_tcp_port: int) -> None:
+    """The callback example, as it stands, ends by a callback."""
+    (example,) = [text for text in PYTHON if "CallbackReceiver" in text]
+    script = example.replace("8080", str(unused_tcp_port))
+    script = script.replace("Emulator(", "Emulator(time_scale=20, ", 1)
+    ran = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, stdout=PIPE, stderr=PIPE
+    )
+    out, err = await ran.communicate()
+    assert (ran.returncode, err) == (0, b"")
+    assert out.endswith(b" 1\n")

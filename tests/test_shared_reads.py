@@ -324,7 +324,7 @@ def test_tasks_that_go_on_are_on_the_page(order: str) -> None:
         snapshot(id=f"task-{k:04}", status="processing", progress=k) for k in range(50)
     ]
     ids = tuple(str(task["id"]) for task in tasks)
-    strangers = [None, 7, "text", [], {}, {"id": 5}, snapshot(id="task-else")]
+    strangers: list[Any] = [None, 7, "text", [], {}, {"id": 5}, snapshot(id="task-else")]
     data = {
         "asked": tasks,
         "reversed": tasks[::-1],

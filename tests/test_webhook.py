@@ -7,11 +7,16 @@ import gzip
 import io
 import json
 import logging
+import socket
+import struct
+import uuid
 from collections.abc import AsyncIterator, Callable, MutableMapping
+from types import TracebackType
 from typing import Any
 
 import aiohttp
 import pytest
+import uvicorn
 from aiohttp import web
 from attrs import asdict, define, field, frozen
 from attrs.exceptions import FrozenInstanceError
@@ -194,7 +199,7 @@ async def test_many_callbacks_cost_a_read_each(emulator: Emulator, door: Door) -
         door.receiver = CallbackReceiver(session, public_url=PUBLIC)
         delay = await run(session, emulator, 400)
         assert session.stats.reads <= 1.1 * 400
-        assert session.stats.ids_read <= 2 * 400
+        assert session.stats.ids_read <= 4 * 400
     assert delay < 0.1
     assert counted(door.receiver) == {"nudged": 400}
 
@@ -352,9 +357,11 @@ async def test_a_callback_per_submit(
 
 def test_a_session_takes_what_makes_urls() -> None:
     """Anything else than an address, a maker of addresses or None is refused."""
-    receiver = CallbackReceiver(Session("key"), public_url=PUBLIC)
-    assert Session("key", callback=receiver).callback is receiver
+    assert Session("key", callback=PUBLIC).callback == PUBLIC
     session = Session("key")
+    receiver = CallbackReceiver(session, public_url=PUBLIC, default=False)
+    assert receiver.session is session
+    assert session.callback is None
     session.callback = receiver
     assert session.callback is receiver
     with pytest.raises(ConfigurationError, match="callback=7 is not allowed"):
@@ -388,14 +395,76 @@ async def test_a_maker_of_urls_that_fails(
         ({"public_url": f"{PUBLIC}?a=1"}, "it has a query or a fragment"),
         ({"public_url": f"{PUBLIC}#a"}, "it has a query or a fragment"),
         ({"public_url": f"{PUBLIC}/{'a' * 1900}"}, "characters"),
-        ({"public_url": PUBLIC, "secret": "too short"}, "secret has 9 bytes"),
+        ({"public_url": None}, "public_url=None is not allowed"),
+        ({"public_url": 5}, "public_url=5 is not allowed"),
+        ({"public_url": PUBLIC.encode()}, "public_url=b'https"),
+        ({"session": None}, "session=None is not allowed"),
+        ({"forward": 5}, "forward=5 is not allowed"),
+        ({"forward": print}, "forward=<built-in function print> is not allowed"),
+        ({"forward": Emulator}, "forward=<class .* is not allowed"),
+        ({"forward_after": "1"}, "forward_after='1' is not allowed"),
+        ({"forward_after": True}, "forward_after=True is not allowed"),
+        ({"forward_after": -1}, "forward_after=-1 is not allowed"),
+        ({"forward_after": float("nan")}, "forward_after=nan is not allowed"),
+        ({"forward_after": float("inf")}, "forward_after=inf is not allowed"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
-    """A URL the API would refuse, or a secret that can be guessed, is refused at once."""
+    """A URL the API would refuse, and values of other types, are refused at once."""
+    given: dict[str, Any] = {"session": Session("key"), "public_url": PUBLIC} | settings
+    with pytest.raises(ConfigurationError, match=message):
+        CallbackReceiver(given.pop("session"), **given)
+
+
+@pytest.mark.parametrize(
+    ("secret", "message"),
+    [
+        ("too short", "secret has 9 bytes; give at least 16 bytes"),
+        ("", "secret has 0 bytes"),
+        (20, "secret is of type int, not str or bytes"),
+        (123456789.5, "secret is of type float"),
+        ([77] * 16, "secret is of type list"),
+        (uuid.UUID(int=77), "secret is of type UUID"),
+        ("too short for it\udcff", "a lone surrogate"),
+    ],
+    ids=range(7),
+)
+def test_secrets_are_checked(secret: Any, message: str) -> None:
+    """A secret is text or bytes, and long enough; the message never shows it."""
     with pytest.raises(ConfigurationError, match=message) as caught:
-        CallbackReceiver(Session("key"), **settings)
-    assert "too short" not in str(caught.value)
+        CallbackReceiver(Session("key"), public_url=PUBLIC, secret=secret)
+    for word in ("too short", "20", "123456789", "77", "\udcff"):
+        assert word not in str(caught.value)
+    assert shown_in_frames(caught.tb, repr(secret)) == []
+
+
+def shown_in_frames(traceback: TracebackType | None, word: str) -> list[str]:
+    """The variables of our own frames that show *word*, as reports of errors print them."""
+    found = []
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if frame.f_code.co_filename == webhook.__file__:
+            found += [name for name, value in frame.f_locals.items() if word in repr(value)]
+        traceback = traceback.tb_next
+    return found
+
+
+def test_the_secret_is_in_no_frame() -> None:
+    """A report of a failed setting that prints local variables does not print the secret."""
+    with pytest.raises(ConfigurationError) as caught:
+        CallbackReceiver(Session("key"), public_url="http://example.com", secret=SECRET)
+    assert shown_in_frames(caught.tb, "example.com")
+    assert shown_in_frames(caught.tb, SECRET) == []
+
+
+@pytest.mark.parametrize("kind", [str, str.encode, lambda s: bytearray(s.encode())])
+def test_secrets_of_all_kinds(kind: Callable[[str], Any]) -> None:
+    """Text, bytes and what holds bytes are one secret; any byte may be in it."""
+    urls = {
+        CallbackReceiver(Session("key"), public_url=PUBLIC, secret=secret).url_for(KEY)
+        for secret in (kind(f"{SECRET} \xff"), memoryview(f"{SECRET} \xff".encode()))
+    }
+    assert len(urls) == 1
 
 
 def test_the_secret_does_not_show(session: Session) -> None:
@@ -498,10 +567,10 @@ async def test_nudges_take_no_strangers_along(emulator: Emulator) -> None:
     async with connect(emulator) as session:
         session.callback = f"{PUBLIC}/x"
         tasks = [await session.submit(f"lake {i}") for i in range(20)]
-        assert session.nudge(tasks[3].id)
+        assert session.nudge(tasks[6].id)  # not one of those that are looked at anyway
         assert not session.nudge("task-unified-nobody")
-        await tasks[3].refresh()
-        assert emulator.books.reads()[0].task_ids == (tasks[3].id,)
+        await tasks[6].refresh()
+        assert emulator.books.reads()[0].task_ids == (tasks[6].id,)
     assert not Session("key").nudge("task-unified-nobody")
 
 
@@ -634,6 +703,88 @@ async def test_slow_and_broken_bodies(
     assert counted(receiver) == {"too_slow": 1, "malformed": 1}
 
 
+@pytest.mark.parametrize("end", ["fin", "rst"])
+@pytest.mark.parametrize("reason", ["forged", "malformed"])
+async def test_cut_deliveries_leave_no_trace(
+    receiver: CallbackReceiver,
+    door: Door,
+    caplog: pytest.LogCaptureFixture,
+    end: str,
+    reason: str,
+) -> None:
+    """Who leaves in the middle of a body cannot fill the log of the server."""
+    path = receiver.url_for(KEY).removeprefix("https://app.example.com")
+    path = path if reason == "malformed" else path[:-8] + "AAAAAAAA"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{".encode()
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", door.port)) as connection:
+            connection.sendall(head)
+            if end == "rst":
+                no_wait = struct.pack("ii", 1, 0)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_wait)
+    await until(lambda: receiver.stats.received == 20)
+    await asyncio.sleep(0.02)
+    assert counted(receiver) == {reason: 20}
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "data"),
+    [(None, b""), (b"/x", b""), ("/x", None), ("/x", '{"id": "task-1"}'), ("/x", {"id": 1})],
+)
+async def test_deliver_says_what_it_takes(receiver: CallbackReceiver, path: Any, data: Any) -> None:
+    """A path that is no text and a body that is no bytes are mistakes of the caller."""
+    with pytest.raises(ConfigurationError, match="the path as str and the body as bytes"):
+        await receiver.deliver(path, data)
+    assert receiver.stats.received == 0
+
+
+async def test_what_stands_around_the_token(receiver: CallbackReceiver) -> None:
+    """A query and a path in front do not matter, a slash behind does; any bytes are a body."""
+    url = receiver.url_for(KEY)
+    token = url.rpartition("/")[2]
+    data = body("task-unified-1")
+    assert await receiver.deliver(f"{url}?a=/b", bytearray(data)) == 204
+    assert await receiver.deliver(f"/elsewhere/{token}", memoryview(data)) == 204
+    assert await receiver.deliver(f"{url}/", data) == 404
+    assert counted(receiver) == {"early": 1, "late": 1, "forged": 1}
+
+
+async def test_other_loops_are_refused(
+    session: Session, emulator: Emulator, receiver: CallbackReceiver
+) -> None:
+    """A delivery or nudge in another thread touches nothing, and is told where it belongs."""
+    task = await session.submit("A lake")
+
+    def deliver() -> int:
+        return asyncio.run(receiver.deliver(url_of(task), body(task.id)))
+
+    for call in (deliver, lambda: receiver.nudge(task.id)):
+        with (
+            emulator.clock.hold(),  # type: ignore[attr-defined]  # a ManualClock
+            pytest.raises(ConfigurationError, match="another event loop"),
+        ):
+            await asyncio.to_thread(call)
+    assert receiver.stats.received == 0
+    assert emulator.books.reads() == ()
+
+
+async def test_a_closed_session_takes_no_callbacks(emulator: Emulator, door: Door) -> None:
+    """After a session's end the sender is asked to try again, and reaches the next one."""
+    async with connect(emulator) as session:
+        door.receiver = CallbackReceiver(session, public_url=PUBLIC, secret=SECRET)
+        task = await session.submit("A lake")
+    await emulator.clock.sleep_until(emulator.books.task(task.id).ends_at + 0.5)
+    assert await door.receiver.deliver(f"{PUBLIC}/x", body(task.id)) == 404
+    assert counted(door.receiver) == {"closed": 1, "forged": 1}
+    assert door.receiver.stats.received == 2
+    async with connect(emulator) as session:
+        door.receiver = CallbackReceiver(session, public_url=PUBLIC, secret=SECRET)
+        await emulator.clock.sleep_until(emulator.clock.now() + 1)
+        assert [sent.status for sent in emulator.books.callbacks(task.id)] == [503, 204]
+        assert counted(door.receiver) == {"early": 1}
+
+
 async def test_what_is_remembered_is_bounded(
     session: Session, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -650,6 +801,31 @@ async def test_what_is_remembered_is_bounded(
     await emulator.clock.sleep_until(emulator.clock.now() + 601)
     await receiver.deliver(urls[4], body("task-unified-1"))
     assert counted(receiver) == {"early": 7, "late": 1}
+
+
+async def test_one_url_is_of_few_ids(session: Session, emulator: Emulator) -> None:
+    """Who found a URL cannot fill the memory, nor the other replicas, with ids made up."""
+    receiver = CallbackReceiver(session, public_url=PUBLIC, secret=SECRET)
+    url = receiver.url_for(KEY)
+    answers = [await receiver.deliver(url, body(f"task-unified-{k}")) for k in range(6)]
+    assert answers == [204] * 4 + [404] * 2
+    assert counted(receiver) == {"early": 4, "forged": 2}
+
+
+async def test_own_urls_are_known_in_any_number(
+    session: Session, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest URLs of the session's own tasks stay known, however many deliveries come."""
+    monkeypatch.setattr(webhook, "_KNOWN", 3)
+    monkeypatch.setattr(webhook, "_REMEMBERED", 1)
+    receiver = CallbackReceiver(session, public_url=PUBLIC, secret=SECRET)
+    urls = [receiver.url_for(f"{KEY}{k}") for k in range(4)]
+    for k, url in enumerate(urls):
+        receiver.registered(f"task-unified-{k}", url)
+        receiver.registered(f"task-unified-{k}", url)
+    for url in urls:
+        await receiver.deliver(url, body("task-unified-1"))
+    assert counted(receiver) == {"early": 1, "late": 3}
 
 
 # -- replicas ----------------------------------------------------------------------------------
@@ -676,6 +852,43 @@ async def test_replicas_forward_what_is_not_theirs(emulator: Emulator, door: Doo
         assert counted(wrong) == {"early": 1, "late": 2, "forwarded": 1}
         assert len(emulator.books.reads(task.id)) == 1
         await wrong.aclose()
+
+
+async def test_a_lie_does_not_waste_the_forward(emulator: Emulator) -> None:
+    """A wrong id on a URL that was found out does not keep the right one from its replica."""
+    async with connect(emulator) as session:
+        forwarded: list[str] = []
+
+        async def forward(task_id: str) -> None:
+            forwarded.append(task_id)
+
+        receiver = CallbackReceiver(session, public_url=PUBLIC, secret=SECRET, forward=forward)
+        url = receiver.url_for(KEY)
+        for task_id in ("task-unified-lie", "task-unified-true", "task-unified-true"):
+            assert await receiver.deliver(url, body(task_id)) == 204
+        await emulator.clock.sleep_until(emulator.clock.now() + 2)
+        assert forwarded == ["task-unified-lie", "task-unified-true"]
+        assert counted(receiver) == {"early": 2, "late": 1, "forwarded": 2}
+
+
+async def test_own_callbacks_are_never_forwarded(emulator: Emulator, door: Door) -> None:
+    """A callback that comes long after its task was submitted, and ended, is still known."""
+    emulator.faults.add(faults.CallbackDelayed(300))
+    emulator.faults.add(faults.TaskHangs())
+    async with connect(emulator) as session:
+        forwarded: list[str] = []
+
+        async def forward(task_id: str) -> None:
+            forwarded.append(task_id)
+
+        door.receiver = CallbackReceiver(session, public_url=PUBLIC, forward=forward)
+        task = await session.submit("A lake")
+        await emulator.clock.sleep_until(emulator.clock.now() + 1500)
+        emulator.complete(task.id)
+        await task
+        await emulator.clock.sleep_until(emulator.clock.now() + 310)
+        assert counted(door.receiver) == {"late": 1}
+        assert forwarded == []
 
 
 async def test_a_nudge_may_come_before_the_answer(session: Session, emulator: Emulator) -> None:
@@ -734,6 +947,58 @@ async def test_a_hook_that_fails(
     await receiver.aclose()
     await emulator.clock.sleep_until(emulator.clock.now() + 5)
     assert receiver.stats.forwarded == 1
+
+
+async def test_a_hook_that_hangs(
+    session: Session,
+    emulator: Emulator,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A call that never returns is given up, and makes room for the next; the rest is counted."""
+    monkeypatch.setattr(webhook, "_FORWARDS", 2)
+    monkeypatch.setattr(webhook, "_FORWARD_SECONDS", 0.02)
+    called: list[str] = []
+
+    async def forward(task_id: str) -> None:
+        called.append(task_id)
+        await asyncio.Event().wait()
+
+    receiver = CallbackReceiver(session, public_url=PUBLIC, secret=SECRET, forward=forward)
+    for k in range(5):
+        await receiver.deliver(receiver.url_for(f"{KEY}{k}"), body(f"task-unified-{k}"))
+    assert counted(receiver) == {"early": 5, "dropped": 3}
+    assert receiver.stats.received == 5
+    await emulator.clock.sleep_until(emulator.clock.now() + 2)
+    await until(lambda: caplog.text.count("failed (it may take 0.02 s)") == 2)
+    await receiver.deliver(receiver.url_for(f"{KEY}9"), body("task-unified-9"))
+    await emulator.clock.sleep_until(emulator.clock.now() + 2)
+    assert called == ["task-unified-0", "task-unified-1", "task-unified-9"]
+    assert caplog.text.count("2 ids wait to be forwarded") == 1
+    await receiver.aclose()
+    await receiver.deliver(receiver.url_for(f"{KEY}10"), body("task-unified-10"))
+    await emulator.clock.sleep_until(emulator.clock.now() + 2)
+    assert len(called) == 3
+
+
+async def test_a_hook_that_is_not_async(
+    session: Session, emulator: Emulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A plain function as hook is called, and told what it should have been."""
+    called: list[str] = []
+
+    def forward(task_id: str) -> None:
+        called.append(task_id)
+
+    receiver = CallbackReceiver(
+        session,
+        public_url=PUBLIC,
+        forward=forward,  # type: ignore[arg-type]  # what is being tested
+    )
+    await receiver.deliver(receiver.url_for(KEY), body("task-unified-1"))
+    await emulator.clock.sleep_until(emulator.clock.now() + 2)
+    assert called == ["task-unified-1"]
+    assert "returned NoneType, which cannot be awaited; make it an async function" in caplog.text
 
 
 # -- ASGI --------------------------------------------------------------------------------------
@@ -819,3 +1084,42 @@ async def test_asgi_alone(receiver: CallbackReceiver) -> None:
     (closed,) = await ask(receiver, {"type": "websocket"})
     assert closed["type"] == "websocket.close"
     assert receiver.stats.received == 0
+
+
+async def test_asgi_under_a_server(
+    receiver: CallbackReceiver, http: aiohttp.ClientSession, unused_tcp_port: int
+) -> None:
+    """A server that is given the receiver and told nothing more takes it for ASGI 3."""
+    config = uvicorn.Config(receiver.asgi, port=unused_tcp_port, ws="none", log_level="error")
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    await until(lambda: server.started or serving.done())
+    assert server.started
+    url = receiver.url_for(KEY).replace(
+        "https://app.example.com", f"http://127.0.0.1:{unused_tcp_port}"
+    )
+    async with http.post(url, data=body("task-unified-1")) as response:
+        assert response.status == 204
+    server.should_exit = True
+    await serving
+    assert counted(receiver) == {"early": 1}
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        CallbackReceiver(Session("key"), public_url=PUBLIC),
+        CallbackReceiver,
+        "http://127.0.0.1/hooks",
+        7,
+    ],
+    ids=["another's", "the class", "not https", "a number"],
+)
+async def test_callbacks_that_would_be_in_vain_are_refused(session: Session, callback: Any) -> None:
+    """A receiver of another session, its class or no https address is refused at once."""
+    with pytest.raises(ConfigurationError, match="callback="):
+        Session("key", callback=callback)
+    with pytest.raises(ConfigurationError, match="callback="):
+        await session.submit("A lake", callback=callback)
+    with pytest.raises(ConfigurationError, match="callback="):
+        session.callback = callback

@@ -1,124 +1,68 @@
-"""An image service in FastAPI: one session, callbacks, progress by server-sent events.
-
-Needs ``EVOLINK_API_KEY``; ``PUBLIC_URL``, the https address the service is reached at;
-``CALLBACK_SECRET``, kept over restarts; and ``STORE``, an SQLite file. ``PORT`` if not 8000.
-"""
+"""An image service in FastAPI; ``images.py`` beside it says what it needs."""
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
-import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager, suppress
-from typing import Annotated
+from contextlib import asynccontextmanager
+from socket import socket
+from typing import Annotated, Any
 
 import uvicorn
 from fastapi import Body, FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
+from images import Images
 
-from evolink_async import EvolinkError, RequestValidationError, Session, SessionClosedError, Task
-from evolink_async.webhook import CallbackReceiver
+from evolink_async import EvolinkError, RequestValidationError
 
 
 @asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Open the session, pick up what the last run left, and close when the server stops."""
-    store.execute("CREATE TABLE IF NOT EXISTS tasks (id PRIMARY KEY, state, urls)")
-    async with Session() as app.state.session:
-        receiver = CallbackReceiver(
-            app.state.session,
-            public_url=os.environ["PUBLIC_URL"] + "/hooks/evolink",
-            secret=os.environ["CALLBACK_SECRET"],
-        )
-        app.mount("/hooks/evolink", receiver.asgi)
-        for (task_id,) in store.execute("SELECT id FROM tasks WHERE state = 'running'").fetchall():
-            follow(app.state.session.task(task_id))
-        yield
-    await asyncio.gather(*followers)  # they end with the session
+async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    await images.resume()
+    yield
+    await images.aclose()
 
 
-store = sqlite3.connect(os.environ["STORE"])
-followers: set[asyncio.Task[None]] = set()
+images = Images()
 app = FastAPI(lifespan=lifespan)
-
-
-def save(task_id: str, state: str, urls: tuple[str, ...] = ()) -> None:
-    with store:
-        store.execute("REPLACE INTO tasks VALUES (?, ?, ?)", (task_id, state, json.dumps(urls)))
-
-
-def follow(task: Task) -> None:
-    """Write the task's outcome down, whoever else waits for it."""
-    follower = asyncio.create_task(outcome(task))
-    followers.add(follower)
-    follower.add_done_callback(followers.discard)
-
-
-async def outcome(task: Task) -> None:
-    try:
-        result = await task
-    except SessionClosedError:
-        pass  # it is still running: the next start picks it up
-    except EvolinkError as error:
-        save(task.id, str(error))
-    else:
-        save(task.id, "completed", result.urls)
+app.mount("/hooks/evolink", images.receiver.asgi)
 
 
 @app.post("/tasks", status_code=202)
 async def submit(prompt: Annotated[str, Body(embed=True)]) -> dict[str, str]:
     try:
-        task = await app.state.session.submit(prompt)
+        return {"id": await images.submit(prompt)}
     except RequestValidationError as error:
         raise HTTPException(422, str(error)) from error
     except EvolinkError as error:
         raise HTTPException(503, str(error)) from error
-    save(task.id, "running")
-    follow(task)
-    return {"id": task.id}
 
 
 @app.get("/tasks/{task_id}")
-async def show(task_id: str) -> dict[str, object]:
-    found = store.execute("SELECT state, urls FROM tasks WHERE id = ?", (task_id,)).fetchone()
-    if found is None:
+async def show(task_id: str) -> dict[str, Any]:
+    if (found := images.find(task_id)) is None:
         raise HTTPException(404)
-    return {"id": task_id, "state": found[0], "urls": json.loads(found[1])}
+    return found
 
 
 @app.get("/tasks/{task_id}/events")
 async def events(task_id: str) -> StreamingResponse:
     await show(task_id)
-    return StreamingResponse(
-        stream(app.state.session.task(task_id)), media_type="text/event-stream"
-    )
+    return StreamingResponse(images.events(task_id), media_type="text/event-stream")
 
 
-async def stream(task: Task) -> AsyncIterator[str]:
-    """Each change as an event; who leaves stops the stream, not the task."""
-    looker = asyncio.create_task(look(task))
-    try:
-        async with aclosing(task.updates()) as updates:
-            async for snapshot in updates:
-                news = {"status": snapshot.status, "progress": snapshot.progress}
-                yield f"data: {json.dumps(news)}\n\n"
-    except EvolinkError as error:
-        yield f"event: error\ndata: {json.dumps(str(error))}\n\n"
-    finally:
-        looker.cancel()
-
-
-async def look(task: Task) -> None:
-    """Callbacks tell of the end, not of progress: look while somebody is watching."""
-    while not task.done():
-        await asyncio.sleep(3)
-        with suppress(EvolinkError):
-            await task.refresh()
+class Server(uvicorn.Server):
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """Close the session first: submits in the air are answered, and streams end."""
+        await images.aclose()
+        await super().shutdown(sockets)
 
 
 if __name__ == "__main__":
-    port = int(os.environ.get("PORT", "8000"))
-    # Streams of running tasks would keep the server from stopping.
-    uvicorn.run(app, port=port, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        app,
+        port=int(os.environ.get("PORT", "8000")),
+        access_log=False,  # it would hold the paths of callbacks, which are secret
+        timeout_graceful_shutdown=5,  # for clients that do not read
+    )
+    Server(config).run()
