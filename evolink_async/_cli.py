@@ -119,7 +119,18 @@ def _sentence(why: BaseException | str) -> str:
     if isinstance(why, TaskTimeoutError):
         state = why.snapshot.status if why.snapshot is not None else "not read yet"
         return f"task {why.task_id} did not end in time, it is {state}"
-    return str(why)
+    words = str(why)
+    for argument, option in _OPTIONS.items():
+        words = words.replace(argument, option)
+    return words
+
+
+_OPTIONS: Final = {
+    "pass Session(api_key=...) or set EVOLINK_API_KEY": "set EVOLINK_API_KEY",
+    "pass validate=False": "pass --no-validate",
+    "pass overwrite=True": "pass --overwrite",
+}
+"""What is an argument in Python is an option here."""
 
 
 # ---------------------------------------------------------------------------------------------
