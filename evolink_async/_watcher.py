@@ -68,6 +68,8 @@ _MOST: Final = 50
 """Tasks that wait for their first look together."""
 _TEMPO: Final = 1.0
 """Shortest intervals from one burst of reads to the next."""
+_ENDS_AT_ONCE: Final = 500
+"""Tasks that closing ends before others may run."""
 _KINDS: Final = 64
 """Cohorts that are open to more tasks."""
 _READING: Final = -1.0
@@ -408,8 +410,10 @@ class Watcher:
         await asyncio.gather(*pending, return_exceptions=True)
         self._alarm.stop()
         running = tuple(self._live)
-        for watch in self.watches:
+        for number, watch in enumerate(self.watches):
             self._end(watch, reason(watch.id))
+            if number % _ENDS_AT_ONCE == 0:
+                await asyncio.sleep(0)
         return running
 
     # -- due times -------------------------------------------------------------------------

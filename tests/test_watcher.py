@@ -440,3 +440,19 @@ async def test_ended_watches_are_forgotten(make: Make, reader: Reader, clock: Ma
     gc.collect()
     assert sum(ghost() is not None for ghost in ghosts) <= 65
     assert len(watcher._shared) <= 65
+
+
+async def test_stopping_lets_others_run(make: Make) -> None:
+    """Ending a great many watches does not hold up the event loop."""
+    watcher = make()
+    for k in range(2_000):
+        watcher.attach(f"task-{k}")
+    stopping = asyncio.create_task(
+        watcher.stop(lambda task_id: SessionClosedError("over", task_id=task_id))
+    )
+    seen = set()
+    while not stopping.done():
+        seen.add(watcher.running)
+        await asyncio.sleep(0)
+    assert len(seen - {0, 2_000}) >= 3
+    assert len(await stopping) == 2_000
