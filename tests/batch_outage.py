@@ -148,10 +148,13 @@ def api(lives: list[Life]) -> Iterator[list[int]]:
 def born(life: Life) -> subprocess.Popen[str]:
     """A process that serves."""
     given = {name: getattr(life, name) for name in ("port", "journal", "seed", "nth", "when")}
+    # PYTHONSAFEPATH would keep this file from finding its neighbour.
+    environment = {name: word for name, word in os.environ.items() if name != "PYTHONSAFEPATH"}
     return subprocess.Popen(  # noqa: S603 - this very file
         [sys.executable, __file__, "--live", json.dumps(given)],
         stdout=subprocess.DEVNULL,
         text=True,
+        env=environment,
     )
 
 
