@@ -187,12 +187,7 @@ class Gate:
 
     def _try(self, *, submit: bool) -> bool:
         """Take a seat if one is free now."""
-        in_air = self._reads + self._submits
-        if in_air >= min(self._seats, self._window):
-            return False
-        if submit and self._submits >= self._submit_seats:
-            return False
-        if self.ready_at() > self._clock.now():
+        if not self._has_seat(submit=submit) or self.ready_at() > self._clock.now():
             return False
         if self._rate is not None:
             self._tokens -= 1
@@ -201,6 +196,14 @@ class Gate:
         else:
             self._reads += 1
         return True
+
+    def _has_seat(self, *, submit: bool) -> bool:
+        in_air = self._reads + self._submits
+        return (
+            in_air < self._seats
+            and in_air < self._window
+            and not (submit and self._submits >= self._submit_seats)
+        )
 
     def ready_at(self) -> float:
         """When cool-down and rate allow the next request."""
@@ -217,6 +220,8 @@ class Gate:
     def _pump(self) -> None:
         """Let in whoever may enter now, first come first served, past submits without a seat."""
         while (submit := self._next()) is not None:
+            if not self._has_seat(submit=submit):
+                return  # who leaves asks again
             if not self._try(submit=submit):
                 self._set_alarm()
                 return

@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import math
 import re
-import uuid
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from email.utils import formatdate, parsedate_to_datetime
 from enum import Enum
 from typing import Any, Final
@@ -29,6 +29,11 @@ from evolink_async.errors import (
     InvalidResponseError,
     RequestValidationError,
 )
+
+try:
+    from evolink_async import _skim
+except ImportError:  # without msgspec every answer is parsed whole
+    _skim = None  # type: ignore[assignment]  # so it is told apart
 
 __all__ = [
     "ANSWER_HEADERS",
@@ -74,7 +79,7 @@ def task_path(task_id: str) -> str:
 
 def new_idempotency_key() -> str:
     """A fresh key: 32 hexadecimal digits (16-96 of ``A-Za-z0-9._-`` are taken, observed)."""
-    return uuid.uuid4().hex
+    return secrets.token_hex(16)
 
 
 def check_idempotency_key(key: object) -> str:
@@ -96,7 +101,10 @@ def check_idempotency_key(key: object) -> str:
 
 def encode(value: Mapping[str, Any]) -> bytes:
     """A JSON body."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+    return _encoder.encode(value).encode()
+
+
+_encoder: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -240,45 +248,90 @@ def read_tasks(
     Raises:
         InvalidResponseError: There is no list of tasks named ``data``.
     """
+    if len(body) > _LONG_TASK * len(ids):  # too much to be kept for the sake of one of them
+        data = _data_of(body)
+        places = _places(list(map(_id_of, data)), ids)
+        tasks = [None if place is None else data[place] for place in places]
+        return None, dict(zip(ids, map(_read_one, tasks), strict=True))
+    return (_skimmed(body, ids) if _skim is not None else None) or _parsed(body, ids)
+
+
+def _skimmed(
+    body: bytes, ids: tuple[str, ...]
+) -> tuple[Page, dict[str, TaskSnapshot | EvolinkError | None]] | None:
+    """The same from a regular answer, of which only ended tasks are parsed; None from others."""
+    rows = _skim.rows(body)
+    if rows is None:
+        return None
+    places = _places([row.id for row in rows], ids)
+    found = rows if places == range(len(rows)) else [p if p is None else rows[p] for p in places]
+    words = [None if row is None else row.status for row in found]
+    progress = [None if row is None else row.progress for row in found]
+    texts: list[bytes] = []
+
+    def task(place: int) -> Any:
+        texts[:] = texts or _skim.texts(body)
+        return load_json(texts[place])
+
+    return _sorted_out(body, ids, places, words, progress, task)
+
+
+def _parsed(
+    body: bytes, ids: tuple[str, ...]
+) -> tuple[Page, dict[str, TaskSnapshot | EvolinkError | None]]:
+    """The same from any answer, parsed whole."""
+    data = _data_of(body)
+    places = _places(list(map(_id_of, data)), ids)
+    tasks = [None if place is None else data[place] for place in places]
+    words = [None if task is None else task.get("status") for task in tasks]
+    progress = [None if task is None else task.get("progress") for task in tasks]
+    return _sorted_out(body, ids, places, words, progress, data.__getitem__)
+
+
+def _sorted_out(
+    body: bytes,
+    ids: tuple[str, ...],
+    places: Sequence[int | None],
+    words: list[Any],
+    progress: list[object],
+    task: Callable[[int], Any],
+) -> tuple[Page, dict[str, TaskSnapshot | EvolinkError | None]]:
+    """The tasks that go on, by their status in *words*, and by id all others."""
+    others: dict[str, TaskSnapshot | EvolinkError | None] = {}
+    for row, word in enumerate(words):
+        if type(word) is str and word in _WORDS:
+            words[row] = _WORDS[word]
+            continue
+        place = places[row]
+        others[ids[row]] = None if place is None else _read_one(task(place))
+        words[row] = ""  # it may be anything, and is not asked for
+    return Page(body, ids, places=places, words=words, progress=progress), others
+
+
+def _data_of(body: bytes) -> list[Any]:
     value = load_json(body)
     data = value.get("data") if type(value) is dict else None
     if type(data) is not list:
         raise InvalidResponseError("the batch answer has no list named data")
-    places = _places(data, ids)
-    tasks = [None if place is None else data[place] for place in places]
-    words: list[Any] = [None if task is None else task.get("status") for task in tasks]
-    if len(body) > _LONG_TASK * len(ids):  # too much to be kept for the sake of one of them
-        return None, dict(zip(ids, map(_read_one, tasks), strict=True))
-    odd = [row for row, word in enumerate(words) if type(word) is not str or word not in RUNNING]
-    others = {ids[row]: _read_one(tasks[row]) for row in odd}
-    for row in odd:
-        words[row] = ""  # it may be anything, and is not asked for
-    page = Page(
-        body,
-        ids,
-        places=places,
-        words=[_WORDS.get(word, word) for word in words],
-        progress=[None if task is None else task.get("progress") for task in tasks],
-    )
-    return page, others
+    return data
 
 
-def _places(data: list[Any], ids: tuple[str, ...]) -> Sequence[int | None]:
-    """Where in *data* each task is; None for one that is not there."""
-    try:
-        if len(data) == len(ids) and tuple([task["id"] for task in data]) == ids:
-            return range(len(ids))
-    except (TypeError, KeyError):
-        pass
+def _id_of(task: object) -> object:
+    return task.get("id") if type(task) is dict else None
+
+
+def _places(found: list[Any], ids: tuple[str, ...]) -> Sequence[int | None]:
+    """Where in *found* each id is; None for one that is not there."""
+    if tuple(found) == ids:
+        return range(len(ids))
     where: dict[str, int] = {}
-    for place, task in enumerate(data):
-        task_id = task.get("id") if type(task) is dict else None
+    for place, task_id in enumerate(found):
         if type(task_id) is str:
             where.setdefault(task_id, place)
     return [where.get(task_id) for task_id in ids]
 
 
-def _read_one(task: dict[str, Any] | None) -> TaskSnapshot | EvolinkError | None:
+def _read_one(task: Any) -> TaskSnapshot | EvolinkError | None:
     try:
         return None if task is None else TaskSnapshot.from_json(task, body=task)
     except InvalidResponseError as exc:

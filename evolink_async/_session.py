@@ -371,8 +371,11 @@ class Session:
             EvolinkError: It was not accepted; the subclass says why.
         """
         given = as_request(request, **fields)
-        key = new_idempotency_key() if idempotency_key is None else idempotency_key
-        check_idempotency_key(key)
+        key = (
+            new_idempotency_key()
+            if idempotency_key is None
+            else check_idempotency_key(idempotency_key)
+        )
         source = self._callback if callback is NOTHING else _callback(callback, self)
         asked = _with_callback(given, source, key)
         self._open()

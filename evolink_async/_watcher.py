@@ -302,8 +302,7 @@ class Watcher:
             self._end(watch)
             return watch
         self._live[watch.id] = watch
-        price = self._price(cohort, self._pacer.shared.price(len(self._live)))
-        self._queue_first(watch, cohort.started + schedule.next_age(0.0, price))
+        self._queue_first(watch)
         self._start()
         return watch
 
@@ -441,19 +440,17 @@ class Watcher:
             due = last if last > max(watch.looked, self._clock.now()) else watch.deadline
         self._push(self._single if watch.alone else self._shared, due, [watch])
 
-    def _queue_first(self, watch: Watch, due: float) -> None:
-        """Queue a task just submitted, with those of its cohort that are due when it is."""
+    def _queue_first(self, watch: Watch) -> None:
+        """Queue a task just submitted, with those of its cohort that nobody has looked at."""
         cohort = watch.cohort
-        unread = cohort.unread
-        if (
-            unread
-            and len(unread) < _MOST
-            and abs(due - cohort.unread_due) < (_WIDTH * self._policy.min_interval)
-        ):
+        if cohort.unread and len(cohort.unread) < _MOST:
             watch.due = cohort.unread_due
-            unread.append(watch)
+            cohort.unread.append(watch)
             self._queued += 1
-        elif due < cohort.deadline:
+            return
+        price = self._price(cohort, self._pacer.shared.price(len(self._live)))
+        due = cohort.started + cohort.schedule.next_age(0.0, price)
+        if due < cohort.deadline:
             cohort.unread, cohort.unread_due = [watch], due
             self._push(self._shared, due, cohort.unread)
         else:
