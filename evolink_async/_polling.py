@@ -18,7 +18,7 @@ submit was sent.
 from __future__ import annotations
 
 import math
-from itertools import accumulate
+from itertools import accumulate, count
 from math import exp, log2, sqrt
 from operator import add, mul, sub, truediv
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -499,8 +499,8 @@ class DurationModel:
         self._new_ends, self._new_risk = _bare(count), _bare(count)
         self._whole, self._part = _bare(count), _bare(count)
         self._fresh = self._looks = 0
-        memory = self._memory if self._seen > 20 else 1
-        self._enough_ends = max(1, memory // ENDS_PER_LEARNING)
+        few = self._running // 2  # nearly each of the first ends, but not in a crowd
+        self._enough_ends = max(1, (self._memory if self._seen > 20 else few) // ENDS_PER_LEARNING)
         self._enough_looks = max(LOOKS_PER_LEARNING, ROUNDS_PER_LEARNING * self._running)
 
     def _move_prior(self) -> None:
@@ -511,8 +511,8 @@ class DurationModel:
         """
         mass = list(map(sub, self._survival, self._survival[1:]))
         total = sum(mass)
-        mean = sum(k * part for k, part in enumerate(mass)) / total
-        variance = sum((k - mean) ** 2 * part for k, part in enumerate(mass)) / total
+        mean = sum(map(mul, mass, count())) / total
+        variance = sum(map(mul, mass, [(k - mean) ** 2 for k in range(len(mass))])) / total
         octave = math.log(2) / BINS_PER_OCTAVE
         trust = self._seen / (PRIOR_HOLD + self._seen)
         guess, sigma = self._guess
@@ -577,8 +577,9 @@ def _shortest_half(survival: list[float]) -> int:
     for start, height in enumerate(survival):
         while end < last and height - survival[end] < half:
             end += 1
-        if height - survival[end] >= half:
-            best = min(best, end - start)
+        if height - survival[end] < half:
+            break  # nor is there that much further on
+        best = min(best, end - start)
     return best
 
 
