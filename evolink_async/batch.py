@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import stat
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -267,7 +268,7 @@ def _make_folder(out: str | os.PathLike[str]) -> Path:
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{os.getpid()}.probe"
+        probe = folder / f".{secrets.token_hex(8)}.probe"
         probe.touch()
         probe.unlink()
     except (OSError, ValueError) as exc:

@@ -1207,6 +1207,15 @@ async def test_a_missing_input_makes_no_folder(desk: Desk, tmp_path: Path) -> No
     assert not desk.out.exists()
 
 
+async def test_trying_the_folder_touches_no_other_file(desk: Desk) -> None:
+    """Another batch of this process may be trying the same one."""
+    desk.out.mkdir()
+    probe = desk.out / f".{os.getpid()}.probe"
+    probe.touch()
+    await desk.run(["a"])
+    assert [path.name for path in desk.out.glob(".*.probe")] == [probe.name]
+
+
 async def test_a_folder_that_cannot_be_one_is_refused(desk: Desk, tmp_path: Path) -> None:
     """Before the input is read, with the name."""
     (tmp_path / "file").write_text("")
