@@ -104,7 +104,7 @@ def batch_command(console: Console) -> click.Command:
     @click.option(
         "--resubmit-expired",
         is_flag=True,
-        help="Pay again for results that were not fetched in time.",
+        help="Pay again for results that were not fetched in time, and still cannot be had.",
     )
     @click.option("--skip-invalid", is_flag=True, help="Go on without the bad lines.")
     @click.option(
@@ -358,6 +358,11 @@ def _tell_problems(report: BatchReport, console: Console) -> None:
     for problem in report.problems:
         if problem.state == "uncertain":
             console.tell(_problem(problem))
+    for path in report.kept:
+        console.tell(
+            f"kept as {_name(path)}: what had the name of that picture was changed since it was "
+            "saved, or is not of this batch"
+        )
     for hint in _hints(report):
         console.tell(hint)
     if report.stop is not None and report.stop.kind != "interrupted":
@@ -371,7 +376,8 @@ def _problem(problem: Problem) -> str:
     if problem.state == "submitted":
         return f"{name}: still running, as task {problem.task_id}"
     if problem.state == "completed":
-        return f"{name}: generated, not downloaded yet (task {problem.task_id})"
+        why = "" if problem.message is None else f": {problem.message}"
+        return f"{name}: generated, not downloaded yet (task {problem.task_id}){why}"
     if problem.state == "uncertain":
         return (
             f"{name}: may have been accepted and charged (idempotency key "
@@ -389,7 +395,10 @@ def _hints(report: BatchReport) -> Iterator[str]:
     if report.retryable:
         yield f"{report.retryable} of the failed may succeed later: --retry-failed"
     if report.expired:
-        yield f"{report.expired} were not fetched in time: --resubmit-expired pays for them again"
+        yield (
+            f"{report.expired} were not fetched in time: --resubmit-expired looks for them once "
+            "more, then pays for them again"
+        )
     if report.queued:
         price = "" if report.still_to_pay is None else f", about {report.still_to_pay:.10g} credits"
         yield f"{report.queued} not submitted{price}"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import logging
 import os
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Final
 
@@ -26,13 +25,14 @@ __all__ = [
     "disk_error",
     "file_of",
     "is_foreign",
-    "matches",
+    "kept_from",
+    "present",
+    "set_aside",
     "stems",
     "sweep",
+    "trouble_with",
     "whole",
 ]
-
-logger = logging.getLogger(__name__)
 
 _PARTIAL: Final = re.compile(r"\..+\.[0-9a-f]{16}\.part")
 
@@ -49,7 +49,7 @@ def stems(item: Item, folder: Path, count: int) -> tuple[str, ...]:
 def _names(item: Item) -> tuple[str, str]:
     digest = hashlib.sha256(item.identity.encode()).hexdigest()
     if item.user_id is not None:
-        name = safe_name(item.user_id, 80)
+        name = safe_name(item.user_id, 64)
         return name, f"{name}-{digest[:16]}"
     prompt = str(item.request.get("prompt") or item.request.get("body", {}).get("prompt") or "")
     words = re.sub(r"[^a-z0-9]+", "-", prompt[:200].lower()).strip("-")[:40].strip("-")
@@ -131,18 +131,18 @@ def file_of(path: Path) -> File:
         return File(name=path.name, sha256=digest, bytes=file.tell())
 
 
-def matches(folder: Path, files: tuple[File, ...]) -> bool:
-    """True if all are as they were saved; one that was changed is kept under another name."""
-    found = [_found(folder / each.name) for each in files]
-    if list(files) == found:
-        return True
-    for before, now in zip(files, found, strict=True):
-        if now is not None and now != before:
-            kept = Path(now.name)
-            kept = folder / f"{kept.stem}.changed-{now.sha256[:8]}{kept.suffix}"
-            (folder / now.name).replace(kept)
-            logger.warning("%s has changed since it was saved: kept as %s", now.name, kept.name)
-    return False
+def present(folder: Path, files: Iterable[File]) -> tuple[File, ...]:
+    """Those of *files* that are as they were saved."""
+    return tuple(each for each in files if _found(folder / each.name) == each)
+
+
+def trouble_with(folder: Path, files: Iterable[File]) -> str:
+    """In words, which of *files* are not as they were saved; nothing if all are."""
+    gone = [file for file in files if file not in present(folder, (file,))]
+    return ", ".join(
+        f"{file.name} {'has changed' if os.path.lexists(folder / file.name) else 'is missing'}"
+        for file in gone
+    )
 
 
 def _found(path: Path) -> File | None:
@@ -152,22 +152,44 @@ def _found(path: Path) -> File | None:
         return None
 
 
+def set_aside(path: Path) -> Path | None:
+    """Give what has that name another one, and return that; None if there is nothing.
+
+    A folder stays: it is in the way, but nothing would be written over it.
+    """
+    if not os.path.lexists(path) or (path.is_dir() and not path.is_symlink()):
+        return None
+    digest = digest_of(path) or secrets.token_hex(32)
+    names = (f"{path.stem}.changed-{digest[:k]}{path.suffix}" for k in (8, 16, 64))
+    free = (path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
+    kept = next(free, path.with_name(f"{path.stem}.changed-{secrets.token_hex(16)}{path.suffix}"))
+    path.rename(kept)
+    return kept
+
+
+def kept_from(new: Path, target: Path) -> Path | None:
+    """`set_aside` for *target*, should it be other than *new*, which gets that name next."""
+    return set_aside(target) if digest_of(target) != digest_of(new) else None
+
+
 def whole(
-    folder: Path, stem: str, result: GenerationResult, recorded: tuple[File, ...]
+    folder: Path, stem: str, result: GenerationResult, recorded: Mapping[int, File]
 ) -> tuple[Path, ...]:
     """The files of a result that were not recorded as saved, if all are there and whole.
 
-    Where they were once (*recorded*), they must still be what they were.
+    Where they were once (*recorded*, by position), they must still be what they were.
     """
-    found = [_picture(folder, f"{stem}-{k}") for k in range(1, len(result.urls) + 1)]
+    found = (
+        _picture(folder, f"{stem}-{k}", recorded.get(k)) for k in range(1, len(result.urls) + 1)
+    )
     paths = tuple(path for path in found if path is not None)
-    if len(paths) != len(found):
-        return ()
-    return paths if not recorded or [_found(path) for path in paths] == list(recorded) else ()
+    return paths if len(paths) == len(result.urls) else ()
 
 
-def _picture(folder: Path, stem: str) -> Path | None:
+def _picture(folder: Path, stem: str, recorded: File | None) -> Path | None:
     """The file `Session.download` made under that name, if it is what its extension says."""
+    if recorded is not None:
+        return folder / recorded.name if present(folder, (recorded,)) else None
     paths = (folder / f"{stem}.{extension}" for extension in _EXTENSIONS)
     return next((path for path in paths if _is_picture(path)), None)
 

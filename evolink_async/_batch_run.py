@@ -20,11 +20,19 @@ from typing import Final, TypeVar
 
 from attrs import define, evolve, field, frozen
 
-from evolink_async._batch_files import disk_error, file_of, matches, stems, whole
+from evolink_async._batch_files import (
+    disk_error,
+    file_of,
+    kept_from,
+    present,
+    stems,
+    trouble_with,
+    whole,
+)
 from evolink_async._batch_money import Money
 from evolink_async._clock import Clock, hold
-from evolink_async._ledger import Counts, Item, Ledger
-from evolink_async._models import GenerationResult, as_request
+from evolink_async._ledger import Counts, File, Item, Ledger
+from evolink_async._models import GenerationResult, TaskSnapshot, as_request
 from evolink_async._session import Session
 from evolink_async._task import Task
 from evolink_async._text import printable
@@ -47,13 +55,17 @@ from evolink_async.errors import (
     TaskTimeoutError,
 )
 
-__all__ = ["NOT_FOUND", "BatchProgress", "Options", "Run", "Stop"]
+__all__ = ["EXPIRED", "NOT_FOUND", "BatchProgress", "Options", "Run", "Stop"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 NOT_FOUND: Final = "task_not_found"
 """Code of items whose task the API did not know; kept while it is asked once more."""
+EXPIRED: Final = "results_expired"
+"""Code of items whose results were not fetched in time; kept while they are looked for again."""
+_LINKS_LIVE: Final = 24 * 3600.0
+"""Seconds after its task completed that a result link works, by the API's page."""
 _DOWNLOADS: Final = 8
 """Items downloaded at once."""
 _BACKLOG: Final = 64
@@ -179,8 +191,9 @@ class Run:
     _welcome: bool = field(default=False, init=False)
     _leave_at: float = field(default=float("inf"), init=False)
     _checked_disk_at: float = field(default=float("-inf"), init=False)
-    _began: float = field(factory=time.time, init=False)
+    _new: set[int] = field(factory=set, init=False)
     pictures: int = field(default=0, init=False)
+    kept: list[Path] = field(factory=list, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._clock = self.session.clock
@@ -334,9 +347,9 @@ class Run:
         life.add_done_callback(self._ended)
 
     def _may_buy_anew(self, item: Item) -> bool:
-        """Whether it is to be submitted again if the API still does not know its task."""
-        forgotten = item.state == "submitted" and item.code == NOT_FOUND
-        return forgotten and self.options.resubmit_expired
+        """Whether it is to be submitted again if its task or its results are still lost."""
+        lost = {"submitted": NOT_FOUND, "completed": EXPIRED}.get(item.state)
+        return self.options.resubmit_expired and lost is not None and item.code == lost
 
     @property
     def _places(self) -> tuple[set[int], ...]:
@@ -596,7 +609,12 @@ class Run:
         except TaskCancelledError as exc:
             await self._fail(job, code="request_cancelled", message=str(exc))
         except NotFoundError:
-            await self._forgotten(job, task)
+            await self._give_up(
+                job,
+                NOT_FOUND,
+                f"the API does not know task {task.id} any more; its results can no longer be "
+                "had; submitting it again pays again",
+            )
         except AuthenticationError as exc:
             self._halt("authentication", f"the API refuses the key: {exc}")
         except SessionClosedError:
@@ -618,19 +636,6 @@ class Run:
                 used=result.usage.credits_used,
             )
         return None
-
-    async def _forgotten(self, job: _Job, task: Task) -> None:
-        """The API does not know its task: lost, or, asked for twice, to be bought again."""
-        await self._fail(
-            job,
-            code=NOT_FOUND,
-            charged=True,
-            message=f"the API does not know task {task.id} any more; its results can no longer "
-            "be had; submitting it again pays again",
-        )
-        if self._may_buy_anew(job.item) and self._going:
-            await self._commit(self.ledger.queued(job.item.number))
-            self._moved(job, "queued")
 
     async def _fail(
         self,
@@ -675,14 +680,9 @@ class Run:
             if self._disk_trouble:
                 return
             try:
-                paths = await self._download(result, stem)
-            except DownloadError as exc:
-                await self._not_saved(job, result, stem, exc, again=again)
-                return
+                await self._fetch(job, result, stem, again=again)
             except SessionClosedError:
                 self._halt("closed", "the session was closed; run the same batch again to go on")
-                return
-            await self._saved(job, paths)
 
     def _settle(self, item: Item, used: float | None) -> None:
         """It is paid for; where nobody says how much, a limit could not be kept."""
@@ -698,66 +698,100 @@ class Run:
                 "kept; go on without a limit if you want to",
             )
 
-    async def _download(self, result: GenerationResult, stem: str) -> tuple[Path, ...]:
-        # The name belongs to this item alone (the ledger saw to that): what there is under it
-        # is ours, left by a run that ended in between.
-        return await self.session.download(result, self.folder, overwrite=True, name=stem)
+    async def _fetch(self, job: _Job, result: GenerationResult, stem: str, *, again: bool) -> None:
+        item = job.item
+        old = _is_old(item, result)
+        try:
+            paths = await self._download(item, result, stem, patient=not old)
+        except DownloadError as exc:
+            if (why := disk_error(exc)) is not None:
+                self._halt("disk", f"{exc}; {why}, then run the same batch again")
+                return
+            why = f"{exc.url}: the host answered {exc.status}" if exc.expired else str(exc)
+            await self._keep_part(item, exc.saved, why)
+            now = await self._read_again(item, result) if again else result
+            if now is not None and now.urls != result.urls:
+                await self._fetch(job, now, stem, again=False)
+            elif now is not None and old:
+                await self._expire(job, result, stem, why)
+            else:
+                logger.warning("line %d is not saved yet: %s", item.line, why)
+        else:
+            await self._saved(job, paths)
+
+    async def _download(
+        self, item: Item, result: GenerationResult, stem: str, *, patient: bool
+    ) -> tuple[Path, ...]:
+        """Its files: those that are there as they were saved, and the others anew."""
+        with hold(self._clock):
+            recorded = await self.ledger.files(item.number)
+            files = await asyncio.to_thread(present, self.folder, recorded.values())
+        return await self.session._download(  # noqa: SLF001 - one package
+            result,
+            self.folder,
+            stem=stem,
+            there={k: self.folder / file.name for k, file in recorded.items() if file in files},
+            overwrite=True,
+            make_way=self._make_way,
+            patient=patient,
+        )
+
+    def _make_way(self, new: Path, target: Path) -> None:
+        """Keep what has the name of a picture, and is not that picture, under another name."""
+        kept = kept_from(new, target)
+        if kept is not None:
+            self.kept.append(kept)
+            logger.warning("%s is not what was saved there: kept as %s", target.name, kept.name)
 
     async def _saved(self, job: _Job, paths: tuple[Path, ...]) -> None:
+        self._new.add(job.item.number)  # before others can read of it in the ledger
         with hold(self._clock):
             files = await asyncio.to_thread(lambda: [file_of(path) for path in paths])
             await self.ledger.saved(job.item.number, files)
         self.pictures += len(files)
         self._moved(job, "saved")
 
-    async def _not_saved(
-        self,
-        job: _Job,
-        result: GenerationResult,
-        stem: str,
-        exc: DownloadError,
-        *,
-        again: bool,
-    ) -> None:
+    async def _keep_part(self, item: Item, paths: tuple[Path, ...], why: str) -> None:
+        """Record what there is of its files, and why there is no more."""
+        with hold(self._clock):
+            files = await asyncio.to_thread(_by_position, paths)
+            await self.ledger.unsaved(item.number, files, printable(why, 500))
+
+    async def _read_again(self, item: Item, result: GenerationResult) -> GenerationResult | None:
+        """The result as the API gives it now, perhaps with other links; None if it cannot say."""
+        # One read: a task that has ended need not be watched.
+        reading = await self.session._transport.fetch((result.task_id,))  # noqa: SLF001 - one package
+        answer = reading.answers[result.task_id]
+        if isinstance(answer, TaskSnapshot):
+            return GenerationResult.from_snapshot(answer) if answer.urls else result
+        if isinstance(answer, NotFoundError):
+            return result
+        logger.warning("line %d: its task cannot be read: %s", item.line, answer)
+        return None
+
+    async def _expire(self, job: _Job, result: GenerationResult, stem: str, why: str) -> None:
+        """Its links have had their time: what is not on disk can no longer be had."""
         item = job.item
-        if (why := disk_error(exc)) is not None:
-            self._halt("disk", f"{exc}; {why}, then run the same batch again")
-        elif not exc.expired:
-            logger.warning("line %d is not saved yet: %s", item.line, exc)
-        elif again and (paths := await self._whole(item, result, stem)):
-            await self._saved(job, paths)  # only the record was missing
-        elif again and (fresh := await self._fresh(item, result)) is not None:
-            await self._save_fresh(job, fresh, stem)
-        else:
-            await self._expire(job)
-
-    async def _whole(self, item: Item, result: GenerationResult, stem: str) -> tuple[Path, ...]:
-        """Its files, if all are there though the record does not say so."""
-        recorded = await self._commit(self.ledger.files(item.number))
-        return await asyncio.to_thread(whole, self.folder, stem, result, recorded)
-
-    async def _fresh(self, item: Item, result: GenerationResult) -> GenerationResult | None:
-        """The result as the API gives it now, if its links have changed."""
-        try:
-            fresh = await self._task_of(item)
-        except EvolinkError:
-            return None
-        return fresh if fresh.urls and fresh.urls != result.urls else None
-
-    async def _save_fresh(self, job: _Job, fresh: GenerationResult, stem: str) -> None:
-        try:
-            await self._saved(job, await self._download(fresh, stem))
-        except DownloadError as exc:
-            await self._not_saved(job, fresh, stem, exc, again=False)
-
-    async def _expire(self, job: _Job) -> None:
-        await self._fail(
+        with hold(self._clock):
+            recorded = await self.ledger.files(item.number)
+            paths = await asyncio.to_thread(whole, self.folder, stem, result, recorded)
+            trouble = await asyncio.to_thread(trouble_with, self.folder, recorded.values())
+        if paths:  # only the record was missing
+            await self._saved(job, paths)
+            return
+        await self._give_up(
             job,
-            code="results_expired",
-            charged=True,
-            message="the links to its results have expired (they are kept for 24 hours); "
-            "submitting it again pays again",
+            EXPIRED,
+            f"{trouble and trouble + ', and '}the links to its results have expired (they live "
+            f"24 hours; {printable(why, 200)}); submitting it again pays again",
         )
+
+    async def _give_up(self, job: _Job, code: str, message: str) -> None:
+        """What was paid for cannot be had any more: lost, or, if so wanted, to be bought again."""
+        await self._fail(job, code=code, message=message, charged=True)
+        if self._may_buy_anew(job.item) and self._going:
+            await self._commit(self.ledger.queued(job.item.number))
+            self._moved(job, "queued")
 
     async def _verify(self) -> None:
         """Download again what an earlier run saved and is not there any more, or has changed."""
@@ -765,13 +799,15 @@ class Run:
         while page := await self._commit(self.ledger.page("saved", after=after, limit=_PAGE)):
             for item in page:
                 after = (item.line, item.number)
-                if item.times["saved"] >= self._began:
+                if item.number in self._new:
                     continue
                 with hold(self._clock):
-                    if await asyncio.to_thread(matches, self.folder, item.files):
+                    trouble = await asyncio.to_thread(trouble_with, self.folder, item.files)
+                    if not trouble:
                         continue
                     await self.ledger.damaged(item.number)
-                damaged = evolve(item, state="completed", files=())
+                logger.info("line %d: %s: downloaded again", item.line, trouble)
+                damaged = evolve(item, state="completed")
                 self._moved(_Job(item, key=None), "completed")
                 if await self._room(damaged) and item.number not in self._active:
                     self._start(damaged)
@@ -827,6 +863,19 @@ class Run:
 def _is_paid(item: Item) -> bool:
     """False if going on with *item* may buy something."""
     return item.state not in {"queued", "uncertain"}
+
+
+def _is_old(item: Item, result: GenerationResult) -> bool:
+    """Whether its links have had their time. By this machine's clock alone; if in doubt, no."""
+    ended = item.times.get("completed", float("inf"))
+    if "submitted" in item.times and result.duration is not None:
+        ended = min(ended, item.times["submitted"] + max(0.0, result.duration))
+    return time.time() - ended >= _LINKS_LIVE
+
+
+def _by_position(paths: tuple[Path, ...]) -> dict[int, File]:
+    """The files of a result by the number in their name."""
+    return {int(path.stem.rpartition("-")[2]): file_of(path) for path in paths}
 
 
 async def _slept(clock: Clock, until: float) -> None:

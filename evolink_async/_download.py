@@ -15,9 +15,10 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, Final, Protocol
 
 from attrs import define, field
@@ -30,6 +31,7 @@ __all__ = [
     "MAX_BYTES",
     "MAX_FILES",
     "Interrupted",
+    "MakeWay",
     "OpenResult",
     "Stream",
     "media_type",
@@ -104,6 +106,10 @@ class OpenResult(Protocol):
         ...
 
 
+MakeWay = Callable[[Path, Path], None]
+"""Told of a whole file, and of the name it gets next."""
+
+
 def _backoff(failures: int) -> float:
     return float(min(8.0, 0.5 * 2.0 ** (failures - 1)))
 
@@ -119,7 +125,10 @@ async def save_all(
     *,
     task_id: str,
     stem: str | None = None,
+    there: Mapping[int, Path] = MappingProxyType({}),
     overwrite: bool = False,
+    make_way: MakeWay | None = None,
+    patient: bool = False,
     max_bytes: int = MAX_BYTES,
     attempts: int = _ATTEMPTS,
     wait_after: Callable[[int], float] = _backoff,
@@ -127,8 +136,8 @@ async def save_all(
 ) -> tuple[Path, ...]:
     """Save every link of a task as ``<folder>/<stem>-<k>.<ext>``, k from 1; returns the paths.
 
-    All are tried, at the same time. *stem* is the task's id unless told; the other
-    parameters are those of `save`.
+    All are tried, at the same time, but those that are *there*, by k. *stem* is the task's id
+    unless told; the other parameters are those of `save`.
 
     Raises:
         DownloadError: The first of the failures, saying which files were saved; they stay.
@@ -140,6 +149,7 @@ async def save_all(
             task_id=task_id,
         )
     stem = safe_name(task_id if stem is None else stem, _NAME_LIMIT - 8)
+    wanted = {k: url for k, url in enumerate(urls, 1) if k not in there}
     outcomes = await asyncio.gather(
         *(
             save(
@@ -148,17 +158,20 @@ async def save_all(
                 folder,
                 f"{stem}-{k}",
                 overwrite=overwrite,
+                make_way=make_way,
+                patient=patient,
                 max_bytes=max_bytes,
                 task_id=task_id,
                 attempts=attempts,
                 wait_after=wait_after,
                 sleep=sleep,
             )
-            for k, url in enumerate(urls, 1)
+            for k, url in wanted.items()
         ),
         return_exceptions=True,
     )
-    return _all_saved(outcomes, task_id)
+    all_ = {**there, **dict(zip(wanted, outcomes, strict=True))}
+    return _all_saved([all_[k] for k in range(1, len(urls) + 1)], task_id)
 
 
 def _all_saved(outcomes: Sequence[Path | BaseException], task_id: str) -> tuple[Path, ...]:
@@ -188,6 +201,8 @@ async def save(
     stem: str,
     *,
     overwrite: bool = False,
+    make_way: MakeWay | None = None,
+    patient: bool = False,
     max_bytes: int = MAX_BYTES,
     task_id: str | None = None,
     attempts: int = _ATTEMPTS,
@@ -205,6 +220,9 @@ async def save(
         folder: Where to save; made if missing.
         stem: Name without extension; made safe by `safe_name`.
         overwrite: Whether an existing file may be replaced.
+        make_way: Called, in a thread, before the whole file gets its name.
+        patient: Whether a link that seems to have expired is tried again, as one that is
+            known to be fresh should be.
         max_bytes: Largest file, in bytes, that is accepted.
         task_id: For the errors.
         attempts: How often to try in all. A broken download goes on where it broke off if
@@ -215,12 +233,18 @@ async def save(
     Raises:
         DownloadError: It could not be saved; nothing is left behind.
     """
-    partial = _Partial(Path(folder), stem=safe_name(stem), overwrite=overwrite)
+    partial = _Partial(Path(folder), stem=safe_name(stem), overwrite=overwrite, make_way=make_way)
     transfer = _Transfer(partial, max_bytes=max_bytes)
     try:
         await asyncio.to_thread(partial.create)
         return await _persist(
-            open_result, url, transfer, attempts=attempts, wait_after=wait_after, sleep=sleep
+            open_result,
+            url,
+            transfer,
+            patient=patient,
+            attempts=attempts,
+            wait_after=wait_after,
+            sleep=sleep,
         )
     except DownloadError as exc:
         raise _plain(exc, str(exc), task_id=task_id) from exc.__cause__
@@ -239,6 +263,7 @@ async def _persist(
     url: str,
     transfer: _Transfer,
     *,
+    patient: bool,
     attempts: int,
     wait_after: Callable[[int], float],
     sleep: Callable[[float], Awaitable[object]],
@@ -249,11 +274,12 @@ async def _persist(
         try:
             await transfer.receive(open_result, url)
             return await transfer.publish(url)
-        except Interrupted as exc:
+        except DownloadError as exc:
             failures += 1
-            if failures >= attempts:
+            may_pass = isinstance(exc, Interrupted) or (patient and exc.expired)
+            if not may_pass or failures >= attempts:
                 raise
-            if exc.restart:
+            if isinstance(exc, Interrupted) and exc.restart:
                 transfer.forget()
             logger.warning("download attempt %d: %s", failures, exc)
             await sleep(wait_after(failures))
@@ -449,6 +475,7 @@ class _Partial:
     folder: Path
     _stem: str = field(kw_only=True)
     _overwrite: bool = field(kw_only=True)
+    _make_way: MakeWay | None = field(default=None, kw_only=True)
     _lock: threading.Lock = field(factory=threading.Lock, init=False)
     _file: IO[bytes] | None = field(default=None, init=False)
     _temporary: Path = field(default=Path(), init=False)
@@ -503,6 +530,8 @@ class _Partial:
             os.fsync(self._file.fileno())
             self._file.close()
             target = self.folder / f"{self._stem}.{extension}"
+            if self._make_way is not None:
+                self._make_way(self._temporary, target)
             _rename(self._temporary, target, overwrite=self._overwrite)
             self._file = None
             self.pending = False

@@ -664,7 +664,7 @@ class Ledger:
 
     async def queued(self, number: int) -> None:
         """Nothing of it has been accepted: it may be submitted anew, under a new key."""
-        await self._change(_QUEUED, (time.time(), number))
+        await self._do(lambda connection: _queue(connection, number))
 
     async def uncertain(self, number: int, *, key: str | None, message: str) -> None:
         """Its submit may have been accepted; nobody knows its task."""
@@ -707,8 +707,12 @@ class Ledger:
             "UPDATE items SET state = 'completed', saved_at = NULL WHERE number = ?", (number,)
         )
 
-    async def files(self, number: int) -> tuple[File, ...]:
-        """Its files as they were last saved, be it in this state or an earlier one."""
+    async def unsaved(self, number: int, files: Mapping[int, File], message: str) -> None:
+        """Not all its results are on disk, for that reason; these are, by position from 1."""
+        await self._do(lambda connection: _unsaved(connection, number, files, message))
+
+    async def files(self, number: int) -> dict[int, File]:
+        """Its files as they were last saved, by position from 1."""
         return await self._do(lambda connection: _files(connection, number))
 
     async def failed(
@@ -732,9 +736,9 @@ class Ledger:
             (code, message, retryable, used, charged, time.time(), number),
         )
 
-    async def requeue_failed(self, *, retryable: bool, codes: Sequence[str] = ()) -> int:
-        """Queue failed items of the input anew: the *retryable* ones, those with one of *codes*."""
-        return await self._do(lambda connection: _requeue_failed(connection, retryable, codes))
+    async def requeue_failed(self) -> int:
+        """Queue failed items of the input anew, those that are retryable."""
+        return await self._do(_requeue_failed)
 
     async def reattach(self, code: str) -> int:
         """Look again at the tasks of items of the input that failed with *code*."""
@@ -748,18 +752,35 @@ class Ledger:
             )
         )
 
+    async def reopen(self, code: str) -> int:
+        """Look again for the results of items of the input that failed with *code*."""
+        return await self._do(
+            lambda connection: (
+                connection.execute(
+                    "UPDATE items SET state = 'completed', ended_at = NULL WHERE state = 'failed' "
+                    "AND wanted = 1 AND code = ? AND snapshot IS NOT NULL",
+                    (code,),
+                ).rowcount
+            )
+        )
+
     async def _change(self, sql: str, values: tuple[Any, ...]) -> None:
         await self._do(lambda connection: _once(connection, sql, values))
 
 
 _QUEUED: Final = (
     "UPDATE items SET state = 'queued', idempotency_key = NULL, task_id = NULL, snapshot = NULL, "
-    "code = NULL, message = NULL, retryable = 0, credits_before = credits_before + "
+    "stem = NULL, code = NULL, message = NULL, retryable = 0, credits_before = credits_before + "
     "coalesce(credits_used, 0), credits_reserved = NULL, credits_used = NULL, queued_at = ?, "
     "submitting_at = NULL, submitted_at = NULL, completed_at = NULL, ended_at = NULL "
     "WHERE number = ?"
 )
-"""What it has cost so far is kept apart: the ledger's sums stay whole."""
+"""What it has cost so far is kept apart: the ledger's sums stay whole. So are its files."""
+
+
+def _queue(connection: sqlite3.Connection, number: int) -> None:
+    _once(connection, _QUEUED, (time.time(), number))
+    connection.execute("DELETE FROM files WHERE item = ?", (number,))
 
 
 def _once(connection: sqlite3.Connection, sql: str, values: tuple[Any, ...]) -> None:
@@ -832,6 +853,10 @@ def _disown(connection: sqlite3.Connection) -> None:
     )
 
 
+_LOST: Final = "iif(code = 'results_expired', code, NULL)"
+"""That its results were lost is kept until they are found: only then may it be bought anew."""
+
+
 def _completed(
     connection: sqlite3.Connection,
     number: int,
@@ -848,7 +873,7 @@ def _completed(
         stem = next(free, f"{stems[-1]}-{number}")
     _once(
         connection,
-        "UPDATE items SET state = 'completed', code = NULL, message = NULL, snapshot = ?, "
+        f"UPDATE items SET state = 'completed', code = {_LOST}, message = NULL, snapshot = ?, "  # noqa: S608 - ours
         "stem = ?, credits_used = ?, completed_at = coalesce(completed_at, ?) WHERE number = ?",
         (snapshot, stem, used, time.time(), number),
     )
@@ -870,6 +895,21 @@ def _saved(connection: sqlite3.Connection, number: int, files: Sequence[File]) -
     )
 
 
+def _unsaved(
+    connection: sqlite3.Connection, number: int, files: Mapping[int, File], message: str
+) -> None:
+    _once(
+        connection,
+        f"UPDATE items SET code = coalesce({_LOST}, 'download_failed'), message = ? "  # noqa: S608 - ours
+        "WHERE number = ?",
+        (message, number),
+    )
+    connection.executemany(
+        "INSERT OR REPLACE INTO files (item, position, name, sha256, bytes) VALUES (?, ?, ?, ?, ?)",
+        [(number, k, f.name, f.sha256, f.bytes) for k, f in files.items()],
+    )
+
+
 def _record_outputs(
     connection: sqlite3.Connection, name: str, rows: Sequence[tuple[str, str]]
 ) -> None:
@@ -877,14 +917,11 @@ def _record_outputs(
     connection.executemany("INSERT INTO outputs (name, sha256) VALUES (?, ?)", rows)
 
 
-def _requeue_failed(connection: sqlite3.Connection, retryable: bool, codes: Sequence[str]) -> int:  # noqa: FBT001 - private
-    marks = ", ".join("?" * len(codes))
+def _requeue_failed(connection: sqlite3.Connection) -> int:
+    # What may be retried has failed before there was anything to save.
     return connection.execute(
-        _QUEUED.replace(
-            "WHERE number = ?",
-            f"WHERE state = 'failed' AND wanted = 1 AND (retryable AND ? OR code IN ({marks}))",
-        ),
-        (time.time(), retryable, *codes),
+        _QUEUED.replace("WHERE number = ?", "WHERE state = 'failed' AND wanted = 1 AND retryable"),
+        (time.time(),),
     ).rowcount
 
 
@@ -993,6 +1030,7 @@ def _merge(connection: sqlite3.Connection) -> None:
             idempotency_key = iif(digest = excluded.digest, idempotency_key, NULL),
             task_id = iif(digest = excluded.digest, task_id, NULL),
             snapshot = iif(digest = excluded.digest, snapshot, NULL),
+            stem = iif(digest = excluded.digest, stem, NULL),
             queued_at = iif(digest = excluded.digest, queued_at, excluded.queued_at),
             submitting_at = iif(digest = excluded.digest, submitting_at, NULL),
             submitted_at = iif(digest = excluded.digest, submitted_at, NULL),
@@ -1004,6 +1042,10 @@ def _merge(connection: sqlite3.Connection) -> None:
         (time.time(),),
     )
     connection.execute("DELETE FROM incoming")
+    # An item without a name for its files has none: those it had are of another request.
+    connection.execute(
+        "DELETE FROM files WHERE item IN (SELECT number FROM items WHERE stem IS NULL)"
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1044,15 +1086,16 @@ def _item(connection: sqlite3.Connection, row: tuple[Any, ...]) -> Item:
         credits_reserved=row[17],
         credits_used=row[18],
         times={name: at for name, at in zip(_TIMES, row[19:], strict=True) if at is not None},
-        files=_files(connection, row[0]) if row[9] == "saved" else (),
+        files=tuple(_files(connection, row[0]).values()),
     )
 
 
-def _files(connection: sqlite3.Connection, number: int) -> tuple[File, ...]:
+def _files(connection: sqlite3.Connection, number: int) -> dict[int, File]:
     rows = connection.execute(
-        "SELECT name, sha256, bytes FROM files WHERE item = ? ORDER BY position", (number,)
+        "SELECT position, name, sha256, bytes FROM files WHERE item = ? ORDER BY position",
+        (number,),
     )
-    return tuple(File(name=name, sha256=sha256, bytes=size) for name, sha256, size in rows)
+    return {k: File(name=name, sha256=sha256, bytes=size) for k, name, sha256, size in rows}
 
 
 def _counts(connection: sqlite3.Connection) -> Counts:

@@ -710,19 +710,25 @@ class Session:
             DownloadError: A file could not be saved, e.g. because its link has expired.
             EvolinkError: The task did not complete.
         """
-        from evolink_async._download import save_all  # noqa: PLC0415 - see _open
-
         self._open()
         if isinstance(result, Task):
             result = await result
         _instance("result", result, GenerationResult)
+        return await self._download(result, Path(folder), stem=name, overwrite=overwrite)
+
+    async def _download(
+        self, result: GenerationResult, folder: Path, **how: Any
+    ) -> tuple[Path, ...]:
+        """`download`, with all that `save_all` can be told."""
+        from evolink_async._download import save_all  # noqa: PLC0415 - see _open
+
+        self._open()
         return await save_all(
             self._results.open,
             result.urls,
-            Path(folder),
+            folder,
             task_id=result.task_id,
-            stem=name,
-            overwrite=overwrite,
+            **how,
             max_bytes=_LARGEST.get(result.snapshot.type or "", _LARGEST["image"]),
             attempts=self._retry.attempts,
             wait_after=self._retry.wait_after,

@@ -22,11 +22,11 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
-from evolink_async._batch_files import Draft, digest_of, is_foreign, sweep
+from evolink_async._batch_files import Draft, digest_of, is_foreign, present, sweep
 from evolink_async._batch_input import Source, read
-from evolink_async._batch_run import NOT_FOUND, BatchProgress, Options, Run, Stop
+from evolink_async._batch_run import EXPIRED, NOT_FOUND, BatchProgress, Options, Run, Stop
 from evolink_async._clock import hold
 from evolink_async._gallery import write_gallery
 from evolink_async._ledger import EMULATOR, LEDGER, Counts, Invalid, Item, Ledger
@@ -55,7 +55,8 @@ class Problem:
         state: ``submitted`` (still running), ``completed`` (not downloaded yet), ``failed``
             or ``uncertain``.
         code: A word for the reason: the API's error code, ``submit_uncertain``,
-            ``results_expired``, ``task_not_found``, ``no_results``, or ``http_<status>``.
+            ``download_failed``, ``results_expired``, ``task_not_found``, ``no_results``, or
+            ``http_<status>``.
         message: The reason in words.
         task_id: Its task, if known.
         idempotency_key: The key it was submitted with.
@@ -98,6 +99,8 @@ class BatchReport:
         seconds: How long this run took.
         stop: Why it stopped before its end; None if it did not.
         problems: The first 1000 items that are neither saved nor queued.
+        kept: Files that had the name of a picture, and were not as the batch saved them: under
+            the names they have now.
         manifest: A JSON line per item; None if it could not be written.
         gallery: The page to look at the pictures with; None if none was wanted, or it
             could not be written.
@@ -122,6 +125,7 @@ class BatchReport:
     seconds: float
     stop: Stop | None
     problems: tuple[Problem, ...] = field(repr=False)
+    kept: tuple[Path, ...]
     manifest: Path | None
     gallery: Path | None
     unwritten: tuple[str, ...] = ()
@@ -179,7 +183,7 @@ async def run_batch(
         retry_failed: Submit failed items again, where the API's table of task errors or
             the refusal (403, 404) says that may help.
         resubmit_expired: Submit, and pay for, items again whose results can no longer be had.
-            A task the API did not know is asked for once more before.
+            Before that the files, the links and the task are looked at once more.
         skip_invalid: Go on without the bad lines.
         new_key: The session's key replaces the one this batch was begun with, of the same
             account. Otherwise another key, as another base URL, is refused: it knows nothing
@@ -226,8 +230,10 @@ async def run_batch(
         invalid = await _load(ledger, source, skip_invalid=skip_invalid, on_invalid=on_invalid)
         if retry_failed or resubmit_expired:
             await ledger.reattach(NOT_FOUND)
-        expired = ("results_expired",) if resubmit_expired else ()
-        await ledger.requeue_failed(retryable=retry_failed, codes=expired)
+        if resubmit_expired:
+            await ledger.reopen(EXPIRED)
+        if retry_failed:
+            await ledger.requeue_failed()
         run = Run(
             session=session,
             ledger=ledger,
@@ -397,6 +403,7 @@ async def _report(
         seconds=seconds,
         stop=run.stop,
         problems=tuple(_problem(item) for item in problems),
+        kept=tuple(run.kept),
         manifest=written.get(_MANIFEST),
         gallery=written.get(_GALLERY),
         unwritten=tuple(why for why in unwritten.values() if why is not None),
@@ -422,12 +429,15 @@ def _problem(item: Item) -> Problem:
     )
 
 
-async def _all_items(ledger: Ledger) -> AsyncIterator[Item]:
-    """Every item that counts, in the order of the input."""
+async def _all_items(ledger: Ledger, folder: Path) -> AsyncIterator[Item]:
+    """Every item that counts, in the order of the input, with the files that are there."""
     after = (0, 0)
     while page := await ledger.page(after=after, limit=500):
         for item in page:
-            yield item
+            if item.state == "saved" or not item.files:
+                yield item
+            else:
+                yield evolve(item, files=await asyncio.to_thread(present, folder, item.files))
         after = (page[-1].line, page[-1].number)
 
 
@@ -492,7 +502,7 @@ def _missing(ledger: Ledger) -> str | None:
 
 
 async def _fill(draft: Draft, ledger: Ledger) -> None:
-    items = _all_items(ledger)
+    items = _all_items(ledger, draft.path.parent)
     pieces = (
         _manifest_lines(items)
         if draft.path.name == _MANIFEST

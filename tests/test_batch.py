@@ -79,6 +79,22 @@ class Desk:
         finally:
             connection.close()
 
+    def change(self, sql: str, *values: object) -> None:
+        """Have the ledger on disk say something else."""
+        connection = sqlite3.connect(self.out / LEDGER)
+        with connection:
+            connection.execute(sql, values)
+        connection.close()
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass, the API's and that of this machine, between two runs."""
+        assert isinstance(self.emulator.clock, ManualClock)
+        self.emulator.clock.advance(seconds)
+        self.change(
+            "UPDATE items SET submitted_at = submitted_at - ?1, completed_at = completed_at - ?1",
+            seconds,
+        )
+
     def states(self) -> dict[str, int]:
         return Counter(state for (state,) in self.rows("SELECT state FROM items WHERE wanted = 1"))
 
@@ -705,13 +721,13 @@ async def test_what_could_not_be_downloaded_is_downloaded_by_the_next_run(desk: 
 
 
 async def test_expired_links_are_said_plainly_and_resubmitted_when_asked(
-    desk: Desk, clock: ManualClock
+    desk: Desk,
 ) -> None:
     """After a day the results are gone; only with consent they are paid for again."""
     desk.emulator.faults.add(faults.NotAPicture("text/html", route="result"))
     await desk.run(prompts(2))
     desk.emulator.faults.clear()
-    clock.advance(DAY + 60)
+    desk.wait(DAY + 60)
     report = await desk.run(prompts(2))
     assert (report.failed, report.expired) == (2, 2)
     assert "expired" in (report.problems[0].message or "")
@@ -746,23 +762,20 @@ async def test_a_changed_file_is_kept_aside_and_downloaded_again(desk: Desk) -> 
 
 
 async def test_files_whose_record_was_lost_are_recognised_when_their_links_have_expired(
-    desk: Desk, clock: ManualClock
+    desk: Desk,
 ) -> None:
     """A crash between the last rename and its record costs nothing, however late the next run."""
     await desk.run([{"prompt": "a", "n": 2}])
-    connection = sqlite3.connect(desk.out / LEDGER)
-    with connection:
-        connection.execute("UPDATE items SET state = 'completed', saved_at = NULL")
-        connection.execute("DELETE FROM files")
-    connection.close()
-    clock.advance(DAY + 60)
+    desk.change("UPDATE items SET state = 'completed', saved_at = NULL")
+    desk.change("DELETE FROM files")
+    desk.wait(DAY + 60)
     report = await desk.run([{"prompt": "a", "n": 2}])
     assert (report.saved, report.pictures) == (1, 2)
 
 
 @pytest.mark.parametrize("trouble", ["other name", "no picture", "cut off", "not as recorded"])
 async def test_only_an_items_own_whole_pictures_are_taken_for_its_files(
-    desk: Desk, clock: ManualClock, trouble: str
+    desk: Desk, trouble: str
 ) -> None:
     """What merely lies under a name like theirs leaves the item expired."""
     await desk.run(["a"])
@@ -777,13 +790,10 @@ async def test_only_an_items_own_whole_pictures_are_taken_for_its_files(
         path.write_bytes(content[:-12])
     else:
         path.write_bytes(content[:-30] + bytes(10) + content[-20:])
-    connection = sqlite3.connect(desk.out / LEDGER)
-    with connection:
-        connection.execute("UPDATE items SET state = 'completed', saved_at = NULL")
-        if trouble != "not as recorded":
-            connection.execute("DELETE FROM files")
-    connection.close()
-    clock.advance(DAY + 60)
+    desk.change("UPDATE items SET state = 'completed', saved_at = NULL")
+    if trouble != "not as recorded":
+        desk.change("DELETE FROM files")
+    desk.wait(DAY + 60)
     report = await desk.run(["a"])
     assert (report.saved, report.expired) == (0, 1)
 
@@ -793,14 +803,226 @@ async def test_links_that_have_changed_since_are_used(desk: Desk) -> None:
     desk.emulator.faults.add(faults.NotAPicture("text/html", route="result"))
     await desk.run(["a"])
     desk.emulator.faults.clear()
-    connection = sqlite3.connect(desk.out / LEDGER)
-    with connection:
-        connection.execute(
-            "UPDATE items SET snapshot = replace(snapshot, '/results/', '/results/0')"
-        )
-    connection.close()
+    desk.change("UPDATE items SET snapshot = replace(snapshot, '/results/', '/results/0')")
     report = await desk.run(["a"])
     assert (report.saved, desk.emulator.books.accepted) == (1, 1)
+
+
+class DeadLinks(faults.RequestFault):
+    """Answers whose result links lead to a host that nobody reaches."""
+
+    async def after(self, _exchange: Exchange, response: web.Response) -> web.StreamResponse:
+        assert isinstance(response.body, bytes)
+        answer = json.loads(response.body)
+        for task in answer.get("data", [answer]):
+            if task.get("results"):
+                task["results"] = ["http://127.0.0.1:9/gone.png"]
+        return web.json_response(answer)
+
+
+def not_found(status: int = 404, **which: Any) -> faults.Fault:
+    """What a host answers whose links have expired, or that does not have the file yet."""
+    return faults.Status(status, route="result", body="no such key", **which)
+
+
+async def test_a_fresh_link_that_is_not_found_is_tried_again(desk: Desk) -> None:
+    """A host that does not have the file yet has it a moment later."""
+    desk.emulator.faults.add(not_found(times=1))
+    report = await desk.run(["a"])
+    assert (report.saved, report.exit_code) == (1, 0)
+
+
+@pytest.mark.parametrize("status", [403, 404, 410])
+async def test_a_link_that_is_not_found_before_its_time_does_not_expire(
+    desk: Desk, status: int
+) -> None:
+    """It stays to be downloaded, with the reason, and nothing is bought, asked for or not."""
+    desk.emulator.faults.add(not_found(status))
+    assert (await desk.run(["a"])).completed == 1
+    report = await desk.run(["a"], resubmit_expired=True)
+    assert (report.completed, report.failed, report.exit_code) == (1, 0, 1)
+    (problem,) = report.problems
+    assert (problem.state, problem.code) == ("completed", "download_failed")
+    assert f"the host answered {status}" in (problem.message or "")
+    desk.emulator.faults.clear()
+    assert (await desk.run(["a"])).saved == 1
+    assert desk.manifest()[0]["error"] is None
+    assert desk.bought == {"a": 1}
+
+
+async def test_a_file_that_was_put_back_is_taken_as_it_is(desk: Desk) -> None:
+    """Missed while its link did not answer, it is recognised by its check sum, however late."""
+    await desk.run(["a"])
+    (name,) = desk.pictures()
+    (desk.out / name).rename(desk.out / "elsewhere")
+    desk.emulator.faults.add(not_found())
+    assert (await desk.run(["a"])).completed == 1
+    desk.wait(DAY + 60)
+    shutil.copy(desk.out / "elsewhere", desk.out / name)
+    assert (await desk.run(["a"])).saved == 1
+    assert desk.pictures() == [name]
+
+
+@pytest.mark.parametrize("found", ["file", "link", "fresh link", "unread", None])
+async def test_what_expired_is_looked_for_once_more_before_it_is_paid_for_again(
+    desk: Desk, found: str | None
+) -> None:
+    """On disk, behind its link and behind the links the API gives now, if it can say."""
+    await desk.run(["a"])
+    (name,) = desk.pictures()
+    (desk.out / name).rename(desk.out / "elsewhere")
+    desk.emulator.faults.add(not_found(403))
+    desk.change("UPDATE items SET completed_at = completed_at - ?", DAY + 60)
+    assert (await desk.run(["a"])).expired == 1
+    assert (await desk.run(["a"])).expired == 1
+    if found == "file":
+        (desk.out / "elsewhere").rename(desk.out / name)
+    elif found == "link":
+        desk.emulator.faults.clear()
+        desk.emulator.faults.add(faults.Status(500, route=("read", "batch")))
+    elif found == "fresh link":
+        desk.emulator.faults.clear()
+        desk.change("UPDATE items SET snapshot = replace(snapshot, '/results/', '/results/0')")
+    elif found == "unread":
+        desk.emulator.faults.add(faults.Status(500, route=("read", "batch"), times=20))
+        report = await desk.run(["a"], resubmit_expired=True)
+        assert (report.completed, report.failed) == (1, 0)
+    if found in {"unread", None}:
+        desk.emulator.faults.clear()
+        desk.emulator.faults.add(not_found(403, times=1))
+    report = await desk.run(["a"], resubmit_expired=True)
+    assert (report.saved, report.expired) == (1, 0)
+    assert desk.bought == {"a": 2 if found in {"unread", None} else 1}
+
+
+async def test_what_expired_and_left_the_input_is_not_paid_for_again(desk: Desk) -> None:
+    """Nobody asks for it any more, also if it left while it was looked for."""
+    desk.emulator.faults.add(not_found(times=6))
+    await desk.run(prompts(3))
+    desk.wait(DAY + 60)
+    assert (await desk.run(prompts(3))).expired == 3
+    desk.emulator.faults.add(faults.Status(500, route=("read", "batch")))
+    assert (await desk.run(prompts(2), resubmit_expired=True)).completed == 2
+    desk.emulator.faults.clear()
+    await desk.run(["lake 1"], resubmit_expired=True)
+    assert desk.bought == {"lake 0": 1, "lake 1": 2, "lake 2": 1}
+
+
+async def test_a_host_that_is_not_reached_is_looked_for_elsewhere_and_in_the_end_given_up(
+    desk: Desk,
+) -> None:
+    """The next run takes the links the API gives then; after a day it says that they expired."""
+    desk.emulator.faults.add(DeadLinks(route=("read", "batch")))
+    first = await desk.run(["a"])
+    assert (first.completed, first.problems[0].code) == (1, "download_failed")
+    desk.emulator.faults.clear()
+    assert (await desk.run(["a"])).saved == 1
+    desk.emulator.faults.add(DeadLinks(route=("read", "batch")))
+    await desk.run(["a", "b"])
+    desk.wait(DAY + 60)
+    report = await desk.run(["a", "b"])
+    assert (report.saved, report.expired, report.problems[0].code) == (1, 1, "results_expired")
+    assert "expired (they live 24 hours; http://127.0.0.1:9/" in (report.problems[0].message or "")
+    desk.emulator.faults.clear()
+    assert (await desk.run(["a", "b"], resubmit_expired=True)).saved == 2
+    assert desk.bought == {"a": 1, "b": 2}
+
+
+async def test_a_task_that_ended_long_ago_has_links_that_expired(desk: Desk) -> None:
+    """It was never seen to complete; what counts is when it did, not when that was seen."""
+    desk.emulator.faults.add(faults.TaskHangs(50, times=1))
+    await desk.run(["a"], settings={"poll": PollPolicy(deadline=60)})
+    desk.emulator.complete(desk.emulator.books.tasks()[0].id)
+    desk.wait(DAY + 600)
+    assert (await desk.run(["a"])).expired == 1
+
+
+async def test_a_file_that_came_between_two_runs_is_kept(desk: Desk) -> None:
+    """Under the name an item has had since it completed: moved, told, and not taken for its own."""
+    desk.emulator.faults.add(faults.NotAPicture())
+    await desk.run([{"id": "hero", "prompt": "a"}])
+    desk.emulator.faults.clear()
+    mine = desk.out / "hero-1.png"
+    mine.mkdir()
+    report = await desk.run([{"id": "hero", "prompt": "a"}])
+    assert (report.completed, report.kept, mine.is_dir()) == (1, (), True)
+    mine.rmdir()
+    mine.write_bytes(b"mine")
+    report = await desk.run([{"id": "hero", "prompt": "a"}])
+    (kept,) = report.kept
+    assert (report.saved, kept.read_bytes(), kept.parent) == (1, b"mine", desk.out)
+    assert kept.name.startswith("hero-1.changed-")
+    assert mine.read_bytes().startswith(b"\x89PNG")
+    for again in (b"mine", b"other"):
+        mine.write_bytes(again)
+        await desk.run([{"id": "hero", "prompt": "a"}])
+    found = Counter(path.read_bytes() for path in desk.out.glob("*.changed-*"))
+    assert found == {b"mine": 2, b"other": 1}
+
+
+async def test_a_picture_that_lost_its_record_is_not_kept_twice(desk: Desk) -> None:
+    """What a crash left between name and record is what arrives again."""
+    await desk.run(["a"])
+    desk.change("UPDATE items SET state = 'completed', saved_at = NULL")
+    desk.change("DELETE FROM files")
+    report = await desk.run(["a"])
+    assert (report.saved, report.kept, len(desk.pictures())) == (1, (), 1)
+
+
+@pytest.mark.parametrize("later", ["complete", "changed line", "bought again"])
+async def test_a_part_of_the_pictures_is_listed_and_kept(desk: Desk, later: str) -> None:
+    """What arrived of four is in the manifest, is not fetched again, and never written over."""
+    line = {"id": "hero", "prompt": "a", "n": 4}
+    desk.emulator.faults.add(not_found(nth=3), not_found(nth=5))
+    assert (await desk.run([line])).completed == 1
+    (item,) = desk.manifest()
+    part = {file["name"]: (desk.out / file["name"]).read_bytes() for file in item["files"]}
+    assert sorted(part) == desk.pictures()
+    assert len(part) == 3
+    if later == "complete":
+        desk.emulator.faults.clear()
+        requests = len(desk.emulator.books.requests())
+        report = await desk.run([line])
+        assert len(desk.emulator.books.requests()) == requests + 1
+    else:
+        desk.wait(DAY + 60)
+        assert (await desk.run([line])).expired == 1
+        assert len(desk.manifest()[0]["files"]) == 3
+        (desk.out / min(part)).unlink()
+        part.pop(min(part))
+        assert (await desk.run([line])).expired == 1
+        assert {file["name"] for file in desk.manifest()[0]["files"]} == set(part)
+        line = {**line, "prompt": "b"} if later == "changed line" else line
+        report = await desk.run([line], resubmit_expired=True)
+    assert report.saved == 1
+    assert {name: (desk.out / name).read_bytes() for name in part} == part
+    named = {file["name"] for file in desk.manifest()[0]["files"]}
+    assert len(named) == 4
+    assert (set(part) <= named) == (later == "complete")
+
+
+async def test_a_clock_that_was_set_back_does_not_hide_a_missing_file(desk: Desk) -> None:
+    """What an earlier run saved is looked at, whatever time it says that was."""
+    await desk.run(["a"])
+    desk.change("UPDATE items SET saved_at = saved_at + 1e6")
+    (name,) = desk.pictures()
+    (desk.out / name).unlink()
+    assert (await desk.run(["a"])).saved == 1
+    assert desk.pictures() == [name]
+
+
+async def test_a_retouched_picture_is_left_alone_where_it_cannot_be_downloaded_again(
+    desk: Desk,
+) -> None:
+    """It keeps its name, and why its item failed is said with it."""
+    await desk.run(["a"])
+    (name,) = desk.pictures()
+    (desk.out / name).write_bytes(b"retouched")
+    desk.wait(DAY + 60)
+    report = await desk.run(["a"])
+    assert (report.expired, report.kept, desk.pictures()) == (1, (), [name])
+    assert (desk.out / name).read_bytes() == b"retouched"
+    assert (report.problems[0].message or "").startswith(f"{name} has changed, and the links")
 
 
 @pytest.mark.parametrize("name", ["manifest.jsonl", "gallery.html"])
@@ -1307,6 +1529,26 @@ def test_the_command_names_what_went_wrong_and_what_to_do(
     again = ["batch", lakes, "--out", "out", "--resend-uncertain", "--retry-failed"]
     assert main(again) == 0
     assert api.books.charged == 3
+
+
+def test_the_command_names_what_it_kept_aside(
+    api: Emulator, lakes: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A retouched picture gets another name, which is told; so is why one is not downloaded."""
+    assert main(["batch", lakes, "--out", "out"]) == 0
+    first, *_ = sorted(Path("out").glob("*.png"))
+    first.write_bytes(b"retouched")
+    api.faults.add(not_found())
+    assert main(["batch", lakes, "--out", "out"]) == 1
+    told = capsys.readouterr().err
+    assert re.search(r"line 1: generated, not downloaded yet \(task .*the host answered 404", told)
+    assert first.read_bytes() == b"retouched"
+    api.faults.clear()
+    assert main(["batch", lakes, "--out", "out", "--json"]) == 0
+    out, err = capsys.readouterr()
+    (kept,) = json.loads(out)["kept"]
+    assert Path(kept).read_bytes() == b"retouched"
+    assert f"kept as {kept}" in err
 
 
 def test_the_command_says_what_is_left_to_pay_for(

@@ -144,7 +144,7 @@ async def test_sums_are_kept_over_every_turn(path: Path) -> None:
             expired=1,
         )
         assert await ledger.counts() == expected
-        assert await ledger.requeue_failed(retryable=False, codes=("results_expired",)) == 1
+        assert await ledger.requeue_failed() == 1
         counts = await ledger.counts()
         assert (counts.spent, counts.states["queued"]) == (6.0, 2)
 
