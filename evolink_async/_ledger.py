@@ -129,7 +129,11 @@ CREATE TABLE outputs (
     sha256 TEXT NOT NULL,
     PRIMARY KEY (name, sha256)
 ) WITHOUT ROWID;
+INSERT INTO outputs (name, sha256)
+    SELECT column1, '' FROM (VALUES ('manifest.jsonl'), ('gallery.html'))
+    WHERE EXISTS (SELECT 1 FROM items);
 """
+"""An empty SHA-256: formats 1 and 2 did not record what they wrote under that name."""
 _STEPS: Final = (_CREATE, _OWNER, _OUTPUTS)
 """Step k makes format k+1 of format k; a ledger's ``user_version`` is its format."""
 
@@ -606,7 +610,10 @@ class Ledger:
     # -- what else is in the folder --------------------------------------------------------
 
     async def outputs(self, name: str) -> frozenset[str]:
-        """The SHA-256 a file of that name beside the pictures has if a batch wrote it."""
+        """The SHA-256 a file of that name beside the pictures has if a batch wrote it.
+
+        One of them is empty if an older version, which did not record it, may have written one.
+        """
         sql = "SELECT sha256 FROM outputs WHERE name = ?"
         return await self._do(
             lambda connection: frozenset(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import secrets
 import stat
@@ -24,7 +25,7 @@ from typing import Any, Final, TypeVar
 
 from attrs import evolve, field, frozen
 
-from evolink_async._batch_files import Draft, digest_of, is_foreign, present, sweep
+from evolink_async._batch_files import Draft, digest_of, is_foreign, present, set_aside, sweep
 from evolink_async._batch_input import Source, read
 from evolink_async._batch_run import EXPIRED, NOT_FOUND, BatchProgress, Options, Run, Stop
 from evolink_async._clock import hold
@@ -36,6 +37,7 @@ from evolink_async.errors import ConfigurationError, LedgerError, RequestValidat
 
 __all__ = ["BatchProgress", "BatchReport", "Invalid", "Problem", "Stop", "run_batch"]
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SHOWN: Final = 1000
@@ -315,11 +317,20 @@ async def _check_outputs(ledger: Ledger, folder: Path, names: tuple[str, ...]) -
     """Refuse to write over what is not as a batch wrote it."""
     for path in (folder / name for name in names):
         ours = await ledger.outputs(path.name)
-        if await asyncio.to_thread(is_foreign, path, ours):
+        if "" in ours:
+            await asyncio.to_thread(_keep_old, path)
+        elif await asyncio.to_thread(is_foreign, path, ours):
             raise ConfigurationError(
                 f"{printable(str(path))} would be overwritten, and it is not what the batch "
                 "wrote there; move it, or choose another folder"
             )
+
+
+def _keep_old(path: Path) -> None:
+    """Nobody knows any more whether a batch wrote it: it gets another name."""
+    kept = set_aside(path)
+    if kept is not None:
+        logger.warning("%s, perhaps of an older version, is kept as %s", path.name, kept.name)
 
 
 def _is_source(path: Path, source: Source) -> bool:

@@ -1118,6 +1118,88 @@ async def test_the_input_and_foreign_files_are_not_written_over(desk: Desk) -> N
         await desk.run(desk.out / "manifest.jsonl")
 
 
+FORMAT_1 = """
+CREATE TABLE items (
+    number INTEGER PRIMARY KEY,
+    identity TEXT NOT NULL UNIQUE,
+    user_id TEXT,
+    digest TEXT NOT NULL,
+    line INTEGER NOT NULL,
+    wanted INTEGER NOT NULL DEFAULT 1,
+    request TEXT NOT NULL,
+    metadata TEXT,
+    model TEXT NOT NULL,
+    pictures INTEGER NOT NULL,
+    state TEXT NOT NULL DEFAULT 'queued',
+    idempotency_key TEXT,
+    task_id TEXT,
+    snapshot TEXT,
+    stem TEXT,
+    code TEXT,
+    message TEXT,
+    retryable INTEGER NOT NULL DEFAULT 0,
+    credits_reserved REAL,
+    credits_used REAL,
+    credits_before REAL NOT NULL DEFAULT 0,
+    queued_at REAL NOT NULL,
+    submitting_at REAL,
+    submitted_at REAL,
+    completed_at REAL,
+    saved_at REAL,
+    ended_at REAL
+);
+CREATE INDEX items_by_state ON items (state, line, number);
+CREATE INDEX items_by_line ON items (line, number);
+CREATE UNIQUE INDEX items_by_stem ON items (stem COLLATE NOCASE) WHERE stem IS NOT NULL;
+CREATE TABLE files (
+    item INTEGER NOT NULL REFERENCES items (number),
+    position INTEGER NOT NULL,
+    name TEXT NOT NULL,
+    sha256 TEXT NOT NULL,
+    bytes INTEGER NOT NULL,
+    PRIMARY KEY (item, position)
+) WITHOUT ROWID;
+CREATE TABLE incoming (
+    line INTEGER PRIMARY KEY,
+    user_id TEXT,
+    digest TEXT NOT NULL,
+    request TEXT NOT NULL,
+    metadata TEXT,
+    model TEXT NOT NULL,
+    pictures INTEGER NOT NULL
+);
+CREATE TABLE invalid (line INTEGER PRIMARY KEY, reason TEXT NOT NULL);
+PRAGMA application_id = 1165380715;
+PRAGMA user_version = 1;
+"""
+
+
+@pytest.mark.parametrize("gallery", [True, False])
+async def test_a_batch_of_the_first_format_goes_on(desk: Desk, gallery: bool) -> None:  # noqa: FBT001 - a parameter
+    """Nothing is bought again; what lies under the names of the outputs is kept, once."""
+    await desk.run(prompts(3), max_credits=2)
+    ledger = desk.out / LEDGER
+    ledger.rename(desk.out / "newer")
+    connection = sqlite3.connect(ledger)
+    connection.executescript(FORMAT_1)
+    connection.execute("ATTACH ? AS newer", (str(desk.out / "newer"),))
+    for table in ("items", "files"):
+        connection.execute(f"INSERT INTO {table} SELECT * FROM newer.{table}")  # noqa: S608 - ours
+    connection.commit()
+    connection.close()
+    before = {name: (desk.out / name).read_bytes() for name in ("manifest.jsonl", "gallery.html")}
+    for _ in range(2):
+        report = await desk.run(prompts(3), gallery=gallery)
+        assert (report.saved, report.exit_code, report.unwritten) == (3, 0, ())
+    assert desk.bought == {f"lake {k}": 1 for k in range(3)}
+    assert [item["state"] for item in desk.manifest()] == ["saved"] * 3
+    (kept,) = desk.out.glob("manifest.changed-*.jsonl")
+    assert kept.read_bytes() == before["manifest.jsonl"]
+    pages = [path.read_bytes() for path in desk.out.glob("gallery*.html")]
+    assert before["gallery.html"] in pages
+    assert len(pages) == 1 + gallery
+
+
 async def test_what_a_killed_download_has_left_is_removed(desk: Desk) -> None:
     """Files that never got their name go; others that look a little like them stay."""
     desk.out.mkdir()
