@@ -273,7 +273,7 @@ def _skimmed(
         texts[:] = texts or _skim.texts(body)
         return load_json(texts[place])
 
-    return _sorted_out(body, ids, places, words, progress, task)
+    return _sorted_out(body, ids, places=places, words=words, progress=progress, task=task)
 
 
 def _parsed(
@@ -285,15 +285,18 @@ def _parsed(
     tasks = [None if place is None else data[place] for place in places]
     words = [None if task is None else task.get("status") for task in tasks]
     progress = [None if task is None else task.get("progress") for task in tasks]
-    return _sorted_out(body, ids, places, words, progress, data.__getitem__)
+    return _sorted_out(
+        body, ids, places=places, words=words, progress=progress, task=data.__getitem__
+    )
 
 
 def _sorted_out(
     body: bytes,
     ids: tuple[str, ...],
+    *,
     places: Sequence[int | None],
     words: list[Any],
-    progress: list[object],
+    progress: Sequence[object],
     task: Callable[[int], Any],
 ) -> tuple[Page, dict[str, TaskSnapshot | EvolinkError | None]]:
     """The tasks that go on, by their status in *words*, and by id all others."""

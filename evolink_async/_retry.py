@@ -160,7 +160,8 @@ async def run(
         late = clock.now() - started + state.upcoming_sleep > policy.timeout
         error = _error(state)
         spent = state.attempt_number >= policy.attempts or late
-        return spent or (error is not None and not budget.take(error))
+        # A throttle has its price already: the cool-down of the whole session.
+        return spent or not (error is None or is_throttle(error) or budget.take(error))
 
     def announce(state: RetryCallState) -> None:
         error = _error(state)

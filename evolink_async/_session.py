@@ -201,7 +201,7 @@ class Session:
         self._release = self._slots.release  # one bound method for all watches
         self._waiting = 0
         self._posts: dict[asyncio.Task[Watch], Submission] = {}
-        self._closed: asyncio.Event | None = None
+        self._closed: asyncio.Task[None] | None = None
         # Made by _open, on the loop:
         self._gate: Gate
         self._transport: Transport
@@ -281,14 +281,22 @@ class Session:
             grace: Seconds POSTs in the air are given; None for their own time-out,
                 0 to leave at once.
         """
-        if self._closing:
-            if self._closed is not None:
-                await self._closed.wait()
-            return
         self._closing = True
         if self._loop is None:
             return
-        self._closed = asyncio.Event()
+        self._transport.closing = True
+        if self._closed is None:
+            # A task of its own: who is cancelled while closing leaves nothing half closed.
+            self._closed = asyncio.get_running_loop().create_task(self._close(grace))
+        try:
+            await asyncio.shield(self._closed)
+        except asyncio.CancelledError:
+            for post in self._posts:
+                post.cancel()  # their answers are not waited for any longer
+            await asyncio.shield(self._closed)
+            raise
+
+    async def _close(self, grace: float | None) -> None:
         try:
             await self._finish_posts(grace)
         finally:
@@ -297,10 +305,8 @@ class Session:
                 post.cancel()
             await asyncio.gather(*left, return_exceptions=True)
             await self._shut()
-            self._closed.set()
 
     async def _finish_posts(self, grace: float | None) -> None:
-        self._transport.closing = True
         for _ in range(self._waiting):  # they wake, see that we are closing, and say so
             self._slots.release()
         for post, submission in self._posts.items():

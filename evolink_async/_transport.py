@@ -47,6 +47,10 @@ outcome unknown, and aiohttp (rightly) does not resend a POST."""
 _READ_KEEP_ALIVE: Final = 15.0
 _BATCH_REST: Final = 300.0
 """Seconds a batch endpoint that refuses is left alone."""
+_BATCH_PAUSE: Final = 30.0
+"""Seconds a batch endpoint is left alone that fails while single reads work."""
+_PROBE_AFTER: Final = 3
+"""Failed batch reads in a row after which a single read tells whether only they fail."""
 
 
 @frozen
@@ -70,6 +74,7 @@ class Reading:
         answers: By id: the task, the error, or None for an id a batch answer left out.
         single: True if one task was read by itself.
         page: What a batch answer says of the tasks that go on, all those not in *answers*.
+        paid: False if it failed and the retry budget had nothing left to try again soon with.
     """
 
     sent_at: float
@@ -77,6 +82,7 @@ class Reading:
     answers: Mapping[str, TaskSnapshot | EvolinkError | None]
     single: bool
     page: Page | None = None
+    paid: bool = True
 
 
 @define
@@ -150,12 +156,16 @@ class Transport:
         self._user_agent = user_agent
         self._http = http
         self._own: list[aiohttp.ClientSession] = []
+        self._closing_clients: set[asyncio.Task[None]] = set()
         self._proxy = None if http is not None else environment_proxy(base_url)
         self._submit_http = http or self._client(_SUBMIT_KEEP_ALIVE)
         self._read_http = http or self._client(_READ_KEEP_ALIVE)
         self.closing = False
         self.counters = Counters()
         self._no_batch_until = -math.inf
+        # Batch reads that failed in a row; when a single one after them did not.
+        self._batch_failures = 0
+        self._single_worked_at = math.inf
 
     def _client(self, keep_alive: float) -> aiohttp.ClientSession:
         # limit=0: the gate is the limit; aiohttp's pool must never queue (see Gate).
@@ -168,12 +178,25 @@ class Transport:
 
     def renew(self) -> None:
         """Read on new connections from now on: those at hand may be dead."""
-        if self._own:
-            self._read_http = self._client(_READ_KEEP_ALIVE)
+        if not self._own:
+            return
+        old, self._read_http = self._read_http, self._client(_READ_KEEP_ALIVE)
+        closing = asyncio.get_running_loop().create_task(self._close_idle(old))
+        self._closing_clients.add(closing)
+        closing.add_done_callback(self._closing_clients.discard)
+
+    async def _close_idle(self, client: aiohttp.ClientSession) -> None:
+        """Close *client* once whatever is in the air on it has had its time."""
+        await asyncio.sleep(self._read_timeout.total or 0.0)
+        await client.close()
+        self._own.remove(client)
 
     async def aclose(self) -> None:
         """Close what we opened."""
         await self._gate.aclose()
+        for closing in tuple(self._closing_clients):
+            closing.cancel()
+        await asyncio.gather(*self._closing_clients, return_exceptions=True)
         for client in self._own:
             await client.close()
 
@@ -368,7 +391,8 @@ class Transport:
     @property
     def read_limit(self) -> int:
         """Tasks one reading can ask for: one where the batch endpoint is not to be had."""
-        return 1 if self._clock.now() < self._no_batch_until else protocol.BATCH_LIMIT
+        absent = self._clock.now() < self._no_batch_until or self._batch_failures >= _PROBE_AFTER
+        return 1 if absent else protocol.BATCH_LIMIT
 
     async def fetch(self, ids: tuple[str, ...]) -> Reading:
         """Read tasks once. Never raises for an id: what went wrong is its answer."""
@@ -376,7 +400,9 @@ class Transport:
         await self._gate.enter()
         sent_at = self._clock.now()
         answers: Mapping[str, TaskSnapshot | EvolinkError | None]
-        page = None
+        page: Page | None = None
+        failure: EvolinkError | None = None
+        paid = True
         try:
             self.counters.reads += 1
             self.counters.ids_read += len(ids)
@@ -387,16 +413,22 @@ class Transport:
                 answers = {ids[0]: protocol.read_task(answer.body, ids[0])}
             else:
                 page, answers = protocol.read_tasks(answer.body, ids)
+                if len(answers) == len(ids) and not any(answers.values()):
+                    failure = InvalidResponseError("the batch answer has none of the tasks")
         except EvolinkError as exc:
+            failure = exc
+            paid = retry.is_throttle(exc) or self._budget.take(exc)
             answers = dict.fromkeys(ids, exc if single else self._batch_failed(exc))
         finally:
             self._gate.leave()
+        self._judge_batch(failure, single=single, sent_at=sent_at)
         return Reading(
             sent_at=sent_at,
             received_at=self._clock.now(),
             answers=answers,
             single=single,
             page=page,
+            paid=paid,
         )
 
     async def _get_one(self, task_id: str) -> Answer:
@@ -417,10 +449,30 @@ class Transport:
         refused = isinstance(error, InvalidResponseError) or not protocol.rule_of(error)[0]
         if not unavailable and not refused:
             return error
-        rest = math.inf if unavailable else _BATCH_REST
-        self._no_batch_until = self._clock.now() + rest
-        logger.info("reading tasks one by one for %s s: %s", rest, error)
+        self._leave_batch(math.inf if unavailable else _BATCH_REST, error)
         return None
+
+    def _leave_batch(self, rest: float, why: EvolinkError) -> None:
+        self._no_batch_until = self._clock.now() + rest
+        logger.info("reading tasks one by one for %s s: %s", rest, why)
+
+    def _judge_batch(self, failure: EvolinkError | None, *, single: bool, sent_at: float) -> None:
+        """Tell a batch endpoint that fails by itself from an outage.
+
+        After some failures in a row a single read is tried. If it works and the next batch
+        read fails all the same, it is the endpoint.
+        """
+        if single:
+            if self._batch_failures >= _PROBE_AFTER:
+                self._batch_failures = 0
+                self._single_worked_at = math.inf if failure else self._clock.now()
+        elif failure is None:
+            self._batch_failures, self._single_worked_at = 0, math.inf
+        elif sent_at >= self._single_worked_at:
+            self._single_worked_at = math.inf
+            self._leave_batch(_BATCH_PAUSE, failure)
+        else:
+            self._batch_failures += 1
 
     async def get(self, path: str, params: Mapping[str, str] | None = None) -> Any:
         """Read anything else, trying again as the policy says."""
@@ -438,11 +490,9 @@ class Transport:
             attempt, lambda exc: not self.closing and protocol.rule_of(exc)[0]
         )
 
-    def wait_after(self, failures: int, error: EvolinkError) -> float:
+    def wait_after(self, failures: int, *, paid: bool) -> float:
         """Seconds until a task whose read failed so often in a row is read again."""
-        if self._budget.take(error):
-            return self._policy.wait_after(failures)
-        return self._policy.wait_max
+        return self._policy.wait_after(failures) if paid else self._policy.wait_max
 
     async def _retrying(
         self, attempt: Callable[[], Awaitable[T]], again: Callable[[EvolinkError], bool]

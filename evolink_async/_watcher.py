@@ -48,6 +48,8 @@ _STRIKE_GAP: Final = 5.0
 """Seconds that must lie between two refusals for the second to count."""
 _STRIKES: Final = 2
 _OTHER_STRIKES: Final = 3
+_MISSING: Final = 3
+"""Batch answers in a row that leave a task out before a replica that lags is no excuse."""
 _SUSPENDED: Final = 30.0
 """Seconds the time of day must run ahead of the clock to mean that the machine slept."""
 _ATTACHED: Final = "attached"
@@ -72,6 +74,8 @@ _ENDS_AT_ONCE: Final = 500
 """Tasks that closing ends before others may run."""
 _KINDS: Final = 64
 """Cohorts that are open to more tasks."""
+_AT_ONCE: Final = -1e9
+"""In place of a due time: before all that has been due for a while."""
 _READING: Final = -1.0
 _ENDED: Final = -2.0
 """In place of a due time: a read is in the air; nothing more will be read."""
@@ -88,6 +92,8 @@ class _Reading(Protocol):
     def single(self) -> bool: ...
     @property
     def page(self) -> Page | None: ...
+    @property
+    def paid(self) -> bool: ...
 
 
 class _Reader(Protocol):
@@ -96,7 +102,7 @@ class _Reader(Protocol):
     @property
     def read_limit(self) -> int: ...
     async def fetch(self, ids: tuple[str, ...]) -> _Reading: ...
-    def wait_after(self, failures: int, error: EvolinkError) -> float: ...
+    def wait_after(self, failures: int, *, paid: bool) -> float: ...
     def renew(self) -> None: ...
 
 
@@ -158,7 +164,9 @@ class Watch:
     looked: float = 0.0
     looks: int = 0
     again: bool = False
+    # To be read singly; batch answers in a row that left it out.
     alone: bool = False
+    missing: int = 0
     # Told to have ended; told so while a read was in the air.
     nudged: bool = False
     called: bool = False
@@ -241,8 +249,10 @@ class Watcher:
         self._wake = asyncio.Event()
         self._alarm = Alarm(clock, self._wake.set, self._crash)
         self._loop: asyncio.Task[None] | None = None
-        # Readings in the air: what they ask for, and the first deadline among it.
-        self._readings: dict[asyncio.Task[None], tuple[list[Watch], float]] = {}
+        self._readings: set[asyncio.Task[None]] = set()
+        # No deadline is before this; when deadlines were last gone through.
+        self._first_deadline = math.inf
+        self._swept_at = -math.inf
         self._calling_back = 0
         self._sentinels = 0
         self._priced_anew = -math.inf
@@ -303,7 +313,7 @@ class Watcher:
             return watch
         self._live[watch.id] = watch
         self._queue_first(watch)
-        self._start()
+        self._start(watch)
         return watch
 
     def _cohort(self, schedule: Schedule, started: float, *, calls_back: bool) -> Cohort:
@@ -356,7 +366,7 @@ class Watcher:
             cohort.schedule.started()
             self._live[task_id] = watch
             self._queue(watch, now)
-            self._start()
+            self._start(watch)
         return watch
 
     def find(self, task_id: str) -> Watch | None:
@@ -435,9 +445,12 @@ class Watcher:
 
     def _queue(self, watch: Watch, due: float) -> None:
         """Look at *watch* at *due*; once more shortly before the deadline, never after it."""
-        if due >= watch.deadline:
-            last = watch.deadline - self._policy.min_interval
-            due = last if last > max(watch.looked, self._clock.now()) else watch.deadline
+        if due >= watch.cohort.deadline:
+            due = watch.cohort.deadline - self._policy.min_interval
+            read_before = self._policy.min_interval if watch.looks or watch.trouble else 0.0
+            if due <= self._clock.now() + read_before:
+                watch.due = watch.deadline  # that look has been
+                return
         self._push(self._single if watch.alone else self._shared, due, [watch])
 
     def _queue_first(self, watch: Watch) -> None:
@@ -486,8 +499,8 @@ class Watcher:
         """Look at *watch* at *due* at the latest, but after the read that is in the air."""
         if watch.due == _READING:
             watch.again, watch.plain = True, False
-        elif (due := max(due, self._clock.now())) < watch.due:
-            self._queue(watch, due)
+        elif due < watch.due:
+            self._queue(watch, due if due > self._clock.now() else _AT_ONCE)
             if self._queued > 2 * len(self._live) + 64:
                 self._compact()
 
@@ -503,7 +516,10 @@ class Watcher:
 
     # -- the loop --------------------------------------------------------------------------
 
-    def _start(self) -> None:
+    def _start(self, watch: Watch) -> None:
+        if watch.deadline < self._first_deadline:
+            self._first_deadline = watch.deadline
+            self._wake.set()
         if self._loop is None:
             self._loop = asyncio.get_running_loop().create_task(self._run())
             self._loop.add_done_callback(self._loop_ended)
@@ -518,20 +534,24 @@ class Watcher:
                 self._alarm.set(at)
                 await self._wake.wait()
                 continue
-            self._give_up_late(now)
+            if self._next_deadline() <= now:
+                self._give_up_late(now)
             if self._may_read(now) and (groups := self._take(now)):
                 batch = [watch for group in groups for watch in group]
                 task = asyncio.get_running_loop().create_task(self._read(groups, batch))
-                self._readings[task] = batch, min(group[0].cohort.deadline for group in groups)
+                self._readings.add(task)
                 task.add_done_callback(self._reading_ended)
 
     def _next_event(self, now: float) -> float:
         """When the loop has something to do, infinity if only others can say."""
-        at = min((deadline for _, deadline in self._readings.values()), default=math.inf)
+        if len(self._readings) >= self._max_reads:
+            return self._next_deadline()
         due = min(self._first(self._shared), self._first(self._single))
-        if len(self._readings) < self._max_reads:
-            return min(at, max(self._beat(due, now), self._ready_at()))
-        return at
+        return min(self._next_deadline(), max(self._beat(due, now), self._ready_at()))
+
+    def _next_deadline(self) -> float:
+        """When to go through all deadlines: not more often than reads are."""
+        return max(self._first_deadline, self._swept_at + self._policy.min_interval)
 
     def _beat(self, due: float, now: float) -> float:
         """When to read what is due at *due*: then, or together with others due about then.
@@ -548,23 +568,11 @@ class Watcher:
         return len(self._readings) < self._max_reads and self._ready_at() <= now
 
     def _give_up_late(self, now: float) -> None:
-        """End what is past its deadline, in the air or due."""
-        for task, (batch, deadline) in self._readings.items():
-            if deadline > now:
-                continue
-            for watch in batch:
-                if watch.deadline <= now and not watch.ended:
-                    self._give_up(watch)
-            waiting = (watch.deadline for watch in batch if not watch.ended)
-            self._readings[task] = batch, min(waiting, default=math.inf)
-        for heap in (self._shared, self._single):
-            while self._first(heap) <= now:
-                due, _, watches = heap[0]
-                late = [watch for watch in watches if watch.due == due and watch.deadline <= now]
-                if not late:
-                    break
-                for watch in late:
-                    self._give_up(watch)
+        """End what is past its deadline, be it queued, in the air or held up."""
+        self._swept_at = now
+        for watch in [watch for watch in self._live.values() if watch.deadline <= now]:
+            self._give_up(watch)
+        self._first_deadline = min((w.deadline for w in self._live.values()), default=math.inf)
 
     def _take(self, now: float) -> list[list[Watch]]:
         """The tasks due earliest, due or not: as many as one reading can ask for."""
@@ -622,7 +630,7 @@ class Watcher:
 
     def _look_again(self, watch: Watch) -> None:
         if not watch.ended:
-            self._queue(watch, self._clock.now())
+            self._queue(watch, _AT_ONCE)
 
     def _apply_page(
         self, groups: list[list[Watch]], reading: _Reading, page: Page, price: float
@@ -678,10 +686,8 @@ class Watcher:
             self._store(watch, answer, reading, price)
         elif answer is not None:
             self._failed(watch, answer, reading)
-        else:  # a batch answer left it out, which proves nothing
-            watch.alone = self._reader.read_limit > 1
-            watch.plain = False
-            self._look_again(watch)
+        else:
+            self._left_out(watch)
             return
         if watch.again and not watch.ended:
             watch.again = False
@@ -689,13 +695,30 @@ class Watcher:
         elif watch.lookers is not None:
             _wake_all(watch.lookers)
             watch.lookers = None
-        asked = watch.trouble or watch.nudged or watch.lookers or watch.listeners
+        asked = watch.trouble or watch.nudged or watch.missing or watch.lookers or watch.listeners
         watch.plain = not (watch.ended or asked)
+
+    def _left_out(self, watch: Watch) -> None:
+        """A batch answer left it out, which proves nothing: a replica may be behind."""
+        watch.plain = False
+        now = self._clock.now()
+        if self._reader.read_limit > 1:
+            watch.missing += 1
+            if watch.missing < _MISSING and _may_lag(watch, now):
+                wait = self._reader.wait_after(watch.missing, paid=True)
+                self._queue(watch, now + max(wait, self._policy.min_interval))
+                return
+            watch.alone = True
+        self._look_again(watch)
 
     def _store(self, watch: Watch, snapshot: TaskSnapshot, reading: _Reading, price: float) -> None:
         news = watch.listeners is not None and differs(watch.snapshot, snapshot)
         watch.seen = snapshot
         watch.trouble = None
+        if reading.single:
+            watch.alone = False
+        else:
+            watch.missing = 0
         # What was seen of tasks of unknown age, or across a suspension, teaches nothing.
         cohort = watch.cohort
         instructive = cohort.teaches and watch.looked >= self._resumed_at
@@ -712,6 +735,8 @@ class Watcher:
         watch.looked = reading.sent_at
         watch.looks += 1
         watch.nudged, watch.called = watch.called, False
+        # Who may have to be read singly shares the price of a read with nobody.
+        price = self._policy.price if watch.missing else price
         due = self._next_look(cohort, reading, price, watch.looks)
         if watch.nudged:
             due = max(reading.received_at, min(due, watch.looked + self._policy.min_interval))
@@ -745,7 +770,20 @@ class Watcher:
             self._resumed_at = now
             self._fresh_start = True
             self._reader.renew()
+            self._look_at_all(now)
         self._drift = drift
+
+    def _look_at_all(self, now: float) -> None:
+        """Nobody knows how old tasks are after a suspension: look at all that wait."""
+        heaps = (self._shared, self._single)
+        waiting = [(heap, *entry) for heap in heaps for entry in heap]
+        self._queued = 0
+        for heap in heaps:
+            heap.clear()
+        for heap, due, _, watches in waiting:
+            watches[:] = [watch for watch in watches if watch.due == due]
+            if watches:
+                self._push(heap, min(now, due), watches)
 
     # -- failed reads ----------------------------------------------------------------------
 
@@ -758,7 +796,8 @@ class Watcher:
             self._end(watch, error)
             return
         trouble.error = error
-        wait = max(self._reader.wait_after(trouble.failures, error), self._policy.min_interval)
+        wait = self._reader.wait_after(trouble.failures, paid=reading.paid)
+        wait = max(wait, self._policy.min_interval)
         logger.debug("reading task %s failed, again in %.2f s: %s", watch.id, wait, error)
         self._queue(watch, now + wait)
 
@@ -823,7 +862,7 @@ class Watcher:
                     self._push(self._shared, sooner, waiting)
 
     def _reading_ended(self, task: asyncio.Task[None]) -> None:
-        del self._readings[task]
+        self._readings.discard(task)
         self._wake.set()
         if not task.cancelled() and (crash := task.exception()) is not None:
             self._crash(crash)
@@ -915,12 +954,17 @@ def _of_sentinels(*groups: list[Watch]) -> bool:
     return all(group[0].cohort.sentinel for group in groups)
 
 
+def _may_lag(watch: Watch, now: float) -> bool:
+    """True if a task of ours that is said not to exist may only be too new."""
+    return watch.request is not None and now - watch.started < _REPLICA_LAG
+
+
 def _strike(watch: Watch, trouble: Trouble, error: EvolinkError, now: float) -> bool:
     """Note a final refusal of a single read; True if it was the last that was needed."""
     if not isinstance(error, APIStatusError) or not error.from_api or rule_of(error)[0]:
         return False
     missing = isinstance(error, NotFoundError)
-    if missing and watch.request is not None and now - watch.started < _REPLICA_LAG:
+    if missing and _may_lag(watch, now):
         return False
     if type(error) is not type(trouble.error) or trouble.strikes == 0:
         trouble.strikes, trouble.struck_at = 1, now

@@ -24,7 +24,8 @@ FLOORS: dict[str, str] = {
     "_hosts": "errors _text",
     "_models": "errors _text _hosts",
     "_polling": "errors _text",
-    "_protocol": "errors _text _models",
+    "_skim": "",
+    "_protocol": "errors _text _models _skim",
     # 2: the network, the disk, the loop; knows no session
     "_proxy": "errors _text _hosts",
     "_retry": "errors _protocol _text _clock",

@@ -52,6 +52,7 @@ class Reading:
     answers: Mapping[str, Answer]
     single: bool
     page: None = None
+    paid: bool = True
 
 
 @define
@@ -86,8 +87,8 @@ class Reader:
             single=len(ids) == 1,
         )
 
-    def wait_after(self, failures: int, error: EvolinkError) -> float:
-        assert isinstance(error, EvolinkError)
+    def wait_after(self, failures: int, *, paid: bool) -> float:
+        assert paid
         return RetryPolicy(wait_jitter=0).wait_after(failures)
 
     def renew(self) -> None:
