@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from attrs import define, field
 
-from evolink_async._ledger import Item
+from evolink_async._ledger import Counts, Item
 
 __all__ = ["Money"]
 
@@ -17,46 +19,82 @@ class Money:
         limit: Most credits in all; None for no limit.
         spent: Charged, or reserved, by items that are not under way in this run.
         prices: Highest price of one result seen, by model.
+        unstated: Results that are or will be charged, nobody has said how much for, by model.
         doubtful: Results that may have been charged without our learning, by model.
-        held: What the items under way cost, or may cost.
-        asking: Models whose price somebody is about to learn.
+        held: What items under way cost, where the API has said it.
+        guessed: Items under way that are among the unstated.
     """
 
     limit: float | None
     spent: float
     prices: dict[str, float]
+    unstated: dict[str, int]
     doubtful: dict[str, int]
     held: dict[int, float] = field(factory=dict)
-    asking: dict[str, int] = field(factory=dict)
+    guessed: set[int] = field(factory=set)
+
+    @classmethod
+    def of(cls, counts: Counts, *, limit: float | None = None) -> Self:
+        """As the ledger has it, nothing being under way."""
+        return cls(
+            limit=limit,
+            spent=counts.spent,
+            prices=dict(counts.prices),
+            unstated=dict(counts.unstated),
+            doubtful=dict(counts.doubtful),
+        )
+
+    @property
+    def credits(self) -> float:
+        """Charged or reserved; at the highest price seen where nobody has said how much."""
+        return self.spent + sum(self.held.values()) + self._worth(self.unstated)
+
+    @property
+    def in_doubt(self) -> float:
+        """What uncertain items cost if they were accepted, at the highest price seen."""
+        return self._worth(self.doubtful)
 
     @property
     def committed(self) -> float:
         """The most that can have been spent."""
-        doubt = sum(self.prices.get(model, 0.0) * n for model, n in self.doubtful.items())
-        return self.spent + doubt + sum(self.held.values())
+        return self.credits + self.in_doubt
+
+    def _worth(self, results: dict[str, int]) -> float:
+        return sum(self.prices.get(model, 0.0) * n for model, n in results.items())
+
+    def guess(self, item: Item) -> float:
+        """What *item* costs at the highest price seen; 0 if none was."""
+        return self.prices.get(item.model, 0.0) * item.pictures
 
     def allows(self, item: Item) -> bool:
         """Whether submitting *item* now keeps within the limit."""
         if self.limit is None:
             return True
-        price = self.prices.get(item.model)
-        if price is None:
-            return item.model not in self.asking and self.committed < self.limit
         again = item.state == "uncertain"  # counted already
-        return self.committed + (0 if again else price * item.pictures) <= self.limit + 1e-9
+        if item.model in self.prices:
+            more = 0.0 if again else self.guess(item)
+            return self.committed + more <= self.limit + 1e-9
+        return (again or self.committed < self.limit) and not self.unknown(item)
+
+    def unknown(self, item: Item) -> int:
+        """Results of its model that cost nobody knows what; those that *item* may ask for aside."""
+        if item.model in self.prices:
+            return 0
+        doubtful = 0 if item.state == "uncertain" else self.doubtful.get(item.model, 0)
+        return self.unstated.get(item.model, 0) + doubtful
 
     def reserve(self, item: Item) -> None:
         """*item* is about to be submitted."""
         if item.state == "uncertain":
-            self.doubtful[item.model] -= item.pictures
-        price = self.prices.get(item.model)
-        if price is None and self.limit is not None:
-            self.asking[item.model] = item.number
-        self.held[item.number] = (price or 0.0) * item.pictures
+            _add(self.doubtful, item, -1)
+        _add(self.unstated, item, 1)
+        self.guessed.add(item.number)
 
     def resume(self, item: Item) -> None:
         """*item*, of an earlier run, is under way again: what it reserved may come back."""
-        if item.credits_reserved is not None:
+        if item.credits_reserved is None:
+            self.guessed.add(item.number)
+        else:
             self.held[item.number] = item.credits_reserved
             self.spent -= item.credits_reserved
 
@@ -64,19 +102,38 @@ class Money:
         """*item* costs so much, as far as the API says."""
         if credits_ is None:
             return
+        self._forget(item)
         self.held[item.number] = credits_
-        price = credits_ / item.pictures
-        self.prices[item.model] = max(price, self.prices.get(item.model, 0.0))
-        self.asking.pop(item.model, None)
+        self.prices[item.model] = max(credits_ / item.pictures, self.prices.get(item.model, 0.0))
 
     def release(self, item: Item, credits_: float) -> None:
         """*item* is no longer under way; it has cost so much."""
-        if self.held.pop(item.number, None) is not None:
-            self.spent += credits_
-        if self.asking.get(item.model) == item.number:
-            del self.asking[item.model]
+        self._forget(item)
+        self.spent += credits_
+
+    def keep(self, item: Item) -> None:
+        """*item* is no longer under way; it has cost what is known of it."""
+        self.guessed.discard(item.number)
+        self.spent += self.held.pop(item.number, 0.0)
 
     def doubt(self, item: Item) -> None:
         """*item* may have been charged."""
         self.release(item, 0.0)
-        self.doubtful[item.model] = self.doubtful.get(item.model, 0) + item.pictures
+        _add(self.doubtful, item, 1)
+
+    def withdraw(self, item: Item) -> None:
+        """Nothing of *item* has left in this run, if it is still to be submitted."""
+        if item.number in self.guessed:
+            self.release(item, 0.0)
+            if item.state == "uncertain":
+                _add(self.doubtful, item, 1)
+
+    def _forget(self, item: Item) -> None:
+        self.held.pop(item.number, None)
+        if item.number in self.guessed:
+            self.guessed.remove(item.number)
+            _add(self.unstated, item, -1)
+
+
+def _add(results: dict[str, int], item: Item, sign: int) -> None:
+    results[item.model] = results.get(item.model, 0) + sign * item.pictures

@@ -200,12 +200,7 @@ class Run:
         self._states = dict(self.counts.states)
         self._welcome = bool(self.counts.prices)
         self._downloads = asyncio.Semaphore(_DOWNLOADS)
-        self._money = Money(
-            limit=self.options.max_credits,
-            spent=self.counts.spent,
-            prices=dict(self.counts.prices),
-            doubtful=dict(self.counts.doubtful),
-        )
+        self._money = Money.of(self.counts, limit=self.options.max_credits)
 
     # -- the pump --------------------------------------------------------------------------
 
@@ -306,12 +301,23 @@ class Run:
         if self._money.allows(item):
             return True
         if not self._window:
-            self._halt(
-                "max_credits",
-                f"at most {self.options.max_credits:g} credits may be spent, and "
-                f"{self._money.committed:g} are spent or may be; raise the limit to go on",
-            )
+            self._halt("max_credits", self._why_not(item))
         return False
+
+    def _why_not(self, item: Item) -> str:
+        """Why *item* cannot be paid for while nothing is under way that may change that."""
+        money = self._money
+        if unknown := money.unknown(item):
+            return (
+                f"the API has not said yet what a result of {printable(item.model, 80)} costs, and "
+                f"{unknown} are or may be paid for: another could break the limit of "
+                f"{money.limit:g} credits; have uncertain items resent first, or go on without "
+                "a limit"
+            )
+        return (
+            f"at most {money.limit:g} credits may be spent, and {money.committed:g} are spent or "
+            "may be; raise the limit to go on"
+        )
 
     async def _has_disk(self) -> bool:
         """Whether what is bought could be saved; asked once a second."""
@@ -364,6 +370,8 @@ class Run:
                 self._requeued = True
             for numbers in self._places:
                 numbers.discard(number)
+            if job.phase == "waiting" and not _is_paid(job.item):
+                self._money.withdraw(job.item)
         exc = None if task.cancelled() else task.exception()
         if isinstance(exc, OSError) and not isinstance(exc, EvolinkError):
             self._lose(exc)
@@ -647,8 +655,10 @@ class Run:
         used: float | None = None,
         charged: bool = False,
     ) -> None:
-        known = self._money.held.get(job.item.number, 0.0) if charged else 0.0
-        self._money.release(job.item, known if used is None else used)
+        if charged and used is None:
+            self._money.keep(job.item)
+        else:
+            self._money.release(job.item, used or 0.0)
         await self._commit(
             self.ledger.failed(
                 job.item.number,
@@ -656,7 +666,7 @@ class Run:
                 message=printable(message, 500),
                 retryable=retryable,
                 used=used,
-                charged=charged,
+                guess=self._money.guess(job.item) if charged else None,
             )
         )
         self._moved(job, "failed")
@@ -687,10 +697,8 @@ class Run:
     def _settle(self, item: Item, used: float | None) -> None:
         """It is paid for; where nobody says how much, a limit could not be kept."""
         money = self._money
-        if item.number not in money.held:
-            return
         money.learn(item, used)
-        money.release(item, money.held[item.number])
+        money.keep(item)
         if money.limit is not None and item.model not in money.prices:
             self._halt(
                 "max_credits",

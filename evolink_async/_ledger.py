@@ -220,7 +220,10 @@ class Counts:
     Attributes:
         states: Items by state; those that have left the input count once paid for.
         pictures: Results ordered by items not submitted yet, by model.
-        spent: Credits charged, or reserved and not yet settled, over all runs.
+        spent: Credits charged, or reserved and not yet settled, over all runs, as far as the
+            API has said it.
+        unstated: Results ordered by items that are charged, or will be, without the API
+            having said how much, by model.
         prices: Highest price of one result seen, by model.
         doubtful: Results ordered by uncertain items, by model: they may have been charged.
         retryable: Failed items that may be retried.
@@ -230,6 +233,7 @@ class Counts:
     states: Mapping[str, int] = field(hash=False)
     pictures: Mapping[str, int] = field(hash=False)
     spent: float
+    unstated: Mapping[str, int] = field(hash=False)
     prices: Mapping[str, float] = field(hash=False)
     doubtful: Mapping[str, int] = field(hash=False)
     retryable: int
@@ -242,6 +246,7 @@ _COLUMNS: Final = (
     "credits_used, queued_at, submitting_at, submitted_at, completed_at, saved_at, ended_at"
 )
 _TIMES: Final = ("queued", "submitting", "submitted", "completed", "saved", "ended")
+_PAID: Final = "('submitted', 'completed', 'saved')"
 _RELEVANT: Final = "(wanted = 1 OR state NOT IN ('queued', 'failed'))"
 """An item whose line is gone counts only if it has cost, or may have cost, something."""
 
@@ -730,17 +735,18 @@ class Ledger:
         message: str,
         retryable: bool = False,
         used: float | None = None,
-        charged: bool = False,
+        guess: float | None = None,
     ) -> None:
         """Nothing will come of it by itself.
 
-        *charged*: nobody says that it was given back, so it cost what is known last.
+        *guess*: nobody says that it was given back, so it cost what is known last, or, if
+        nothing is, so much.
         """
         await self._change(
             "UPDATE items SET state = 'failed', code = ?, message = ?, retryable = ?, "
-            "credits_used = coalesce(?, credits_used, iif(?, credits_reserved, NULL)), "
+            "credits_used = coalesce(?, credits_used, iif(?, credits_reserved, NULL), ?), "
             "ended_at = ? WHERE number = ?",
-            (code, message, retryable, used, charged, time.time(), number),
+            (code, message, retryable, used, guess is not None, guess or None, time.time(), number),
         )
 
     async def requeue_failed(self) -> int:
@@ -1120,13 +1126,20 @@ def _counts(connection: sqlite3.Connection) -> Counts:
         ),
         spent=number(
             # What failed was given back, unless the API says otherwise.
-            "SELECT coalesce(sum(credits_before + coalesce(credits_used, "
-            "iif(state IN ('submitted', 'completed', 'saved'), credits_reserved, 0), 0)), 0) "
-            "FROM items"
+            "SELECT coalesce(sum(credits_before + coalesce(credits_used, "  # noqa: S608 - ours
+            f"iif(state IN {_PAID}, credits_reserved, 0), 0)), 0) FROM items"
+        ),
+        unstated=table(
+            "SELECT model, sum(pictures) FROM items WHERE credits_used IS NULL AND "  # noqa: S608 - ours
+            f"credits_reserved IS NULL AND (state IN {_PAID} OR state = 'failed' AND code IN "
+            "('results_expired', 'task_not_found', 'no_results')) GROUP BY model"
         ),
         prices=table(
-            "SELECT model, max(coalesce(credits_reserved, credits_used) / pictures) FROM items "
-            "WHERE coalesce(credits_reserved, credits_used) IS NOT NULL GROUP BY model"
+            # What a failed one used is no price: perhaps nothing.
+            "SELECT model, max(price) FROM (SELECT model, max(coalesce(credits_reserved, used), "
+            "coalesce(used, credits_reserved)) / pictures AS price FROM (SELECT *, "
+            "iif(state = 'failed', NULL, credits_used) AS used FROM items)) "
+            "WHERE price IS NOT NULL GROUP BY model"
         ),
         doubtful=table(
             "SELECT model, sum(pictures) FROM items WHERE state = 'uncertain' GROUP BY model"

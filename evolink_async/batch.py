@@ -192,7 +192,8 @@ async def run_batch(
             of the tasks of earlier runs.
         emulated: The session talks to an emulator that has another address in each run.
         max_credits: Most credits this batch may cost, all its runs together. Before the
-            first answer for a model its price is unknown: one submit of it is risked.
+            first answer for a model its price is unknown: one submit of it is risked. What
+            the API states no cost of counts at the highest price seen.
         gallery: Whether to write ``gallery.html``.
         stop: Set it to stop submitting, wait for what runs at most *grace* seconds, and
             return; looked at once the input is read.

@@ -1309,6 +1309,66 @@ async def test_an_api_that_names_no_price_cannot_be_limited(desk: Desk) -> None:
     assert (await desk.run(prompts(5))).saved == 5
 
 
+@pytest.mark.parametrize("known", [False, True])
+async def test_max_credits_holds_over_runs_that_are_left_and_never_told_a_reservation(
+    desk: Desk, *, known: bool
+) -> None:
+    """What runs on from an earlier run counts at the highest price seen, or is waited for."""
+    if known:
+        await desk.run(["first"])
+    lines = ["first", *prompts(12)] if known else prompts(12)
+    desk.emulator.faults.add(Priceless(route="submit"))
+    books = desk.emulator.books
+    accepted = "SELECT task_id FROM items WHERE task_id IS NOT NULL"
+    for _ in range(6):
+        stop, before = asyncio.Event(), desk.rows(accepted) if desk.out.exists() else []
+
+        def look(_: BatchProgress, stop: asyncio.Event = stop, before: list[Any] = before) -> None:
+            if len(desk.rows(accepted)) > len(before):
+                stop.set()
+
+        await desk.run(lines, max_credits=4, stop=stop, grace=0, progress=look)
+        assert books.charged + books.reserved <= 4
+    report = await desk.run(lines, max_credits=4)
+    assert report.stop is not None
+    assert report.stop.kind == "max_credits"
+    assert (books.charged, report.saved + report.uncertain) == (4, 4)
+
+
+async def test_what_failed_without_a_reservation_is_no_price(desk: Desk) -> None:
+    """A free failure of an earlier run does not lift the limit of the next."""
+    desk.emulator.faults.add(Priceless(route="submit"), faults.TaskFails("service_error", times=1))
+    assert (await desk.run(["lake 0"])).failed == 1
+    await desk.run(prompts(6), max_credits=2)
+    assert desk.emulator.books.charged == 2
+
+
+async def test_a_first_submit_in_doubt_is_the_only_one_of_unknown_price(desk: Desk) -> None:
+    """However often it is run again, no other is risked before that one has told the price."""
+    desk.emulator.faults.add(faults.Reset("after", route="submit"))
+    for _ in range(3):
+        report = await desk.run(prompts(9), max_credits=3)
+        assert (report.uncertain, len(desk.emulator.books.submits())) == (1, 1)
+        assert report.stop is not None
+        assert "uncertain items resent first" in report.stop.message
+    desk.emulator.faults.clear()
+    report = await desk.run(prompts(9), max_credits=3, resend_uncertain=True)
+    assert (report.saved, desk.emulator.books.charged) == (3, 3)
+
+
+async def test_a_vanished_task_of_unstated_cost_stays_among_what_was_spent(desk: Desk) -> None:
+    """It counts at the highest price seen, also when it has been bought anew."""
+    await desk.run(["first"])
+    lines = ["first", *prompts(5)]
+    desk.emulator.faults.add(
+        Priceless(route="submit"), faults.TaskVanishes(0.5, prompt="lake 0", times=1)
+    )
+    first = await desk.run(lines, max_credits=3)
+    assert (first.failed, first.saved, first.queued) == (1, 2, 3)
+    report = await desk.run(lines, max_credits=4, resubmit_expired=True)
+    assert (report.saved, report.queued) == (3, 3)
+
+
 async def test_a_refused_first_submit_leaves_the_price_to_the_next(desk: Desk) -> None:
     """Another item of the model asks for it then."""
     desk.emulator.faults.add(faults.Status(400, route="submit", nth=1))

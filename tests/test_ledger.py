@@ -138,6 +138,7 @@ async def test_sums_are_kept_over_every_turn(path: Path) -> None:
             states={"submitted": 1, "completed": 1, "failed": 2, "uncertain": 1, "queued": 1},
             pictures={"m": 2},
             spent=1.0 + 1.0 + 4.0,
+            unstated={},
             prices={"m": 2.0},
             doubtful={"m": 2},
             retryable=1,
@@ -156,7 +157,7 @@ async def test_a_changed_line_keeps_what_the_failed_one_has_cost(path: Path) -> 
         await ledger.submitting(1, KEY)
         await ledger.submitted(1, key=None, task_id="task-1", reserved=3.0)
         await ledger.completed(1, snapshot="{}", used=None, stems=("a",))
-        await ledger.failed(1, code="results_expired", message="", charged=True)
+        await ledger.failed(1, code="results_expired", message="", guess=5.0)
         assert (await ledger.counts()).spent == 3.0
         await ledger.load([entry(1, "b", "x")], skip_invalid=False)
         last = await item(ledger)
