@@ -61,6 +61,8 @@ RESUBMITTABLE: Final = frozenset(
 """Task error codes after which the same request may succeed later (API page on error codes)."""
 
 _PROMPT_LIMIT: Final = 2000
+_MOST: Final = 1e9
+"""No task costs more: what says so is a mistake."""
 _MAX_DEPTH: Final = 100
 """Levels of nesting: far beyond what the API sends, far below where Python gives up."""
 _MIN_PIXELS: Final = 768 * 768
@@ -416,6 +418,12 @@ def _number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _amount(value: object) -> float | None:
+    """What one task may cost; None for anything else, which would undo every sum it enters."""
+    number = _number(value)
+    return number if number is not None and 0 <= number <= _MOST else None
+
+
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
@@ -427,6 +435,8 @@ def _object(value: object) -> Mapping[str, Any]:
 @frozen(kw_only=True)
 class Usage:
     """What a task reserved and cost, in credits; None where the API did not say.
+
+    A number that is negative or above 1e9 is no cost, and counts as not said.
 
     Attributes:
         credits_reserved: Held when the task was accepted; may be fractional.
@@ -447,9 +457,9 @@ class Usage:
         """Read what can be read; anything of an unexpected type counts as absent."""
         given = _object(value)
         return cls(
-            credits_reserved=_number(given.get("credits_reserved")),
-            credits_used=_number(given.get("credits_used")),
-            cost=_number(given.get("cost")),
+            credits_reserved=_amount(given.get("credits_reserved")),
+            credits_used=_amount(given.get("credits_used")),
+            cost=_amount(given.get("cost")),
             billing_rule=_text(given.get("billing_rule")),
             user_group=_text(given.get("user_group")),
         )

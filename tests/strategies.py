@@ -253,6 +253,7 @@ bodies = st.binary(max_size=60) | _spelled | _cut | _bombs | _pages
 # -- values ------------------------------------------------------------------------------------
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
+costs = st.floats(0, 1e9)
 _word = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 _sayable = st.recursive(
     st.none() | st.booleans() | st.integers() | finite | _word,
@@ -290,9 +291,9 @@ raw_requests = st.builds(
 )
 usages = st.builds(
     Usage,
-    credits_reserved=st.none() | finite,
-    credits_used=st.none() | finite,
-    cost=st.none() | finite,
+    credits_reserved=st.none() | costs,
+    credits_used=st.none() | costs,
+    cost=st.none() | costs,
     billing_rule=st.none() | _word,
     user_group=st.none() | _word,
 )

@@ -1335,6 +1335,24 @@ async def test_max_credits_holds_over_runs_that_are_left_and_never_told_a_reserv
     assert (books.charged, report.saved + report.uncertain) == (4, 4)
 
 
+@pytest.mark.parametrize("said", ["-5", "1e308", "NaN", "true", '"1"'])
+async def test_what_is_no_number_of_credits_counts_as_not_said(desk: Desk, said: str) -> None:
+    """It neither lifts the limit nor uses it up: the end of the first task tells the price."""
+
+    class Absurd(faults.RequestFault):
+        async def after(self, _exchange: Exchange, response: web.Response) -> web.StreamResponse:
+            assert isinstance(response.body, bytes)
+            body = re.sub(
+                rb'("credits_reserved": ?)[\d.]+', rb"\g<1>" + said.encode(), response.body
+            )
+            assert body != response.body
+            return web.Response(body=body, content_type="application/json")
+
+    desk.emulator.faults.add(Absurd(route="submit"))
+    report = await desk.run(prompts(6), max_credits=3)
+    assert (desk.emulator.books.charged, report.credits, report.saved) == (3, 3, 3)
+
+
 async def test_what_failed_without_a_reservation_is_no_price(desk: Desk) -> None:
     """A free failure of an earlier run does not lift the limit of the next."""
     desk.emulator.faults.add(Priceless(route="submit"), faults.TaskFails("service_error", times=1))

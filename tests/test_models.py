@@ -461,6 +461,13 @@ def test_the_documented_answer_is_read() -> None:
     assert snapshot.raw == SUBMITTED
 
 
+@pytest.mark.parametrize("said", [-0.1, 1.1e9, 1e308, math.nan, math.inf, True, "1"])
+def test_what_cannot_be_a_cost_counts_as_not_said(said: object) -> None:
+    """A negative or absurd sum would undo every total it enters."""
+    given = {"credits_reserved": said, "credits_used": said, "cost": said}
+    assert Usage.from_json(given) == Usage()
+
+
 def test_the_end_of_a_task_is_read() -> None:
     """Results, duration and final cost of a completed task; code and message of a failed one."""
     done = TaskSnapshot.from_json(
