@@ -327,7 +327,8 @@ def _words(now: BatchProgress) -> str:
     troubles = {"failed": now.failed, "uncertain": now.uncertain}
     words += [f"{n} {name}" for name, n in counts.items()]
     words += [f"{n} {name}" for name, n in troubles.items() if n]
-    words.append(f"{now.credits:.10g} credits")
+    doubt = f" and {now.credits_in_doubt:.10g} in doubt" if now.credits_in_doubt else ""
+    words.append(f"{now.credits:.10g} credits{doubt}")
     if now.rate is not None:
         words.append(f"{now.rate:.2g}/s" if now.rate < 10 else f"{now.rate:.0f}/s")
     if now.stopping is not None:
@@ -420,12 +421,18 @@ def _rows(report: BatchReport) -> list[tuple[str, str]]:
     rows += [
         ("items", str(report.total)),
         ("credits", f"{report.credits:.10g}"),
+        *_doubt_rows(report),
         ("time", _span(report.seconds)),
         ("folder", _name(report.folder)),
     ]
     if report.gallery is not None:
         rows.append(("gallery", report.gallery.as_uri()))
     return rows
+
+
+def _doubt_rows(report: BatchReport) -> list[tuple[str, str]]:
+    doubt = report.credits_in_doubt
+    return [("credits in doubt", f"{doubt:.10g}")] if doubt else []
 
 
 def _name(path: Path) -> str:

@@ -92,7 +92,10 @@ class BatchProgress:
         saved: On disk.
         failed: Will not be made.
         uncertain: May have been paid for; see `SubmitUncertainError`.
-        credits: Charged or reserved so far, over all runs.
+        credits: Charged or reserved so far, over all runs; at the highest price seen where
+            the API has not said how much.
+        credits_in_doubt: What uncertain items cost if they were accepted, at that price; not
+            among *credits*.
         rate: Items ended per second of late; None until that can be said.
         seconds_left: Until all have ended, at that rate; None if that cannot be said.
         stopping: Why no more are submitted; None while they are.
@@ -106,6 +109,7 @@ class BatchProgress:
     failed: int = 0
     uncertain: int = 0
     credits: float = 0.0
+    credits_in_doubt: float = 0.0
     rate: float | None = None
     seconds_left: float | None = None
     stopping: str | None = None
@@ -222,6 +226,7 @@ class Run:
             for each in left:
                 each.cancel()
             await asyncio.gather(*left, return_exceptions=True)
+            self._report_progress()
         if self.crash is not None:
             raise self.crash
 
@@ -855,7 +860,8 @@ class Run:
             saved=states.get("saved", 0),
             failed=states.get("failed", 0),
             uncertain=states.get("uncertain", 0),
-            credits=self._money.committed,
+            credits=self._money.credits,
+            credits_in_doubt=self._money.in_doubt,
             rate=rate,
             seconds_left=left / rate if rate else None,
             stopping=self.stop.message if self.stop is not None else None,

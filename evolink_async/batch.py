@@ -27,6 +27,7 @@ from attrs import evolve, field, frozen
 
 from evolink_async._batch_files import Draft, digest_of, is_foreign, present, set_aside, sweep
 from evolink_async._batch_input import Source, read
+from evolink_async._batch_money import Money
 from evolink_async._batch_run import EXPIRED, NOT_FOUND, BatchProgress, Options, Run, Stop
 from evolink_async._clock import hold
 from evolink_async._gallery import write_gallery
@@ -95,7 +96,10 @@ class BatchReport:
             with the same idempotency key.
         invalid: Bad lines that were skipped.
         pictures: Files saved by this run.
-        credits: Charged or reserved so far, over all runs.
+        credits: Charged or reserved so far, over all runs; at the highest price seen where
+            the API has not said how much.
+        credits_in_doubt: What uncertain items cost if they were accepted, at that price; not
+            among *credits*.
         still_to_pay: Credits for the queued items at the highest price seen; None if no
             price is known.
         seconds: How long this run took.
@@ -123,6 +127,7 @@ class BatchReport:
     invalid: int
     pictures: int
     credits: float
+    credits_in_doubt: float
     still_to_pay: float | None
     seconds: float
     stop: Stop | None
@@ -392,7 +397,7 @@ async def _report(
 ) -> BatchReport:
     """What it has come to, by the ledger."""
     counts = await run.ledger.counts()
-    states = counts.states
+    states, money = counts.states, Money.of(counts)
     problems = await run.ledger.page(
         "submitting", "submitted", "completed", "failed", "uncertain", limit=_SHOWN
     )
@@ -410,7 +415,8 @@ async def _report(
         uncertain=states.get("uncertain", 0),
         invalid=invalid,
         pictures=run.pictures,
-        credits=counts.spent,
+        credits=money.credits,
+        credits_in_doubt=money.in_doubt,
         still_to_pay=_still_to_pay(counts),
         seconds=seconds,
         stop=run.stop,

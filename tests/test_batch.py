@@ -1353,6 +1353,49 @@ async def test_what_is_no_number_of_credits_counts_as_not_said(desk: Desk, said:
     assert (desk.emulator.books.charged, report.credits, report.saved) == (3, 3, 3)
 
 
+@pytest.mark.parametrize("stated", [False, True])
+async def test_progress_and_report_agree_on_credits(desk: Desk, *, stated: bool) -> None:
+    """What is spent and what is in doubt are told apart, the same at the end as on the way."""
+    if not stated:
+        desk.emulator.faults.add(Priceless(route="submit"))
+    await desk.run(["first"])
+    desk.emulator.faults.add(
+        faults.Reset("after", route="submit", prompt="lake 1"),
+        faults.TaskFails("service_error", prompt="lake 2"),
+        faults.TaskVanishes(0.5, prompt="lake 3"),
+    )
+    seen: list[BatchProgress] = []
+    report = await desk.run(["first", *prompts(6)], max_credits=6, progress=seen.append)
+    assert (report.saved, report.failed, report.uncertain) == (4, 2, 1)
+    assert (report.credits, report.credits_in_doubt) == (5, 1)
+    assert (seen[-1].credits, seen[-1].credits_in_doubt) == (5, 1)
+
+
+async def test_what_has_not_left_when_it_is_stopped_is_not_held(tmp_path: Path) -> None:
+    """Submits that wait for their turn give back their reservations."""
+    seen: list[BatchProgress] = []
+    async with Emulator(pictures="tiny", time_scale=100, estimate=1) as emulator:
+        desk = Desk(emulator, tmp_path / "out")
+        await desk.run(["first"])
+        emulator.faults.add(faults.Status(429, retry_after=200, route="submit", nth=1))
+        stop = asyncio.Event()
+        async with desk.session(max_requests_per_second=2, clock=None) as session:
+            job = asyncio.create_task(
+                run_batch(
+                    session,
+                    ["first", *prompts(6)],
+                    desk.out,
+                    stop=stop,
+                    grace=0.05,
+                    progress=seen.append,
+                )
+            )
+            await until(lambda: session.stats.cool_downs > 0)
+            stop.set()
+            report = await job
+    assert (report.queued, report.credits, seen[-1].credits) == (6, 1, 1)
+
+
 async def test_what_failed_without_a_reservation_is_no_price(desk: Desk) -> None:
     """A free failure of an earlier run does not lift the limit of the next."""
     desk.emulator.faults.add(Priceless(route="submit"), faults.TaskFails("service_error", times=1))
@@ -1830,11 +1873,19 @@ async def test_a_log_is_told_how_it_goes_even_while_nothing_changes(
         ),
         (
             BatchProgress(
-                total=9, saved=4, running=3, failed=1, uncertain=1, rate=0.5, seconds_left=600
+                total=9,
+                saved=4,
+                running=3,
+                failed=1,
+                uncertain=1,
+                credits=7,
+                credits_in_doubt=1.5,
+                rate=0.5,
+                seconds_left=600,
             ),
             (
                 "4 of 9 saved, 3 running, 0 to download, 0 queued, 1 failed, 1 uncertain, "
-                "0 credits, 0.5/s, about 10 min left"
+                "7 credits and 1.5 in doubt, 0.5/s, about 10 min left"
             ),
         ),
         (

@@ -49,7 +49,8 @@ FLOORS: dict[str, str] = {
     "_gallery": "_text _ledger",
     "_batch_run": (f"errors _models _session _task _ledger _batch_files _batch_money {PLAIN}"),
     "batch": (
-        "errors _models _session _task _ledger _batch_files _batch_input _batch_run _gallery "
+        "errors _models _session _task _ledger _batch_files _batch_input _batch_money _batch_run "
+        "_gallery "
         f"{PLAIN}"
     ),
     # the front door re-exports floors 1 and 3
