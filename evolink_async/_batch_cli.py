@@ -373,7 +373,8 @@ def _tell_problems(report: BatchReport, console: Console) -> None:
 
 
 def _problem(problem: Problem) -> str:
-    name = f"line {problem.line}" + (f" ({problem.id})" if problem.id is not None else "")
+    place = "no longer in the input" if problem.line is None else f"line {problem.line}"
+    name = place + (f" ({problem.id})" if problem.id is not None else "")
     if problem.state == "submitted":
         return f"{name}: still running, as task {problem.task_id}"
     if problem.state == "completed":

@@ -258,7 +258,7 @@ class Run:
         while page := await self._commit(self.ledger.page(*states, after=after, limit=_PAGE)):
             for item in page:
                 after = (item.line, item.number)
-                if item.number in self._active or not (item.wanted or _is_paid(item)):
+                if item.number in self._active:
                     continue
                 if not await self._room(item):
                     return
@@ -421,7 +421,7 @@ class Run:
         # One warning for all that are put off by the same trouble.
         level = logging.WARNING if now >= self._paused_until else logging.DEBUG
         self._paused_until = max(self._paused_until, now + max(_OUTAGE_PAUSE, after or 0.0))
-        logger.log(level, "submits are put off, that of line %d first: %s", item.line, exc)
+        logger.log(level, "submits are put off, that of %s first: %s", item.place, exc)
 
     def _notify(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
@@ -567,7 +567,7 @@ class Run:
             )
         except LedgerError as exc:
             exc.add_note(
-                f"line {item.line} was accepted as task {task.id} (idempotency key "
+                f"{item.place} was accepted as task {task.id} (idempotency key "
                 f"{task.idempotency_key}), which could not be recorded"
             )
             raise
@@ -593,7 +593,7 @@ class Run:
             await self._return(job)
             self._halt(
                 "refused",
-                f"the API has accepted nothing yet, and refuses line {item.line}: {exc}; see that "
+                f"the API has accepted nothing yet, and refuses {item.place}: {exc}; see that "
                 "the base URL is right and the key may use this model, or change that line",
             )
         elif item.state == "uncertain":
@@ -634,10 +634,10 @@ class Run:
             self._halt("closed", "the session was closed; run the same batch again to go on")
         except TaskTimeoutError:
             logger.warning(
-                "line %d is left running: task %s has not ended in time", job.item.line, task.id
+                "%s is left running: task %s has not ended in time", job.item.place, task.id
             )
         except EvolinkError as exc:
-            logger.warning("line %d is left as it is: %s", job.item.line, exc)
+            logger.warning("%s is left as it is: %s", job.item.place, exc)
         else:
             if result.urls:
                 return result
@@ -728,7 +728,7 @@ class Run:
             elif now is not None and old:
                 await self._expire(job, result, stem, why)
             else:
-                logger.warning("line %d is not saved yet: %s", item.line, why)
+                logger.warning("%s is not saved yet: %s", item.place, why)
         else:
             await self._saved(job, paths)
 
@@ -779,7 +779,7 @@ class Run:
             return GenerationResult.from_snapshot(answer) if answer.urls else result
         if isinstance(answer, NotFoundError):
             return result
-        logger.warning("line %d: its task cannot be read: %s", item.line, answer)
+        logger.warning("%s: its task cannot be read: %s", item.place, answer)
         return None
 
     async def _expire(self, job: _Job, result: GenerationResult, stem: str, why: str) -> None:
@@ -819,7 +819,7 @@ class Run:
                     if not trouble:
                         continue
                     await self.ledger.damaged(item.number)
-                logger.info("line %d: %s: downloaded again", item.line, trouble)
+                logger.info("%s: %s: downloaded again", item.place, trouble)
                 damaged = evolve(item, state="completed")
                 self._moved(_Job(item, key=None), "completed")
                 if await self._room(damaged) and item.number not in self._active:

@@ -212,6 +212,11 @@ class Item:
     times: Mapping[str, float] = field(factory=dict, hash=False)
     files: tuple[File, ...] = ()
 
+    @property
+    def place(self) -> str:
+        """Where it stands in the input, in words."""
+        return f"line {self.line}" if self.wanted else "an item no longer in the input"
+
 
 @frozen(kw_only=True)
 class Counts:

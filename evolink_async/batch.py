@@ -54,7 +54,7 @@ class Problem:
 
     Attributes:
         id: The user's id; None if the line gave none.
-        line: Its line in the input, from 1.
+        line: Its line in the input, from 1; None if it is not in the input any more.
         state: ``submitted`` (still running), ``completed`` (not downloaded yet), ``failed``
             or ``uncertain``.
         code: A word for the reason: the API's error code, ``submit_uncertain``,
@@ -67,7 +67,7 @@ class Problem:
     """
 
     id: str | None
-    line: int
+    line: int | None
     state: str
     code: str | None = None
     message: str | None = None
@@ -104,7 +104,9 @@ class BatchReport:
             price is known.
         seconds: How long this run took.
         stop: Why it stopped before its end; None if it did not.
-        problems: The first 1000 items that are neither saved nor queued.
+        problems: Items that are neither saved nor queued: all uncertain ones, then the first
+            1000 others.
+        problems_left_out: How many there are beyond these; the manifest has them all.
         kept: Files that had the name of a picture, and were not as the batch saved them: under
             the names they have now.
         manifest: A JSON line per item; None if it could not be written.
@@ -132,6 +134,7 @@ class BatchReport:
     seconds: float
     stop: Stop | None
     problems: tuple[Problem, ...] = field(repr=False)
+    problems_left_out: int
     kept: tuple[Path, ...]
     manifest: Path | None
     gallery: Path | None
@@ -184,9 +187,9 @@ async def run_batch(
             holds the fields of `ImageRequest`, or ``path`` and ``body`` of a `RawRequest`;
             an optional unique ``id``; anything else is kept for the manifest.
         out: Folder of this batch; made if missing.
-        resend_uncertain: Submit uncertain items again, with the same idempotency key. The
-            gateway has been observed to answer such a repeat with the first response; the
-            API's page does not promise it.
+        resend_uncertain: Submit uncertain items again, with the same idempotency key, also
+            those no longer in the input: they may be paid for. The gateway has been observed
+            to answer such a repeat with the first response; the API's page does not promise it.
         retry_failed: Submit failed items again, where the API's table of task errors or
             the refusal (403, 404) says that may help.
         resubmit_expired: Submit, and pay for, items again whose results can no longer be had.
@@ -398,9 +401,10 @@ async def _report(
     """What it has come to, by the ledger."""
     counts = await run.ledger.counts()
     states, money = counts.states, Money.of(counts)
-    problems = await run.ledger.page(
-        "submitting", "submitted", "completed", "failed", "uncertain", limit=_SHOWN
-    )
+    problems = [_problem(item) async for item in _all_items(run.ledger, run.folder, "uncertain")]
+    others = await run.ledger.page("submitting", "submitted", "completed", "failed", limit=_SHOWN)
+    problems += map(_problem, others)
+    all_of_them = sum(states.values()) - states.get("saved", 0) - states.get("queued", 0)
     written = {name: run.folder / name for name, why in unwritten.items() if why is None}
     return BatchReport(
         folder=run.folder,
@@ -420,7 +424,8 @@ async def _report(
         still_to_pay=_still_to_pay(counts),
         seconds=seconds,
         stop=run.stop,
-        problems=tuple(_problem(item) for item in problems),
+        problems=tuple(problems),
+        problems_left_out=all_of_them - len(problems),
         kept=tuple(run.kept),
         manifest=written.get(_MANIFEST),
         gallery=written.get(_GALLERY),
@@ -437,7 +442,7 @@ def _still_to_pay(counts: Counts) -> float | None:
 def _problem(item: Item) -> Problem:
     return Problem(
         id=item.user_id,
-        line=item.line,
+        line=item.line if item.wanted else None,
         state=item.state,
         code=item.code,
         message=item.message,
@@ -447,10 +452,10 @@ def _problem(item: Item) -> Problem:
     )
 
 
-async def _all_items(ledger: Ledger, folder: Path) -> AsyncIterator[Item]:
-    """Every item that counts, in the order of the input, with the files that are there."""
+async def _all_items(ledger: Ledger, folder: Path, *states: str) -> AsyncIterator[Item]:
+    """Every item that counts, or those in one of *states*, with the files that are there."""
     after = (0, 0)
-    while page := await ledger.page(after=after, limit=500):
+    while page := await ledger.page(*states, after=after, limit=500):
         for item in page:
             if item.state == "saved" or not item.files:
                 yield item

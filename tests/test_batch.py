@@ -600,14 +600,29 @@ async def test_uncertain_items_are_named_and_resent_only_when_asked(desk: Desk) 
     assert desk.emulator.books.charged == last.credits == 4
 
 
-async def test_uncertain_items_that_left_the_input_are_not_resent(desk: Desk) -> None:
-    """Asked to resend, it buys only what is still wanted; the others stay named."""
-    desk.emulator.faults.add(faults.Reset("before", route="submit"))
-    assert (await desk.run(["a", "b"])).uncertain == 2
+async def test_uncertain_items_that_left_the_input_are_named_and_resent_like_others(
+    desk: Desk,
+) -> None:
+    """They may be paid for: until they are resent they are named, without the line they had."""
+    desk.emulator.faults.add(faults.Reset("after", route="submit", prompt="a"))
+    assert (await desk.run([{"id": "x", "prompt": "a"}, "b"])).uncertain == 1
     desk.emulator.faults.clear()
+    (problem,) = (await desk.run(["b"])).problems
+    assert (problem.line, problem.id, problem.state) == (None, "x", "uncertain")
     report = await desk.run(["b"], resend_uncertain=True)
-    assert desk.bought == {"b": 1}
-    assert (report.saved, report.uncertain) == (1, 1)
+    assert desk.bought == {"a": 1, "b": 1}
+    assert (report.saved, report.uncertain, report.exit_code) == (2, 0, 0)
+
+
+async def test_every_uncertain_item_is_named_before_a_thousand_others(desk: Desk) -> None:
+    """Failures do not hide what may have been paid for, and what is left out is counted."""
+    desk.emulator.faults.add(faults.Status(400, route="submit", prompt="lake"))
+    lines = [*prompts(1004), "doubt 1", "doubt 2"]
+    desk.emulator.faults.add(faults.Reset("after", route="submit", prompt="doubt"))
+    report = await desk.run(lines, settings={"max_in_flight": 200})
+    assert (report.failed, report.uncertain) == (1004, 2)
+    assert [problem.line for problem in report.problems[:3]] == [1005, 1006, 1]
+    assert (len(report.problems), report.problems_left_out) == (1002, 4)
 
 
 async def test_as_much_nesting_as_is_kept_reaches_the_manifest(desk: Desk) -> None:
@@ -1729,6 +1744,10 @@ def test_the_command_names_what_went_wrong_and_what_to_do(
     for word in ("--resend-uncertain", "--retry-failed", "run the same command again", "busy"):
         assert word in err
     assert "\x1b" not in err
+    rest = Path("rest.txt")
+    rest.write_text("lake 2\n")
+    assert main(["batch", str(rest), "--out", "out"]) == 1
+    assert "no longer in the input: may have been accepted" in capsys.readouterr().err
     again = ["batch", lakes, "--out", "out", "--resend-uncertain", "--retry-failed"]
     assert main(again) == 0
     assert api.books.charged == 3
