@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -34,6 +35,11 @@ _DEEPEST: Final = 100
 _IMAGE_FIELDS: Final = frozenset(f.name for f in fields(ImageRequest))
 _RAW_FIELDS: Final = frozenset({"path", "body"})
 _JSON_NAMES: Final = (".jsonl", ".ndjson", ".json")
+_CONTROL: Final = {
+    True: re.compile(r"[\x00-\x08\x0a-\x1f]"),
+    False: re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]"),
+}
+"""What no line of JSON (True) or text (False) holds; a tab may be."""
 _UNCHECKED: Final = 'write it as an object with "validate": false'
 
 
@@ -85,9 +91,23 @@ def _of_lines(file: IO[bytes], *, as_json: bool | None) -> Iterator[Entry | Inva
         if raw is None:
             yield Invalid(line, f"it is longer than {_LONGEST} bytes")
         elif text is None:
-            yield Invalid(line, "it is not UTF-8 text")
+            yield Invalid(line, "it is not UTF-8 text; save the file as UTF-8")
+        elif (found := _CONTROL[as_json].search(text.rstrip("\r\n"))) is not None:
+            yield Invalid(line, _why_not(found))
         else:
             yield _of_json(line, text) if as_json else _entry(line, text.strip())
+
+
+def _why_not(found: re.Match[str]) -> str:
+    """What a control character where none belongs says about the file."""
+    where = f"character {found.start() + 1} is "
+    if found[0] == "\0":
+        return f"{where}NUL, as in UTF-16 text; save the file as UTF-8"
+    if found[0] == "\r":
+        return f"{where}a carriage return; end lines with a line feed, or both"
+    return (
+        f"{where}the control character U+{ord(found[0]):04X}; remove it, or save the file as UTF-8"
+    )
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes | None]:

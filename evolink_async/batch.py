@@ -182,7 +182,7 @@ async def run_batch(
 
     Args:
         session: Submits, watches and downloads.
-        source: A file of prompts (text, one a line, or JSON Lines), ``-`` for standard input,
+        source: A file of prompts (UTF-8 text, one a line, or JSON Lines), ``-`` for standard input,
             or an iterable (read in a thread) of prompts, mappings or requests. An object
             holds the fields of `ImageRequest`, or ``path`` and ``body`` of a `RawRequest`;
             an optional unique ``id``; anything else is kept for the manifest.

@@ -366,7 +366,10 @@ BAD_LINES = [
     (b'{"prompt": "a", "id": "\\ud800"}', "id="),
     (b'{"prompt": "a", "note": NaN}', "NaN"),
     (b'"\\ud800"', "prompt="),
-    (b'"\xff"', "UTF-8"),
+    (b'"\xff"', "save the file as UTF-8"),
+    (b'"a\x00"', "character 3 is NUL, as in UTF-16"),
+    (b'"a"\r"b"', "carriage return"),
+    (b'"a\x0cb"', "U+000C"),
     (b'"' + b"x" * 2001 + b'"', "at most 2000 characters"),
     (b'"' + b"x" * (1 << 20) + b'"', "longer than"),
     (b'"' + b"x" * (3 << 20), "longer than"),
@@ -394,6 +397,33 @@ async def test_a_bad_line_is_reported_with_its_number_before_any_money_is_spent(
     report = await desk.run(source, skip_invalid=True)
     assert (report.saved, report.invalid, report.exit_code) == (2, 1, 0)
     assert set(desk.bought) == {"first", "last"}
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("a\nb\n".encode("utf-16"), "line 1: it is not UTF-8 text; save the file as UTF-8"),
+        ("a\nb\n".encode("utf-16-le"), "line 1: character 2 is NUL, as in UTF-16 text"),
+        ("a\nb\n".encode("utf-16-be"), "line 1: character 1 is NUL, as in UTF-16 text"),
+        ("湖\n海\n".encode("utf-16-le"), "NUL|not UTF-8"),
+        (b"a\rb\rc\r", "line 1: character 2 is a carriage return; end lines"),
+        (b"a\nb\x1b[2J\n", "line 2: character 2 is the control character U\\+001B"),
+        ("a\x92s".encode(), "line 1: character 2 is the control character U\\+0092"),
+    ],
+)
+async def test_what_is_no_text_is_not_paid_for(
+    desk: Desk, tmp_path: Path, content: bytes, why: str
+) -> None:
+    """Another encoding, other line ends and stray control characters are told with what to do."""
+    source = tmp_path / "prompts.txt"
+    source.write_bytes(content)
+    with pytest.raises(RequestValidationError, match=why):
+        await desk.run(source)
+    assert desk.emulator.books.requests() == ()
+    source.write_bytes(b"a\ttab\r\nb\r\n")
+    assert (await desk.run(source)).saved == 2
+    source.write_bytes(b'{"prompt": "a \xc2\x85", "note": "\x7f"}\n')
+    assert (await desk.run(source)).pictures == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \r\n\t\n", b"\xef\xbb\xbf"])
