@@ -592,8 +592,9 @@ class Ledger:
         """Make *lines* the input of this batch, if all are good or bad ones may be skipped.
 
         *lines* is iterated in the ledger's thread. Items are recognised by their user's id,
-        or by their request and how many equal ones stand above them; known ones keep their
-        state, the rest is queued. If none is good, the input stays what it was.
+        or by their request and how many equal ones stand above them (an id that is new is
+        given to an item that had none and whose line is gone); known ones keep their state,
+        the rest is queued. If none is good, the input stays what it was.
 
         Raises:
             LedgerError: It cannot be written.
@@ -1022,8 +1023,35 @@ def _find_conflicts(connection: sqlite3.Connection) -> None:
     connection.execute("DELETE FROM incoming WHERE line IN (SELECT line FROM invalid)")
 
 
+def _adopt(connection: sqlite3.Connection) -> None:
+    """Give new ids to items without one whose lines are gone: the lines were given ids."""
+    new = "user_id IS NOT NULL AND 'id:' || user_id NOT IN (SELECT identity FROM items)"
+    if connection.execute(f"SELECT 1 FROM incoming WHERE {new} LIMIT 1").fetchone() is None:  # noqa: S608 - ours
+        return
+    connection.execute(
+        f"""
+        WITH kept AS (
+            SELECT 'sha256:' || digest || ':' || row_number() OVER
+                   (PARTITION BY digest ORDER BY line) AS identity
+            FROM incoming WHERE user_id IS NULL
+        ), gone AS (
+            SELECT number, digest, row_number() OVER
+                   (PARTITION BY digest ORDER BY state = 'queued', number) AS k
+            FROM items WHERE user_id IS NULL AND identity NOT IN (SELECT identity FROM kept)
+        ), named AS (
+            SELECT user_id, digest, row_number() OVER (PARTITION BY digest ORDER BY line) AS k
+            FROM incoming WHERE {new}
+        )
+        UPDATE items SET user_id = named.user_id, identity = 'id:' || named.user_id
+        FROM gone JOIN named ON named.digest = gone.digest AND named.k = gone.k
+        WHERE items.number = gone.number
+        """  # noqa: S608 - ours
+    )
+
+
 def _merge(connection: sqlite3.Connection) -> None:
     """Queue what is new, keep what is known, note what is gone."""
+    _adopt(connection)
     connection.execute("UPDATE items SET wanted = 0 WHERE wanted = 1")
     connection.execute(
         """

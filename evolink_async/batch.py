@@ -175,7 +175,8 @@ async def run_batch(
 
     All of *source* is read into the ledger and checked before anything is submitted. An
     item is known by its ``id``, or by its request and how many equal ones stand above it:
-    inserting, deleting and moving lines between runs costs exactly the difference. At most
+    inserting, deleting and moving lines between runs costs exactly the difference, and a line
+    that is given an id later keeps what was bought for it. At most
     ``max_in_flight`` tasks of the session run at once, those of an earlier run included.
 
     Cancelled, it leaves at once: what was in the air is recorded as uncertain.

@@ -183,6 +183,16 @@ async def test_editing_the_input_costs_exactly_the_difference(
     )
 
 
+async def test_lines_that_are_given_ids_are_not_bought_again(desk: Desk) -> None:
+    """An id that is new takes over an equal item whose line is gone, and only such a one."""
+    await desk.run(["a", "b", "a"])
+    report = await desk.run([{"id": "x", "prompt": "a"}, "b", {"id": "y", "prompt": "a"}])
+    assert (report.total, report.saved, desk.bought) == (3, 3, {"a": 2, "b": 1})
+    assert [item["id"] for item in desk.manifest()] == ["x", None, "y"]
+    await desk.run([{"id": "x", "prompt": "a"}, "b", {"id": "z", "prompt": "b"}, "a"])
+    assert desk.bought == {"a": 3, "b": 2}
+
+
 async def test_a_queued_line_that_is_gone_is_not_submitted(desk: Desk) -> None:
     """Of a batch that was stopped early, only what the new input still holds is bought."""
     await desk.run(["a", "b", "c"], max_credits=0)
