@@ -26,12 +26,11 @@ from evolink_async.errors import RequestValidationError
 if TYPE_CHECKING:
     from evolink_async.emulator import Emulator
 
-__all__ = ["EMULATED", "Console", "batch_command"]
+__all__ = ["EMULATED", "Console", "batch_command", "signals"]
 
 EMULATED: Final[dict[str, Any]] = {"duration": (20.0, 40.0), "time_scale": 10.0, "credits": 1e9}
 """How ``--emulator`` generates: about as long as in the API page's example, ten times as fast."""
 
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _LINE_EVERY: Final = 5.0
 _READING: Final = "reading the prompts"
 _NAMED: Final = 20
@@ -206,6 +205,16 @@ async def _session(order: _Order, console: Console) -> AsyncIterator[Session]:
         yield session
 
 
+def signals() -> tuple[int, ...]:
+    """Those that ask to end: Ctrl-C, a service manager's, and a terminal that is closed.
+
+    The last one not under ``nohup``, which has it ignored.
+    """
+    hangup = getattr(signal, "SIGHUP", None)
+    ignored = hangup is None or signal.getsignal(hangup) is signal.SIG_IGN
+    return (signal.SIGINT, signal.SIGTERM, *(() if ignored else (hangup,)))
+
+
 @contextmanager
 def _first_interrupt(
     stop: asyncio.Event, running: asyncio.Event, console: Console
@@ -215,18 +224,18 @@ def _first_interrupt(
     Before that, while the prompts are read, there is nothing to finish.
     """
     loop = asyncio.get_running_loop()
-    previous = {int(number): signal.getsignal(number) for number in _SIGNALS}
+    previous = {number: signal.getsignal(number) for number in signals()}
 
     def restore() -> None:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
     def announce() -> None:
+        stop.set()
         console.tell(
             "stopping: no more is submitted, what runs has 30 s to finish; interrupt again to "
             "leave at once"
         )
-        stop.set()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         restore()
@@ -236,7 +245,7 @@ def _first_interrupt(
         elif callable(handler):
             handler(number, frame)
 
-    for number in _SIGNALS:
+    for number in previous:
         signal.signal(number, interrupt)
     try:
         yield

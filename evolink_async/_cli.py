@@ -7,11 +7,13 @@ reaches the terminal unless `printable` has seen it.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
 import shlex
 import signal
+import stat
 import sys
 import time
 import traceback
@@ -29,7 +31,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import click
 from attrs import frozen
 
-from evolink_async._batch_cli import Console, batch_command
+from evolink_async._batch_cli import Console, batch_command, signals
 from evolink_async._models import (
     DEFAULT_MODEL,
     Credits,
@@ -68,7 +70,6 @@ _TROUBLE: Final = 3
 _INTERRUPTED: Final = 130
 
 _PROGRAM: Final = "evolink-async"
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _LINE: Final = 2000
 
 _EMULATED: Final[dict[str, Any]] = {"duration": (20.0, 40.0), "time_scale": 10.0}
@@ -150,9 +151,16 @@ def _print(text: str | bytes) -> None:
     try:
         click.echo(text, file=_lenient(sys.stdout))
     except OSError as exc:
+        unread = _is_unread(exc, sys.stdout)
         _discard(sys.stdout)
-        if not isinstance(exc, BrokenPipeError):  # whose reader has seen enough
+        if not unread:
             raise
+
+
+def _is_unread(exc: OSError, stream: IO[Any]) -> bool:
+    """Whether nobody reads *stream*: a pipe's reader has seen enough, a terminal is closed."""
+    device = stat.S_ISCHR(os.fstat(stream.fileno()).st_mode)
+    return isinstance(exc, BrokenPipeError) or (device and exc.errno == errno.EIO)
 
 
 def _tell(text: str) -> None:
@@ -237,7 +245,7 @@ def _bar(first: str) -> Iterator[Show]:
 
 
 def _drive(work: Coroutine[Any, Any, int]) -> int:
-    """Run *work*; SIGINT or SIGTERM cancels it, a second one ends the process at once.
+    """Run *work*; one of `signals` cancels it, a second one ends the process at once.
 
     Raises:
         asyncio.CancelledError: It was interrupted.
@@ -248,12 +256,13 @@ def _drive(work: Coroutine[Any, Any, int]) -> int:
     notes = _Notes(logging.WARNING)
 
     def interrupt(*_: object) -> None:
-        for number in _SIGNALS:
+        for number in numbers:
             signal.signal(number, signal.SIG_DFL)
         notes.setLevel(logging.CRITICAL)  # what is left behind, the command itself says
         loop.call_soon_threadsafe(job.cancel)
 
-    previous = {number: signal.signal(number, interrupt) for number in _SIGNALS}
+    numbers = signals()
+    previous = {number: signal.signal(number, interrupt) for number in numbers}
     logging.getLogger().addHandler(notes)
     try:
         return loop.run_until_complete(job)

@@ -2002,6 +2002,44 @@ def test_interrupted_it_finishes_what_runs_and_says_how_to_go_on(api: Emulator, 
     assert int(saved) == api.books.accepted < 400
 
 
+def test_a_terminal_that_is_closed_interrupts_it(api: Emulator, lakes: str) -> None:
+    """What runs is finished and recorded, though nobody can be told any more."""
+    Path(lakes).write_text("".join(f"lake {k}\n" for k in range(400)))
+    terminal, end = os.openpty()
+    process = command(
+        lakes,
+        "--out",
+        "out",
+        "--max-in-flight",
+        "2",
+        stdout=end,
+        stderr=end,
+        env={**os.environ, "TERM": "xterm"},
+    )
+    os.close(end)
+    while api.books.accepted < 5:
+        assert os.read(terminal, 4096)
+    os.close(terminal)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(30) == 130
+    saved = [json.loads(line) for line in Path("out/manifest.jsonl").read_text().splitlines()]
+    assert Counter(item["state"] for item in saved)["saved"] == api.books.accepted < 400
+
+
+def test_without_a_terminal_to_lose_it_goes_on(api: Emulator, lakes: str) -> None:
+    """Under nohup the signal of a closed terminal stays ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as a child of nohup inherits it
+    try:
+        process = command(lakes, "--out", "out", stdout=subprocess.DEVNULL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    while not api.books.accepted:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(30) == 0
+
+
 def test_interrupted_twice_it_leaves_at_once(api: Emulator, lakes: str) -> None:
     """What runs goes on without it, and is picked up by the next run."""
     api.faults.add(faults.TaskHangs(50))

@@ -821,7 +821,7 @@ def heard(server: HostileServer) -> threading.Event:
     return event
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_while_waiting(
     server: HostileServer, tmp_path: Path, number: signal.Signals
 ) -> None:
