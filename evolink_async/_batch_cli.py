@@ -33,6 +33,8 @@ EMULATED: Final[dict[str, Any]] = {"duration": (20.0, 40.0), "time_scale": 10.0,
 
 _LINE_EVERY: Final = 5.0
 _READING: Final = "reading the prompts"
+_BAR: Final = 12
+"""Characters of the live line that are the bar; beside it, its words fit 80 columns."""
 _NAMED: Final = 20
 """Failed items that are told one by one; the manifest has them all."""
 
@@ -315,7 +317,7 @@ def _bar() -> Iterator[Callable[[BatchProgress], None]]:
     from rich.progress import BarColumn, Progress, TextColumn  # noqa: PLC0415
 
     progress = Progress(
-        BarColumn(bar_width=30),
+        BarColumn(bar_width=_BAR),
         TextColumn("{task.description}", markup=False),
         console=RichConsole(stderr=True, markup=False, emoji=False, highlight=False),
         transient=True,
@@ -325,26 +327,37 @@ def _bar() -> Iterator[Callable[[BatchProgress], None]]:
 
         def show(now: BatchProgress) -> None:
             ended = now.saved + now.failed + now.uncertain
-            progress.update(bar, description=_words(now), completed=ended, total=now.total)
+            words = _words(now, progress.console.width - _BAR - 1)
+            progress.update(bar, description=words, completed=ended, total=now.total)
 
         yield show
 
 
-def _words(now: BatchProgress) -> str:
-    words = [f"{now.saved} of {now.total} saved"]
+def _words(now: BatchProgress, width: float = math.inf) -> str:
+    """How it goes, in at most *width* characters if leaving out details can do that."""
+    facts = _facts(now)
+    for name in ("rate", "to download", "queued", "running", "in doubt", "credits"):
+        if len(", ".join(facts.values())) > width:
+            facts.pop(name, None)
+    return ", ".join(facts.values())
+
+
+def _facts(now: BatchProgress) -> dict[str, str]:
+    facts = {"saved": f"{now.saved} of {now.total} saved"}
     counts = {"running": now.running, "to download": now.completed, "queued": now.queued}
     troubles = {"failed": now.failed, "uncertain": now.uncertain}
-    words += [f"{n} {name}" for name, n in counts.items()]
-    words += [f"{n} {name}" for name, n in troubles.items() if n]
-    doubt = f" and {now.credits_in_doubt:.10g} in doubt" if now.credits_in_doubt else ""
-    words.append(f"{now.credits:.10g} credits{doubt}")
+    facts |= {name: f"{n} {name}" for name, n in counts.items()}
+    facts |= {name: f"{n} {name}" for name, n in troubles.items() if n}
+    facts["credits"] = f"{now.credits:.10g} credits"
+    if now.credits_in_doubt:
+        facts["in doubt"] = f"{now.credits_in_doubt:.10g} in doubt"
     if now.rate is not None:
-        words.append(f"{now.rate:.2g}/s" if now.rate < 10 else f"{now.rate:.0f}/s")
+        facts["rate"] = f"{now.rate:.2g}/s" if now.rate < 10 else f"{now.rate:.0f}/s"
     if now.stopping is not None:
-        words.append("stopping")
+        facts["left"] = "stopping"
     elif now.seconds_left is not None:
-        words.append(f"about {_span(now.seconds_left)} left")
-    return ", ".join(words)
+        facts["left"] = f"about {_span(now.seconds_left)} left"
+    return facts
 
 
 def _span(seconds: float) -> str:

@@ -1944,7 +1944,7 @@ async def test_a_log_is_told_how_it_goes_even_while_nothing_changes(
             ),
             (
                 "4 of 9 saved, 3 running, 0 to download, 0 queued, 1 failed, 1 uncertain, "
-                "7 credits and 1.5 in doubt, 0.5/s, about 10 min left"
+                "7 credits, 1.5 in doubt, 0.5/s, about 10 min left"
             ),
         ),
         (
@@ -1956,6 +1956,28 @@ async def test_a_log_is_told_how_it_goes_even_while_nothing_changes(
 def test_progress_in_words(now: BatchProgress, words: str) -> None:
     """Trouble is named where there is some; rate and time left once they are known."""
     assert _batch_cli._words(now) == words
+
+
+def test_progress_fits_a_terminal_of_80_columns() -> None:
+    """What is least needed is left out: trouble and the time left stay."""
+    now = BatchProgress(
+        total=20_000,
+        saved=10_000,
+        running=32,
+        completed=8,
+        queued=9_960,
+        failed=11,
+        uncertain=2,
+        credits=10_051,
+        credits_in_doubt=2,
+        rate=1.2,
+        seconds_left=8_000,
+    )
+    words = _batch_cli._words(now, 80 - 13)
+    assert len(words) <= 80 - 13
+    for part in ("10000 of 20000 saved", "11 failed", "2 uncertain", "about 2.2 h left"):
+        assert part in words
+    assert _batch_cli._words(now, 1000) == _batch_cli._words(now)
 
 
 def test_of_many_failures_some_are_told_and_the_rest_counted(
@@ -2086,7 +2108,12 @@ def test_on_a_terminal_it_draws_a_bar_and_a_table(api: Emulator, lakes: str) -> 
     """One live line while it runs, a drawn table at the end."""
     terminal, end = os.openpty()
     process = command(
-        lakes, "--out", "out", stdout=end, stderr=end, env={**os.environ, "TERM": "xterm"}
+        lakes,
+        "--out",
+        "out",
+        stdout=end,
+        stderr=end,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
     )
     os.close(end)
     shown = b""
@@ -2097,3 +2124,4 @@ def test_on_a_terminal_it_draws_a_bar_and_a_table(api: Emulator, lakes: str) -> 
     assert process.wait() == 0
     assert "┃" in shown.decode() or "│" in shown.decode()
     assert b"3 of 3 saved" in shown
+    assert "…" not in shown.decode()
