@@ -181,7 +181,7 @@ async def _run(order: _Order, console: Console) -> int:
             if not order.options["skip_invalid"]:
                 exc.add_note("--skip-invalid goes on without bad lines")
             raise
-    _tell_problems(report, console)
+    _tell_problems(report, console, emulated=order.emulated)
     if order.as_json:
         console.say_json(_as_json(report))
     else:
@@ -370,7 +370,7 @@ def _span(seconds: float) -> str:
 # The end
 
 
-def _tell_problems(report: BatchReport, console: Console) -> None:
+def _tell_problems(report: BatchReport, console: Console, *, emulated: bool) -> None:
     """What went wrong, and what can be done about it."""
     failed = [problem for problem in report.problems if problem.state != "uncertain"]
     for problem in failed[:_NAMED]:
@@ -388,6 +388,11 @@ def _tell_problems(report: BatchReport, console: Console) -> None:
         )
     for hint in _hints(report):
         console.tell(hint)
+    if emulated and report.expired:
+        console.tell(
+            "each run with --emulator has an emulator of its own, which knows nothing of those "
+            "before: --resubmit-expired makes again what was left running there"
+        )
     if report.stop is not None and report.stop.kind != "interrupted":
         console.tell(f"error: {report.stop.message}")
     for why in report.unwritten:

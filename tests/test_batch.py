@@ -1851,6 +1851,14 @@ def test_the_command_runs_without_key_or_money(
     assert main(["batch", lakes, "--out", "out", "--emulator"]) == 0
     assert len(list(Path("out").glob("*.png"))) == 3
     assert main(["batch", lakes, "--out", "out", "--emulator"]) == 0
+    with contextlib.closing(sqlite3.connect(Path("out") / LEDGER)) as ledger:
+        ledger.execute("UPDATE items SET state = 'submitted' WHERE number = 1")
+        ledger.commit()
+    assert "--emulator" not in capsys.readouterr().err
+    assert main(["batch", lakes, "--out", "out", "--emulator"]) == 1
+    assert "each run with --emulator has an emulator of its own" in capsys.readouterr().err
+    again = ["batch", lakes, "--out", "out", "--emulator", "--resubmit-expired"]
+    assert main(again) == 0
     assert main(["batch", lakes, "--out", "other"]) == 2
     assert "EVOLINK_API_KEY" in capsys.readouterr().err
 
