@@ -353,6 +353,8 @@ class DurationModel:
         """Learned median duration in seconds, None before the first end."""
         if not self._seen:
             return None
+        if self._fresh:
+            self.learn()
         below = next(k for k, s in enumerate([*self._survival, 0.0]) if s < 0.5)
         edges = self.grid.edges
         if below >= len(edges):

@@ -124,6 +124,7 @@ class Stats:
         ids_read: Tasks those reads asked for.
         retries: Submits and single calls tried again.
         cool_downs: Times the API asked the session for patience.
+        cooling_down: Seconds until it may ask again, 0 if it may now.
         typical: Learned median duration of a generation in seconds, by endpoint and model,
             e.g. ``"/v1/images/generations wan2.5-text-to-image"``.
     """
@@ -135,6 +136,7 @@ class Stats:
     ids_read: int = 0
     retries: int = 0
     cool_downs: int = 0
+    cooling_down: float = 0.0
     typical: Mapping[str, float] = field(factory=dict, hash=False)
 
 
@@ -758,6 +760,7 @@ class Session:
             ids_read=counters.ids_read,
             retries=counters.retries,
             cool_downs=self._gate.cool_downs,
+            cooling_down=max(0.0, self._gate.closed_until - self._clock.now()),
             typical=self._watcher.typical,
         )
 

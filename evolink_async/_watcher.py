@@ -48,7 +48,7 @@ _STRIKE_GAP: Final = 5.0
 """Seconds that must lie between two refusals for the second to count."""
 _STRIKES: Final = 2
 _OTHER_STRIKES: Final = 3
-_MISSING: Final = 3
+_MISSING: Final = 4
 """Batch answers in a row that leave a task out before a replica that lags is no excuse."""
 _SUSPENDED: Final = 30.0
 """Seconds the time of day must run ahead of the clock to mean that the machine slept."""
@@ -314,6 +314,7 @@ class Watcher:
         self._live[watch.id] = watch
         self._queue_first(watch)
         self._start(watch)
+        logger.debug("task %s: first look in %.2f s", watch.id, watch.due - self._clock.now())
         return watch
 
     def _cohort(self, schedule: Schedule, started: float, *, calls_back: bool) -> Cohort:
@@ -382,6 +383,7 @@ class Watcher:
         watch = self._live.get(task_id)
         if watch is None:
             return False
+        logger.debug("task %s: something told that it has ended", watch.id)
         watch.nudged, watch.plain = True, False
         if watch.due == _READING:
             watch.called = True
@@ -406,6 +408,7 @@ class Watcher:
         """Read *watch* now and return once an answer to this read is in."""
         if watch.ended:
             return
+        logger.debug("task %s: a look was asked for", watch.id)
         watch.lookers = watch.lookers or []
         watch.plain = False
         self._hurry(watch, 0.0)
@@ -531,6 +534,8 @@ class Watcher:
             self._notice_resume(now)
             at = self._next_event(now)
             if at > now:
+                if logger.isEnabledFor(logging.DEBUG):
+                    self._log_wait(now)
                 self._alarm.set(at)
                 await self._wake.wait()
                 continue
@@ -549,8 +554,21 @@ class Watcher:
         due = min(self._first(self._shared), self._first(self._single))
         return min(self._next_deadline(), max(self._beat(due, now), self._ready_at()))
 
+    def _log_wait(self, now: float) -> None:
+        """Say why nothing is read although something is due."""
+        due = min(self._first(self._shared), self._first(self._single))
+        if due > now:
+            return
+        if len(self._readings) >= self._max_reads:
+            logger.debug("reads wait: %d are in the air, the most there may be", self._max_reads)
+        else:
+            wait = self._ready_at() - now
+            logger.debug("reads wait %.2f s for the cool-down or the request rate", wait)
+
     def _next_deadline(self) -> float:
         """When to go through all deadlines: not more often than reads are."""
+        if not self._live:
+            return math.inf
         return max(self._first_deadline, self._swept_at + self._policy.min_interval)
 
     def _beat(self, due: float, now: float) -> float:
@@ -704,6 +722,9 @@ class Watcher:
         now = self._clock.now()
         if self._reader.read_limit > 1:
             watch.missing += 1
+            logger.debug(
+                "task %s: left out by a batch answer, %d in a row", watch.id, watch.missing
+            )
             if watch.missing < _MISSING and _may_lag(watch, now):
                 wait = self._reader.wait_after(watch.missing, paid=True)
                 self._queue(watch, now + max(wait, self._policy.min_interval))
@@ -798,7 +819,8 @@ class Watcher:
         trouble.error = error
         wait = self._reader.wait_after(trouble.failures, paid=reading.paid)
         wait = max(wait, self._policy.min_interval)
-        logger.debug("reading task %s failed, again in %.2f s: %s", watch.id, wait, error)
+        again = max(wait, self._ready_at() - now)
+        logger.debug("reading task %s failed, again in %.2f s: %s", watch.id, again, error)
         self._queue(watch, now + wait)
 
     # -- ends ------------------------------------------------------------------------------
@@ -903,12 +925,13 @@ class Alarm:
 
     def set(self, at: float) -> None:
         """Ring at *at*, or earlier where it was set to: who rings too early is set again."""
+        if at == math.inf:
+            self.stop()
+            return
         if self._sleeper is not None and self.at <= at:
             return
         self.stop()
         self.at = at
-        if at == math.inf:
-            return
         loop = asyncio.get_running_loop()
         if isinstance(self._clock, LoopClock):  # the same, cheaper
             self._sleeper = loop.call_later(at - self._clock.now(), self._rung)

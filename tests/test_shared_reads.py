@@ -231,8 +231,50 @@ async def test_ids_missing_from_a_batch_answer_are_read_singly(clock: ManualCloc
             await asyncio.gather(*tasks)
     assert reads[hidden] == 3
     asked = [r.json["task_ids"] for r in server.received if r.path == "/v1/tasks/batch"]
-    # Three times before it is read singly, and once before each further single read.
-    assert sum(hidden in ids for ids in asked) == 5
+    # Four times before it is read singly, and once before each further single read.
+    assert sum(hidden in ids for ids in asked) == 6
+
+
+@pytest.mark.parametrize("spoil", ["500", "reset", "empty"])
+async def test_a_batch_endpoint_that_fails_is_left_for_a_while(crowd: Emulator, spoil: str) -> None:
+    """Where only batch reads fail, tasks are read singly, and the endpoint is tried again."""
+    crowd.faults.add(
+        {
+            "500": faults.Status(500, route="batch", times=20),
+            "reset": faults.Reset(route="batch", times=20),
+            "empty": faults.Garbled('{"data": []}', route="batch", times=20),
+        }[spoil]
+    )
+    poll = PollPolicy(deadline=600)
+    async with connect(crowd, max_in_flight=60, poll=poll) as session:
+        results = await asyncio.gather(*(session.generate(f"lake {i}") for i in range(60)))
+        assert len(results) == 60
+    routes = Counter(r.route for r in crowd.books.requests())
+    assert routes["read"] >= 60
+    assert routes["batch"] <= 8
+
+
+async def test_an_outage_is_not_taken_for_the_batch_endpoint(crowd: Emulator) -> None:
+    """When everything failed for a while, tasks go on to be read together afterwards."""
+    async with connect(crowd, max_in_flight=300) as session:
+        await asyncio.gather(*(session.submit(f"lake {i}") for i in range(300)))
+        crowd.faults.add(faults.Outage(0, 20, status=502))
+        await asyncio.gather(*session.tasks)
+        assert session._transport.read_limit == 50
+    routes = Counter(r.route for r in crowd.books.requests() if r.status == 200)
+    assert routes["batch"] >= 50, routes
+    assert routes["read"] <= 20, routes
+
+
+async def test_a_replica_that_lags_costs_few_single_reads(clock: ManualClock) -> None:
+    """Tasks left out right after their submit are asked for together once more."""
+    async with Emulator(clock=clock, duration=(5, 8), pictures="tiny", credits=1000) as emulator:
+        emulator.faults.add(faults.TaskLags(4))
+        async with connect(emulator, max_in_flight=100) as session:
+            await asyncio.gather(*(session.generate(f"lake {i}") for i in range(100)))
+        routes = Counter(r.route for r in emulator.books.requests())
+    assert routes["read"] <= 50, routes
+    assert routes["batch"] <= 100, routes
 
 
 async def test_an_unknown_id_among_many(crowd: Emulator) -> None:
@@ -406,6 +448,29 @@ async def test_the_request_rate_is_kept(crowd: Emulator) -> None:
             assert j - i + 1 <= rate + rate * (times[j] - first) + 1e-6
 
 
+async def test_a_failed_read_of_many_is_paid_once(crowd: Emulator) -> None:
+    """Two failed requests for fifty tasks each do not use up the budget of the session."""
+    async with connect(crowd, max_in_flight=100, retry=RetryPolicy(budget=30)) as session:
+        await asyncio.gather(*(session.submit(f"lake {i}") for i in range(100)))
+        crowd.faults.add(faults.Reset(route="batch", times=2))
+        tasks = session.tasks
+        await asyncio.gather(*tasks)
+        noticed = crowd.clock.now()
+    ended = max(task.ends_at for task in crowd.books.tasks())
+    times = [r.time for r in crowd.books.requests() if r.route == "batch"]
+    assert noticed - ended < 5
+    assert max(b - a for a, b in pairwise(times)) < 10
+
+
+async def test_a_throttle_takes_nothing_from_the_budget(clock: ManualClock) -> None:
+    """It has its price, the cool-down: a submit that meets one is sent again."""
+    too_fast = error(429, Retry_After="1")
+    async with HostileServer(script=[too_fast, answer(200, snapshot())]) as server:
+        retry = RetryPolicy(budget=0)
+        async with Session("k" * 20, base_url=server.base_url, clock=clock, retry=retry) as session:
+            assert (await session.submit("A lake")).id == snapshot()["id"]
+
+
 async def test_a_retry_budget_slows_failing_reads(clock: ManualClock) -> None:
     """With the budget spent, failed reads wait as long as any retry waits."""
     async with HostileServer(script=[answer(200, snapshot())], reads=[error(500)]) as server:
@@ -556,6 +621,29 @@ async def test_reads_use_new_connections_after_a_suspension(crowd: Emulator) -> 
         await session.credits()
         assert session._transport._read_http is not old
     assert old.closed
+
+
+async def test_old_connections_do_not_pile_up(crowd: Emulator) -> None:
+    """A laptop that sleeps every night leaves no open clients behind in a session."""
+    async with connect(crowd, timeout=Timeout(connect=0.01, read=0.01)) as session:
+        for _ in range(5):
+            session._transport.renew()
+        await asyncio.gather(*session._transport._closing_clients)
+        assert len(session._transport._own) == 2  # one to submit, one to read
+        assert not session._transport._read_http.closed
+
+
+async def test_after_a_suspension_all_are_looked_at(crowd: Emulator) -> None:
+    """How old tasks are is not known then, so nobody waits for a look that was far away."""
+    async with connect(crowd, max_in_flight=60, poll=PollPolicy(deadline=None)) as session:
+        for i in range(60):
+            await session.submit(f"lake {i}", callback="https://example.com/hook")
+        watcher = session._watcher
+        now = crowd.clock.now()
+        assert all(watch.due > now for watch in watcher.watches)
+        watcher._look_at_all(now)
+        assert all(watch.due <= now for watch in watcher.watches)
+        await asyncio.gather(*session.tasks)
 
 
 # -- why is it not looking? --------------------------------------------------------------------

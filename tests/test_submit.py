@@ -540,6 +540,27 @@ async def test_a_cancelled_close_leaves_nothing_running(
     assert server.posts[0].headers["Idempotency-Key"] in caplog.text
 
 
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_cancelled_close_closes_all_the_same(
+    server: HostileServer, clock: ManualClock, turns: int
+) -> None:
+    """Cancelled at whatever moment, it wakes who waits, and can be called again."""
+    server.script = [answer(200, snapshot(id=f"task-{k:04}")) for k in range(3)]
+    session = connect(server, clock)
+    tasks = [await session.submit("A lake") for _ in range(3)]
+    waiting = [asyncio.ensure_future(task.wait()) for task in tasks]
+    close = asyncio.create_task(session.aclose())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    close.cancel()
+    await asyncio.gather(close, return_exceptions=True)
+    await session.aclose()
+    for waiter in waiting:
+        with pytest.raises(SessionClosedError):
+            await waiter
+    assert all(client.closed for client in session._transport._own)
+
+
 async def test_a_hook_that_swallows_the_cancellation_sends_nothing(
     server: HostileServer, clock: ManualClock
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import logging
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping
 from itertools import pairwise
@@ -457,3 +458,112 @@ async def test_stopping_lets_others_run(make: Make) -> None:
         await asyncio.sleep(0)
     assert len(seen - {0, 2_000}) >= 3
     assert len(await stopping) == 2_000
+
+
+# -- deadlines ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deadline", [7.2, 5.93, 60.1])
+@pytest.mark.parametrize("limit", [1, 50])
+async def test_the_last_look_is_one_look(
+    make: Make, reader: Reader, clock: ManualClock, limit: int, deadline: float
+) -> None:
+    """Also where reads go out in bursts, tasks near their deadline are not read on and on."""
+    reader.read_limit = limit
+    watcher = make(min_interval=2, deadline=deadline)
+    start = clock.now()
+    watches = [submit(watcher, clock, f"task-{k}") for k in range(60)]
+    await asyncio.gather(*(watcher.until_ended(watch) for watch in watches))
+    assert clock.now() - start == pytest.approx(deadline)
+    assert {type(watch.reason) for watch in watches} == {TaskTimeoutError}
+    assert len(reader.asked) <= 60 * (1 + deadline / 2)
+
+
+async def test_a_deadline_is_kept_while_nothing_may_be_read(
+    make: Make, reader: Reader, clock: ManualClock
+) -> None:
+    """A cool-down that outlasts the deadline does not put the end of the wait off."""
+    reader_closed_until[0] = clock.now() + 1000
+    watcher = make(deadline=20)
+    start = clock.now()
+    watches = [submit(watcher, clock, f"task-{k}") for k in range(3)]
+    await asyncio.gather(*(watcher.until_ended(watch) for watch in watches))
+    assert clock.now() - start == pytest.approx(20)
+    assert reader.asked == []
+
+
+async def test_a_deadline_is_kept_while_reads_hang(
+    make: Make, reader: Reader, clock: ManualClock
+) -> None:
+    """Those behind reads that do not come back are given up in time, and so are those."""
+    reader.gate = asyncio.Event()
+    watcher = make(deadline=20)
+    start = clock.now()
+    watches = [watcher.attach(f"task-{k}") for k in range(12)]
+    await asyncio.gather(*(watcher.until_ended(watch) for watch in watches))
+    assert clock.now() - start == pytest.approx(20)
+    assert len(reader.asked) == 4
+    reader.gate.set()
+
+
+async def test_an_idle_watcher_keeps_no_alarm(
+    make: Make, reader: Reader, clock: ManualClock
+) -> None:
+    """Once all tasks have ended nothing is waited for, or a clock of tests would run ahead."""
+    reader.say = lambda i: task(i, "completed")
+    watcher = make(deadline=100)
+    await watcher.until_ended(watcher.attach("task-1"))
+    before = clock.now()
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert clock.now() == before
+
+
+# -- who comes first ---------------------------------------------------------------------------
+
+
+async def test_who_is_asked_for_comes_before_all_that_is_late(
+    make: Make, reader: Reader, clock: ManualClock
+) -> None:
+    """A look that somebody asked for does not queue behind what could not be read in time."""
+    reader_closed_until[0] = clock.now() + 500
+    watcher = make(deadline=None)
+    for k in range(5):
+        watcher.attach(f"task-{k}")
+    await clock.sleep_until(clock.now() + 100)
+    look = asyncio.create_task(watcher.look(watcher.attach("task-3")))
+    await look
+    assert reader.asked[0][1] == "task-3"
+
+
+# -- what the log says -------------------------------------------------------------------------
+
+
+async def test_the_log_says_why_nothing_is_read(
+    make: Make, reader: Reader, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """First looks, looks asked for, and what holds reads up are in the DEBUG log."""
+    caplog.set_level(logging.DEBUG)
+    reader.say = lambda i: task(i, "completed")
+    reader_closed_until[0] = clock.now() + 40
+    watcher = make(deadline=None)
+    watch = submit(watcher, clock, "task-1", task_info={"estimated_time": 30})
+    assert watcher.nudge("task-1")
+    await watcher.look(watch)
+    assert "task-1: first look in " in caplog.text
+    assert "task-1: something told that it has ended" in caplog.text
+    assert "task-1: a look was asked for" in caplog.text
+    assert "reads wait 40.00 s for the cool-down" in caplog.text
+
+
+async def test_the_log_says_that_enough_reads_are_in_the_air(
+    make: Make, reader: Reader, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A task that waits for others to be answered is no riddle."""
+    caplog.set_level(logging.DEBUG)
+    reader.gate = asyncio.Event()
+    watcher = make(deadline=10)
+    watches = [watcher.attach(f"task-{k}") for k in range(5)]
+    await asyncio.gather(*(watcher.until_ended(watch) for watch in watches))
+    assert "reads wait: 4 are in the air, the most there may be" in caplog.text
+    reader.gate.set()

@@ -184,6 +184,7 @@ async def tasks(session: Session) -> None:
     stats = session.stats
     assert_type(stats, Stats)
     assert_type(stats.running + stats.submits + stats.reads + stats.cool_downs, int)
+    assert_type(stats.cooling_down, float)
     await session.aclose(grace=0)
     await session.aclose()
 
