@@ -32,6 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, ClassVar
 from urllib.request import urlopen
 
@@ -337,7 +338,8 @@ def report(options: argparse.Namespace) -> None:
     print(
         f"{platform.machine()} {os.cpu_count()} cores, {platform.system()}, "
         f"Python {platform.python_version()}, aiohttp {version('aiohttp')}, "
-        f"evolink-async {version('evolink-async')}"
+        f"evolink-async {version('evolink-async')} "
+        + ("with msgspec" if find_spec("msgspec") else "without msgspec")
     )
     columns = list(rounds[names[0]][0])
     print("client     " + "".join(f"{column:>15}" for column in columns))

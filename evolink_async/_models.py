@@ -517,7 +517,7 @@ class Page:
 
     def task(self, place: int) -> dict[str, Any]:
         """The task at *place* of the answer's ``data``, parsed anew."""
-        task: dict[str, Any] = json.loads(self._text())["data"][place]
+        task: dict[str, Any] = load_json(self._text())["data"][place]
         return task
 
     def snapshot(self, task_id: str) -> TaskSnapshot:

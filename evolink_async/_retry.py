@@ -60,7 +60,8 @@ class RetryPolicy:
         wait_jitter: Seconds of randomness.
         wait_exp_base: Growth of the wait from attempt to attempt.
         budget: Capacity of the session's retry budget: a retry takes 5 (10 after a
-            time-out), a success gives 1 back; while it is empty nothing is retried.
+            time-out, none after a 429 or 503), a success gives 1 back; while it is empty
+            nothing is retried, and failed reads wait *wait_max*.
         resend_uncertain: True resends a submit of unknown outcome with the same
             idempotency key. The gateway has been observed to answer such a repeat with
             the first response; the API's page does not promise it.
