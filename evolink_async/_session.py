@@ -256,6 +256,7 @@ class Session:
             policy=self._poll,
             ready_at=self._gate.ready_at,
             max_reads=seats,
+            paced=self._rate is not None,
             wall=time.time if isinstance(self._clock, LoopClock) else None,
         )
         self._loop = loop

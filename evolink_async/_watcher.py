@@ -218,6 +218,7 @@ class Watcher:
         policy: PollPolicy,
         ready_at: Callable[[], float],
         max_reads: int,
+        paced: bool = False,
         wall: Callable[[], float] | None = None,
     ) -> None:
         """A watcher on the running loop.
@@ -228,6 +229,7 @@ class Watcher:
             policy: When to look.
             ready_at: When cool-down and rate allow the next request.
             max_reads: Readings in the air at once.
+            paced: True if *ready_at* knows a request rate.
             wall: The time of day in seconds, to notice that the machine was suspended;
                 None not to.
         """
@@ -237,6 +239,7 @@ class Watcher:
         self._pacer = Pacer(policy)
         self._ready_at = ready_at
         self._max_reads = max_reads
+        self._paced = paced
         self._tempo = policy.min_interval * _TEMPO
         self._live: dict[str, Watch] = {}
         # Due times: of tasks that share readings, and of those that must be read singly.
@@ -546,6 +549,8 @@ class Watcher:
                 task = asyncio.get_running_loop().create_task(self._read(groups, batch))
                 self._readings.add(task)
                 task.add_done_callback(self._reading_ended)
+                if self._paced:  # let it take its token, or others would queue behind it
+                    await asyncio.sleep(0)
 
     def _next_event(self, now: float) -> float:
         """When the loop has something to do, infinity if only others can say."""

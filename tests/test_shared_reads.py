@@ -447,6 +447,21 @@ async def test_the_request_rate_is_kept(crowd: Emulator) -> None:
             assert j - i + 1 <= rate + rate * (times[j] - first) + 1e-6
 
 
+async def test_a_look_that_is_asked_for_does_not_wait_its_turn(clock: ManualClock) -> None:
+    """However far a request rate has made the reads fall behind."""
+    async with (
+        Emulator(
+            clock=clock, duration=10_000, pictures="tiny", credits=1000, without=("batch",)
+        ) as emulator,
+        connect(emulator, max_in_flight=50, max_requests_per_second=0.5) as session,
+    ):
+        tasks = await asyncio.gather(*(session.submit(f"lake {i}") for i in range(50)))
+        await clock.sleep_until(clock.now() + 100)
+        before = clock.now()
+        await tasks[7].refresh()
+        assert clock.now() - before <= 6
+
+
 async def test_a_failed_read_of_many_is_paid_once(crowd: Emulator) -> None:
     """A request that fails takes 5 from the budget, whatever number of tasks it asked for."""
     async with connect(crowd, max_in_flight=50, retry=RetryPolicy(budget=9)) as session:
