@@ -315,6 +315,8 @@ def main() -> None:
     parser.add_argument("--client", choices=CLIENTS, help=argparse.SUPPRESS)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if min(options.tasks, options.rounds, options.speed, options.price) <= 0:
+        parser.error("--tasks, --rounds, --speed and --price must be above 0")
     Server.estimate = MEDIAN / options.speed
     if options.serve:
         asyncio.run(serve())

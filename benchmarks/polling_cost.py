@@ -609,7 +609,10 @@ def main() -> None:
     price = arguments.price
     print(f"{platform.platform()}, Python {platform.python_version()}, attrs {attrs.__version__}")
     if arguments.durations:
-        durations = [float(word) for word in arguments.durations.read_text().split()]
+        try:
+            durations = [float(word) for word in arguments.durations.read_text().split()]
+        except (OSError, ValueError) as exc:
+            raise SystemExit(f"{arguments.durations}: {exc}") from None
         if not durations or not all(0 < duration < math.inf for duration in durations):
             raise SystemExit(f"{arguments.durations}: durations must be positive seconds")
         show_list(durations, arguments.estimate, price)
