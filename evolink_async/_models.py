@@ -494,7 +494,7 @@ class Page:
         ids: Sequence[str] = (),
         *,
         places: Sequence[int | None] = (),
-        words: Sequence[str] = (),
+        words: Sequence[str | None] = (),
         progress: Sequence[object] = (),
     ) -> None:
         """A page of the tasks *ids*: where in the answer's ``data``, their status and progress."""
@@ -523,12 +523,12 @@ class Page:
     def snapshot(self, task_id: str) -> TaskSnapshot:
         """What the answer says of a task that goes on."""
         row = self._ids.index(task_id)
-        place = self._places[row]
-        if place is None:  # pragma: no cover - who is not in the answer does not go on by it
+        place, word = self._places[row], self._words[row]
+        if place is None or word is None:  # pragma: no cover - it does not go on by this page
             raise AssertionError(task_id)
         return TaskSnapshot(
             task_id,
-            status=self._words[row],
+            status=word,
             progress=_percent(self._progress[row]),
             body=(self, place),
         )

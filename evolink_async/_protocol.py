@@ -230,7 +230,7 @@ _LONG_TASK: Final = 4096
 """Bytes per task of a batch answer from which each task keeps a text of its own."""
 
 
-_WORDS: Final[dict[Any, str]] = {word: word for word in RUNNING}
+_WORDS: Final[dict[str | None, str]] = {word: word for word in RUNNING}
 """One string per status, where each answer brings its own."""
 
 
@@ -267,11 +267,11 @@ def _skimmed(
     found = rows if places == range(len(rows)) else [p if p is None else rows[p] for p in places]
     words = [None if row is None else row.status for row in found]
     progress = [None if row is None else row.progress for row in found]
-    texts: list[bytes] = []
+    texts: list[Any] = []
 
     def task(place: int) -> Any:
         texts[:] = texts or _skim.texts(body)
-        return load_json(texts[place])
+        return load_json(bytes(texts[place]))
 
     return _sorted_out(body, ids, places=places, words=words, progress=progress, task=task)
 
@@ -283,7 +283,7 @@ def _parsed(
     data = _data_of(body)
     places = _places(list(map(_id_of, data)), ids)
     tasks = [None if place is None else data[place] for place in places]
-    words = [None if task is None else task.get("status") for task in tasks]
+    words = [None if task is None else _text_of(task.get("status")) for task in tasks]
     progress = [None if task is None else task.get("progress") for task in tasks]
     return _sorted_out(
         body, ids, places=places, words=words, progress=progress, task=data.__getitem__
@@ -295,20 +295,18 @@ def _sorted_out(
     ids: tuple[str, ...],
     *,
     places: Sequence[int | None],
-    words: list[Any],
+    words: list[str | None],
     progress: Sequence[object],
     task: Callable[[int], Any],
 ) -> tuple[Page, dict[str, TaskSnapshot | EvolinkError | None]]:
     """The tasks that go on, by their status in *words*, and by id all others."""
+    going = list(map(_WORDS.get, words))
     others: dict[str, TaskSnapshot | EvolinkError | None] = {}
-    for row, word in enumerate(words):
-        if type(word) is str and word in _WORDS:
-            words[row] = _WORDS[word]
-            continue
-        place = places[row]
-        others[ids[row]] = None if place is None else _read_one(task(place))
-        words[row] = ""  # it may be anything, and is not asked for
-    return Page(body, ids, places=places, words=words, progress=progress), others
+    if None in going:
+        for row in [row for row, word in enumerate(going) if word is None]:
+            place = places[row]
+            others[ids[row]] = None if place is None else _read_one(task(place))
+    return Page(body, ids, places=places, words=going, progress=progress), others
 
 
 def _data_of(body: bytes) -> list[Any]:
@@ -317,6 +315,10 @@ def _data_of(body: bytes) -> list[Any]:
     if type(data) is not list:
         raise InvalidResponseError("the batch answer has no list named data")
     return data
+
+
+def _text_of(value: object) -> str | None:
+    return value if type(value) is str else None
 
 
 def _id_of(task: object) -> object:

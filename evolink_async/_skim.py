@@ -44,6 +44,6 @@ def rows(body: bytes) -> list[Row] | None:
         return None
 
 
-def texts(body: bytes) -> list[bytes]:
+def texts(body: bytes) -> list[msgspec.Raw]:
     """The JSON text of each task, of a body that has `rows`."""
-    return [bytes(text) for text in _TEXTS.decode(body).data]
+    return _TEXTS.decode(body).data
