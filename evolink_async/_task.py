@@ -7,7 +7,7 @@ import copy
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from evolink_async._clock import Clock
 from evolink_async._models import (
@@ -17,7 +17,7 @@ from evolink_async._models import (
     RawRequest,
     TaskSnapshot,
 )
-from evolink_async._text import printable
+from evolink_async._text import printable, shown
 from evolink_async._watcher import Watch, Watcher, differs
 from evolink_async.errors import (
     ConfigurationError,
@@ -28,6 +28,8 @@ from evolink_async.errors import (
 )
 
 __all__ = ["Task"]
+
+_LONGEST_WAIT: Final = 1e9
 
 Saver = Callable[..., Awaitable[tuple[Path, ...]]]
 
@@ -138,8 +140,11 @@ class Task:
         return _outcome(watch)
 
     async def _ended_within(self, watch: Watch, timeout: float) -> bool:  # noqa: ASYNC109 - see wait
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0:
-            raise ConfigurationError(f"timeout={timeout!r} is not allowed: seconds, 0 or more")
+        number = not isinstance(timeout, bool) and isinstance(timeout, int | float)
+        if not number or not 0 <= timeout <= _LONGEST_WAIT:
+            raise ConfigurationError(
+                f"timeout={shown(timeout)} is not allowed: 0 to {_LONGEST_WAIT:g} seconds, or None"
+            )
         loop = asyncio.get_running_loop()
         racers = {
             loop.create_task(self._watcher().until_ended(watch)),

@@ -418,13 +418,17 @@ class Watcher:
         await _wait_in(watch.lookers)
 
     async def stop(self, reason: Callable[[str], EvolinkError]) -> tuple[str, ...]:
-        """End every watch with ``reason(task_id)``; returns the ids that were running."""
+        """End every watch with ``reason(task_id)``.
+
+        Returns the ids of running tasks that were submitted here: who attached to others
+        has theirs.
+        """
         pending = [task for task in (self._loop, *self._readings) if task is not None]
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
         self._alarm.stop()
-        running = tuple(self._live)
+        running = tuple(id_ for id_, watch in self._live.items() if watch.request is not None)
         for number, watch in enumerate(self.watches):
             self._end(watch, reason(watch.id))
             if number % _ENDS_AT_ONCE == 0:

@@ -207,7 +207,11 @@ async def test_wait_with_a_timeout_is_the_callers_own(emulator: Emulator) -> Non
         assert await task.wait(timeout=0) == await task
 
 
-@pytest.mark.parametrize("seconds", [-1, float("nan"), "5", True])
+@pytest.mark.parametrize(
+    "seconds",
+    [-1, float("nan"), "5", True, float("inf"), 10**400, 10**5000],
+    ids=["-1", "nan", "5", "True", "inf", "1e400", "1e5000"],
+)
 async def test_a_timeout_must_be_seconds(session: Session, seconds: Any) -> None:
     """A timeout that is none is refused by name."""
     task = await session.submit("A lake")

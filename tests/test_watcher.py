@@ -444,11 +444,11 @@ async def test_ended_watches_are_forgotten(make: Make, reader: Reader, clock: Ma
     assert len(watcher._shared) <= 65
 
 
-async def test_stopping_lets_others_run(make: Make) -> None:
+async def test_stopping_lets_others_run(make: Make, clock: ManualClock) -> None:
     """Ending a great many watches does not hold up the event loop."""
     watcher = make()
     for k in range(2_000):
-        watcher.attach(f"task-{k}")
+        submit(watcher, clock, f"task-{k}")
     stopping = asyncio.create_task(
         watcher.stop(lambda task_id: SessionClosedError("over", task_id=task_id))
     )
