@@ -77,11 +77,15 @@ class Money:
         return (again or self.committed < self.limit) and not self.unknown(item)
 
     def unknown(self, item: Item) -> int:
-        """Results of its model that cost nobody knows what; those that *item* may ask for aside."""
+        """Results of whatever model that cost nobody knows what, if *item* would be one more.
+
+        Those of *item* itself are left out.
+        """
         if item.model in self.prices:
             return 0
-        doubtful = 0 if item.state == "uncertain" else self.doubtful.get(item.model, 0)
-        return self.unstated.get(item.model, 0) + doubtful
+        all_of_them = (self.unstated, self.doubtful)
+        count = sum(n for each in all_of_them for m, n in each.items() if m not in self.prices)
+        return count - (item.pictures if item.state == "uncertain" else 0)
 
     def reserve(self, item: Item) -> None:
         """*item* is about to be submitted."""

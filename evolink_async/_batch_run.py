@@ -340,6 +340,8 @@ class Run:
         return self._going
 
     def _start(self, item: Item) -> None:
+        if item.state == "queued":
+            item = evolve(item, times={})  # of what it may have been bought for before
         job = _Job(item, key=item.idempotency_key)
         self._active.add(item.number)
         if item.state in {"queued", "uncertain"}:
@@ -803,7 +805,7 @@ class Run:
         """What was paid for cannot be had any more: lost, or, if so wanted, to be bought again."""
         await self._fail(job, code=code, message=message, charged=True)
         if self._may_buy_anew(job.item) and self._going:
-            await self._commit(self.ledger.queued(job.item.number))
+            await self._commit(self.ledger.replacing(job.item.number))
             self._moved(job, "queued")
 
     async def _verify(self) -> None:

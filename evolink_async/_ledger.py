@@ -592,9 +592,9 @@ class Ledger:
         """Make *lines* the input of this batch, if all are good or bad ones may be skipped.
 
         *lines* is iterated in the ledger's thread. Items are recognised by their user's id,
-        or by their request and how many equal ones stand above them (an id that is new is
-        given to an item that had none and whose line is gone); known ones keep their state,
-        the rest is queued. If none is good, the input stays what it was.
+        or by their request and how many equal ones stand above them; lines that were edited
+        take over equal items (see `_adopt`). Known ones keep their state, the rest is
+        queued. If none is good, the input stays what it was.
 
         Raises:
             LedgerError: It cannot be written.
@@ -675,7 +675,8 @@ class Ledger:
         await asyncio.to_thread(self._worker.check_lock)
         await self._change(
             "UPDATE items SET state = 'submitting', idempotency_key = ?, submitting_at = ?, "
-            "code = NULL, message = NULL, retryable = 0 WHERE number = ? "
+            "code = iif(task_id IS NULL, NULL, code), "
+            "message = iif(task_id IS NULL, NULL, message), retryable = 0 WHERE number = ? "
             "AND state IN ('queued', 'uncertain', 'submitting')",
             (key, time.time(), number),
         )
@@ -684,9 +685,20 @@ class Ledger:
         """Nothing of it has been accepted: it may be submitted anew, under a new key."""
         await self._do(lambda connection: _queue(connection, number))
 
+    async def replacing(self, number: int) -> None:
+        """It failed, and is to be bought anew; until a submit may have left it keeps all it has."""
+        await self._change(
+            "UPDATE items SET state = 'queued', queued_at = ?, ended_at = NULL WHERE number = ?",
+            (time.time(), number),
+        )
+
+    async def restore(self) -> None:
+        """What was to be bought anew, and was not, has failed as before."""
+        await self._do(_restore)
+
     async def uncertain(self, number: int, *, key: str | None, message: str) -> None:
         """Its submit may have been accepted; nobody knows its task."""
-        await self._change(
+        await self._replace(
             "UPDATE items SET state = 'uncertain', idempotency_key = coalesce(?, idempotency_key), "
             "code = 'submit_uncertain', message = ?, ended_at = ? WHERE number = ?",
             (key, message, time.time(), number),
@@ -696,9 +708,10 @@ class Ledger:
         self, number: int, *, key: str | None, task_id: str, reserved: float | None
     ) -> None:
         """It was accepted as *task_id*."""
-        await self._change(
+        await self._replace(
             "UPDATE items SET state = 'submitted', idempotency_key = coalesce(?, idempotency_key), "
-            "task_id = ?, credits_reserved = ?, submitted_at = ? WHERE number = ?",
+            "code = NULL, message = NULL, task_id = ?, credits_reserved = ?, submitted_at = ? "
+            "WHERE number = ?",
             (key, task_id, reserved, time.time(), number),
         )
 
@@ -783,6 +796,10 @@ class Ledger:
             )
         )
 
+    async def _replace(self, sql: str, values: tuple[Any, ...]) -> None:
+        """A change by which what an item was bought for before is gone."""
+        await self._do(lambda connection: _replace(connection, sql, values))
+
     async def _change(self, sql: str, values: tuple[Any, ...]) -> None:
         await self._do(lambda connection: _once(connection, sql, values))
 
@@ -798,8 +815,45 @@ _QUEUED: Final = (
 
 
 def _queue(connection: sqlite3.Connection, number: int) -> None:
+    replacing = "SELECT 1 FROM items WHERE number = ? AND state = 'submitting' AND task_id NOT NULL"
+    if connection.execute(replacing, (number,)).fetchone() is not None:
+        _once(
+            connection,
+            "UPDATE items SET state = 'queued', idempotency_key = NULL, submitting_at = NULL "
+            "WHERE number = ?",
+            (number,),
+        )
+        return
     _once(connection, _QUEUED, (time.time(), number))
     connection.execute("DELETE FROM files WHERE item = ?", (number,))
+
+
+_REPLACED: Final = "state IN ('queued', 'submitting') AND task_id IS NOT NULL"
+"""It is to be bought anew, and has what it was bought for before."""
+
+
+def _replace(connection: sqlite3.Connection, sql: str, values: tuple[Any, ...]) -> None:
+    _forget(connection, f"number = {int(values[-1])} AND {_REPLACED}")
+    _once(connection, sql, values)
+
+
+def _forget(connection: sqlite3.Connection, which: str) -> None:
+    connection.execute(
+        f"DELETE FROM files WHERE item IN (SELECT number FROM items WHERE {which})"  # noqa: S608 - ours
+    )
+    connection.execute(
+        "UPDATE items SET credits_before = credits_before + coalesce(credits_used, 0), "  # noqa: S608 - ours
+        "credits_used = NULL, credits_reserved = NULL, task_id = NULL, snapshot = NULL, "
+        f"stem = NULL, submitted_at = NULL, completed_at = NULL WHERE {which}"
+    )
+
+
+def _restore(connection: sqlite3.Connection) -> None:
+    connection.execute(
+        "UPDATE items SET state = 'failed', ended_at = ? "
+        "WHERE state = 'queued' AND task_id IS NOT NULL",
+        (time.time(),),
+    )
 
 
 def _once(connection: sqlite3.Connection, sql: str, values: tuple[Any, ...]) -> None:
@@ -865,6 +919,8 @@ def _same_key(digest: bytes | None, key: str | None, salt: bytes) -> bool:
 
 
 def _disown(connection: sqlite3.Connection) -> None:
+    _restore(connection)
+    _forget(connection, f"state = 'submitting' AND {_REPLACED}")
     connection.execute(
         "UPDATE items SET state = 'uncertain', code = 'submit_uncertain', ended_at = ?, "
         "message = 'the process ended while this was being submitted' WHERE state = 'submitting'",
@@ -1023,30 +1079,69 @@ def _find_conflicts(connection: sqlite3.Connection) -> None:
     connection.execute("DELETE FROM incoming WHERE line IN (SELECT line FROM invalid)")
 
 
+_MATCH: Final = """
+CREATE TEMP TABLE lines AS
+    SELECT line, user_id, digest, CASE WHEN user_id IS NOT NULL THEN 'id:' || user_id
+        ELSE 'sha256:' || digest || ':' || row_number() OVER
+             (PARTITION BY user_id IS NULL, digest ORDER BY line) END AS identity
+    FROM incoming;
+CREATE INDEX temp.lines_by_identity ON lines (identity);
+CREATE TEMP TABLE edited AS
+    SELECT DISTINCT digest FROM items WHERE identity NOT IN (SELECT identity FROM lines)
+    INTERSECT SELECT digest FROM lines;
+CREATE INDEX temp.edited_by_digest ON edited (digest);
+CREATE TEMP TABLE free AS
+    SELECT identity, user_id, digest, user_id IS NULL AS plain,
+        row_number() OVER (PARTITION BY digest, user_id IS NULL ORDER BY line) AS k
+    FROM lines WHERE digest IN (SELECT digest FROM edited)
+        AND (user_id IS NULL OR identity NOT IN (SELECT identity FROM items));
+CREATE INDEX temp.free_by_digest ON free (digest, plain, k);
+CREATE TEMP TABLE spare AS
+    SELECT number, digest, user_id, line, row_number() OVER (
+        PARTITION BY digest ORDER BY CASE state WHEN 'saved' THEN 0 WHEN 'completed' THEN 1
+            WHEN 'submitted' THEN 2 WHEN 'failed' THEN 4 WHEN 'queued' THEN 5 ELSE 3 END,
+            user_id IS NOT NULL, line, number) AS place
+    FROM items WHERE digest IN (SELECT digest FROM edited)
+        AND (user_id IS NULL OR identity NOT IN (SELECT identity FROM lines));
+CREATE TEMP TABLE taken AS
+    SELECT number, digest, line, 1 AS plain FROM spare
+    WHERE place <= (SELECT count(*) FROM free WHERE free.digest = spare.digest AND plain);
+INSERT INTO taken
+    SELECT number, digest, line, 0 FROM (
+        SELECT *, row_number() OVER (PARTITION BY digest ORDER BY place) AS next
+        FROM spare WHERE user_id IS NULL AND number NOT IN (SELECT number FROM taken)) AS rest
+    WHERE next <= (SELECT count(*) FROM free WHERE free.digest = rest.digest AND NOT plain);
+CREATE TEMP TABLE matched AS
+    SELECT number, identity, free.user_id AS user_id FROM (
+        SELECT *, row_number() OVER (PARTITION BY digest, plain ORDER BY line, number) AS k
+        FROM taken) AS own
+    JOIN free ON free.digest = own.digest AND free.plain = own.plain AND free.k = own.k;
+CREATE INDEX temp.matched_by_number ON matched (number);
+"""
+"""Which items the lines of an edited input take over."""
+
+
 def _adopt(connection: sqlite3.Connection) -> None:
-    """Give new ids to items without one whose lines are gone: the lines were given ids."""
-    new = "user_id IS NOT NULL AND 'id:' || user_id NOT IN (SELECT identity FROM items)"
-    if connection.execute(f"SELECT 1 FROM incoming WHERE {new} LIMIT 1").fetchone() is None:  # noqa: S608 - ours
+    """Let lines take over equal items whose own lines are gone.
+
+    A line without an id takes any of them, those first for which most has been done; a line
+    with a new id only one that had none: another id asks for another picture.
+    """
+    if connection.execute("SELECT 1 FROM items LIMIT 1").fetchone() is None:
         return
+    for statement in _MATCH.split(";"):
+        connection.execute(statement)
+    # Those left over make way first: an identity belongs to one.
     connection.execute(
-        f"""
-        WITH kept AS (
-            SELECT 'sha256:' || digest || ':' || row_number() OVER
-                   (PARTITION BY digest ORDER BY line) AS identity
-            FROM incoming WHERE user_id IS NULL
-        ), gone AS (
-            SELECT number, digest, row_number() OVER
-                   (PARTITION BY digest ORDER BY state = 'queued', number) AS k
-            FROM items WHERE user_id IS NULL AND identity NOT IN (SELECT identity FROM kept)
-        ), named AS (
-            SELECT user_id, digest, row_number() OVER (PARTITION BY digest ORDER BY line) AS k
-            FROM incoming WHERE {new}
-        )
-        UPDATE items SET user_id = named.user_id, identity = 'id:' || named.user_id
-        FROM gone JOIN named ON named.digest = gone.digest AND named.k = gone.k
-        WHERE items.number = gone.number
-        """  # noqa: S608 - ours
+        "UPDATE items SET identity = 'left:' || number WHERE number IN (SELECT number FROM spare)"
+        " AND (user_id IS NULL OR number IN (SELECT number FROM matched))"
     )
+    connection.execute(
+        "UPDATE items SET identity = matched.identity, user_id = matched.user_id "
+        "FROM matched WHERE matched.number = items.number"
+    )
+    for table in ("lines", "edited", "free", "spare", "taken", "matched"):
+        connection.execute(f"DROP TABLE temp.{table}")
 
 
 def _merge(connection: sqlite3.Connection) -> None:

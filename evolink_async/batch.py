@@ -176,7 +176,7 @@ async def run_batch(
     All of *source* is read into the ledger and checked before anything is submitted. An
     item is known by its ``id``, or by its request and how many equal ones stand above it:
     inserting, deleting and moving lines between runs costs exactly the difference, and a line
-    that is given an id later keeps what was bought for it. At most
+    that is given an id later, or loses it, keeps what was bought for it. At most
     ``max_in_flight`` tasks of the session run at once, those of an earlier run included.
 
     Cancelled, it leaves at once: what was in the air is recorded as uncertain.
@@ -242,8 +242,7 @@ async def run_batch(
         invalid = await _load(ledger, source, skip_invalid=skip_invalid, on_invalid=on_invalid)
         if retry_failed or resubmit_expired:
             await ledger.reattach(NOT_FOUND)
-        if resubmit_expired:
-            await ledger.reopen(EXPIRED)
+        await ledger.reopen(EXPIRED)  # the files, the links, or the clock may be as they were
         if retry_failed:
             await ledger.requeue_failed()
         run = Run(
@@ -255,6 +254,7 @@ async def run_batch(
             progress=progress,
         )
         await run.go(stop)
+        await ledger.restore()
         unwritten = {name: await _write(ledger, folder / name) for name in names}
         unwritten[LEDGER] = await asyncio.to_thread(_missing, ledger)
         return await _report(

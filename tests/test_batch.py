@@ -189,8 +189,31 @@ async def test_lines_that_are_given_ids_are_not_bought_again(desk: Desk) -> None
     report = await desk.run([{"id": "x", "prompt": "a"}, "b", {"id": "y", "prompt": "a"}])
     assert (report.total, report.saved, desk.bought) == (3, 3, {"a": 2, "b": 1})
     assert [item["id"] for item in desk.manifest()] == ["x", None, "y"]
-    await desk.run([{"id": "x", "prompt": "a"}, "b", {"id": "z", "prompt": "b"}, "a"])
-    assert desk.bought == {"a": 3, "b": 2}
+    await desk.run([{"id": "x", "prompt": "a"}, "b", {"id": "z", "prompt": "b"}])
+    assert desk.bought == {"a": 2, "b": 2}
+
+
+async def test_ids_that_come_and_go_cost_nothing(desk: Desk) -> None:
+    """A line that loses its id keeps what was bought for it; another id is another picture."""
+    plain = ["a", "b", "a"]
+    named = [{"id": k, "prompt": prompt} for k, prompt in zip("xyz", plain, strict=True)]
+    for lines in (plain, named, plain, named, plain):
+        report = await desk.run(lines)
+        assert (report.total, report.saved, desk.bought) == (3, 3, {"a": 2, "b": 1})
+    await desk.run(named)
+    await desk.run([*named[:2], {"id": "new", "prompt": "a"}])
+    assert desk.bought == {"a": 3, "b": 1}
+
+
+async def test_of_equal_lines_the_one_that_is_left_keeps_what_there_is(desk: Desk) -> None:
+    """Deleting one of two does not make the failed one count, nor cost anything."""
+    desk.emulator.faults.add(faults.TaskFails("service_error", nth=1))
+    report = await desk.run(["q", "q"])
+    assert (report.saved, report.failed) == (1, 1)
+    report = await desk.run(["q"], retry_failed=True)
+    assert (report.total, report.saved, desk.bought) == (1, 1, {"q": 2})
+    report = await desk.run(["q", "q"])
+    assert (report.saved, report.failed, desk.bought) == (1, 1, {"q": 2})
 
 
 async def test_a_queued_line_that_is_gone_is_not_submitted(desk: Desk) -> None:
@@ -200,6 +223,19 @@ async def test_a_queued_line_that_is_gone_is_not_submitted(desk: Desk) -> None:
     report = await desk.run(["b"])
     assert desk.bought == {"b": 1}
     assert (report.total, report.saved) == (1, 1)
+
+
+async def test_a_limit_holds_for_many_models_of_unknown_price(
+    clock: ManualClock, tmp_path: Path
+) -> None:
+    """While nobody knows what one costs, no other of unknown price is submitted."""
+    models = tuple(f"model-{k}" for k in range(5))
+    lines = [RawRequest("/v1/images/generations", body={"model": m, "prompt": m}) for m in models]
+    async with Emulator(clock=clock, pictures="tiny", credits=100.0, models=models) as emulator:
+        report = await Desk(emulator, tmp_path / "out").run(lines, max_credits=1)
+        assert emulator.books.charged == 1
+    assert report.stop is not None
+    assert report.stop.kind == "max_credits"
 
 
 async def test_files_are_named_after_the_id_or_the_prompt(desk: Desk) -> None:
@@ -950,6 +986,49 @@ async def test_what_expired_is_looked_for_once_more_before_it_is_paid_for_again(
     assert desk.bought == {"a": 2 if found in {"unread", None} else 1}
 
 
+@pytest.mark.parametrize("stop", ["limit", "empty account", "kill"])
+async def test_what_is_not_bought_anew_after_all_keeps_what_it_has(desk: Desk, stop: str) -> None:
+    """Until another submit may have left, its task, credits and good pictures are on record."""
+    lines = [{"id": "x", "prompt": "a", "n": 4}]
+    await desk.run(lines)
+    (desk.out / "x-2.png").unlink()
+    desk.emulator.faults.add(not_found(403))
+    desk.change("UPDATE items SET completed_at = completed_at - ?", DAY + 60)
+    await desk.run(lines)
+    if stop == "empty account":
+        desk.emulator.faults.add(faults.Status(402, route="submit"))
+        await desk.run(lines, resubmit_expired=True)
+    elif stop == "limit":
+        await desk.run(lines, resubmit_expired=True, max_credits=4)
+    else:
+        desk.change("UPDATE items SET state = 'queued', ended_at = NULL")
+        await desk.run(lines)
+    (item,) = desk.manifest()
+    assert (item["state"], item["credits"]) == ("failed", 4)
+    assert desk.rows("SELECT code, task_id IS NULL FROM items") == [("results_expired", 0)]
+    assert [file["name"] for file in item["files"]] == ["x-1.png", "x-3.png", "x-4.png"]
+    desk.emulator.faults.clear()
+    report = await desk.run(lines)
+    assert (report.saved, report.credits, desk.bought) == (1, 4, {"a": 1})
+    assert desk.emulator.books.charged == 4
+
+
+async def test_what_is_bought_anew_is_all_new(desk: Desk) -> None:
+    """Its age and its files are those of the new purchase; what was paid before still counts."""
+    lines = [{"id": "x", "prompt": "a", "n": 2}]
+    await desk.run(lines)
+    (desk.out / "x-2.png").unlink()
+    desk.emulator.faults.add(not_found(403))
+    desk.change("UPDATE items SET completed_at = completed_at - ?", DAY + 60)
+    assert (await desk.run(lines)).expired == 1
+    report = await desk.run(lines, resubmit_expired=True)
+    assert (report.completed, report.credits, desk.bought) == (1, 4, {"a": 2})
+    desk.emulator.faults.clear()
+    report = await desk.run(lines)
+    assert (report.saved, report.credits, desk.bought) == (1, 4, {"a": 2})
+    assert len(desk.manifest()[0]["files"]) == 2
+
+
 async def test_what_expired_and_left_the_input_is_not_paid_for_again(desk: Desk) -> None:
     """Nobody asks for it any more, also if it left while it was looked for."""
     desk.emulator.faults.add(not_found(times=6))
@@ -1326,8 +1405,8 @@ async def test_a_forgotten_task_stays_among_what_was_spent(desk: Desk) -> None:
     first = await desk.run(prompts(3), max_credits=3, progress=seen.append)
     assert (first.credits, seen[-1].credits, first.failed) == (3, 3, 1)
     report = await desk.run(prompts(3), max_credits=3, resubmit_expired=True, progress=seen.append)
-    assert (report.credits, seen[-1].credits, report.queued) == (3, 3, 1)
-    report = await desk.run(prompts(3), max_credits=4, progress=seen.append)
+    assert (report.credits, seen[-1].credits, report.failed) == (3, 3, 1)
+    report = await desk.run(prompts(3), max_credits=4, resubmit_expired=True, progress=seen.append)
     assert (report.credits, seen[-1].credits, report.saved) == (4, 4, 3)
 
 
@@ -1482,7 +1561,7 @@ async def test_a_vanished_task_of_unstated_cost_stays_among_what_was_spent(desk:
     first = await desk.run(lines, max_credits=3)
     assert (first.failed, first.saved, first.queued) == (1, 2, 3)
     report = await desk.run(lines, max_credits=4, resubmit_expired=True)
-    assert (report.saved, report.queued) == (3, 3)
+    assert (report.saved, report.failed, report.queued) == (3, 1, 2)
 
 
 async def test_a_refused_first_submit_leaves_the_price_to_the_next(desk: Desk) -> None:
