@@ -351,6 +351,8 @@ def _facts(now: BatchProgress) -> dict[str, str]:
     facts["credits"] = f"{now.credits:.10g} credits"
     if now.credits_in_doubt:
         facts["in doubt"] = f"{now.credits_in_doubt:.10g} in doubt"
+    elif now.credits_in_doubt is None:
+        facts["in doubt"] = "some in doubt"
     if now.rate is not None:
         facts["rate"] = f"{now.rate:.2g}/s" if now.rate < 10 else f"{now.rate:.0f}/s"
     if now.stopping is not None:
@@ -460,6 +462,8 @@ def _rows(report: BatchReport) -> list[tuple[str, str]]:
 
 def _doubt_rows(report: BatchReport) -> list[tuple[str, str]]:
     doubt = report.credits_in_doubt
+    if doubt is None:
+        return [("credits in doubt", "unknown")]
     return [("credits in doubt", f"{doubt:.10g}")] if doubt else []
 
 

@@ -43,6 +43,10 @@ _CONTROL: Final = {
 _UNCHECKED: Final = 'write it as an object with "validate": false'
 
 
+_NO_PROMPT: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+"""No prompt has these, wherever it comes from; lines and tabs are fine."""
+
+
 class _BadLineError(ValueError):
     """What is wrong with a line."""
 
@@ -167,6 +171,12 @@ def _checked(line: int, item: object) -> Entry:
     elif not isinstance(item, str | ImageRequest | RawRequest):
         raise _BadLineError(f"{shown(item)} is neither a prompt nor an object")
     request = as_request(asked)
+    prompt = request.prompt if isinstance(request, ImageRequest) else None
+    if prompt is not None and (found := _NO_PROMPT.search(prompt)) is not None:
+        raise _BadLineError(
+            f"character {found.start() + 1} of the prompt is the control character "
+            f"U+{ord(found[0]):04X}; remove it"
+        )
     return Entry(
         line=line,
         user_id=user_id,

@@ -50,14 +50,19 @@ class Money:
         return self.spent + sum(self.held.values()) + self._worth(self.unstated)
 
     @property
-    def in_doubt(self) -> float:
-        """What uncertain items cost if they were accepted, at the highest price seen."""
+    def in_doubt(self) -> float | None:
+        """What uncertain items cost if they were accepted, at the highest price seen.
+
+        None if no price of one of them is known.
+        """
+        if any(n and model not in self.prices for model, n in self.doubtful.items()):
+            return None
         return self._worth(self.doubtful)
 
     @property
     def committed(self) -> float:
         """The most that can have been spent."""
-        return self.credits + self.in_doubt
+        return self.credits + self._worth(self.doubtful)
 
     def _worth(self, results: dict[str, int]) -> float:
         return sum(self.prices.get(model, 0.0) * n for model, n in results.items())

@@ -95,7 +95,7 @@ class BatchProgress:
         credits: Charged or reserved so far, over all runs; at the highest price seen where
             the API has not said how much.
         credits_in_doubt: What uncertain items cost if they were accepted, at that price; not
-            among *credits*.
+            among *credits*. None if no price is known.
         rate: Items ended per second of late; None until that can be said.
         seconds_left: Until all have ended, at that rate; None if that cannot be said.
         stopping: Why no more are submitted; None while they are.
@@ -109,7 +109,7 @@ class BatchProgress:
     failed: int = 0
     uncertain: int = 0
     credits: float = 0.0
-    credits_in_doubt: float = 0.0
+    credits_in_doubt: float | None = 0.0
     rate: float | None = None
     seconds_left: float | None = None
     stopping: str | None = None

@@ -18,6 +18,7 @@ import logging
 import os
 import secrets
 import stat
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -33,7 +34,7 @@ from evolink_async._clock import hold
 from evolink_async._gallery import write_gallery
 from evolink_async._ledger import EMULATOR, LEDGER, Counts, Invalid, Item, Ledger
 from evolink_async._session import Session
-from evolink_async._text import printable
+from evolink_async._text import printable, shown
 from evolink_async.errors import ConfigurationError, LedgerError, RequestValidationError
 
 __all__ = ["BatchProgress", "BatchReport", "Invalid", "Problem", "Stop", "run_batch"]
@@ -99,7 +100,7 @@ class BatchReport:
         credits: Charged or reserved so far, over all runs; at the highest price seen where
             the API has not said how much.
         credits_in_doubt: What uncertain items cost if they were accepted, at that price; not
-            among *credits*.
+            among *credits*. None if no price is known.
         still_to_pay: Credits for the queued items at the highest price seen; None if no
             price is known.
         seconds: How long this run took.
@@ -129,7 +130,7 @@ class BatchReport:
     invalid: int
     pictures: int
     credits: float
-    credits_in_doubt: float
+    credits_in_doubt: float | None
     still_to_pay: float | None
     seconds: float
     stop: Stop | None
@@ -217,17 +218,18 @@ async def run_batch(
         RequestValidationError: Lines are bad and *skip_invalid* is not set, or all are;
             nothing was sent.
         ConfigurationError: *source* is empty, *source* or *out* cannot be used, a file
-            there would be overwritten, or *max_credits* is no number.
+            there would be overwritten, or another argument is none of what is allowed.
         LedgerError: The ledger is in use, damaged, of a newer format, belongs to another API
             or key, or cannot be written.
     """
     started = time.monotonic()
+    _check_callables(stop=stop, progress=progress, on_invalid=on_invalid)
     options = Options(
         resend_uncertain=resend_uncertain,
         resubmit_expired=resubmit_expired,
         max_credits=_credits(max_credits),
-        grace=grace,
-        patience=patience,
+        grace=_seconds("grace", grace),
+        patience=_seconds("patience", patience),
     )
     await asyncio.to_thread(_check_readable, source)
     folder = await asyncio.to_thread(_make_folder, out)
@@ -282,7 +284,26 @@ def _credits(value: object) -> float | None:
     return float(value)
 
 
+def _seconds(name: str, value: object) -> float:
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    if not number or not 0 <= value < 1e9:  # type: ignore[operator]  # number says so
+        raise ConfigurationError(f"{name}={shown(value)} is not allowed: seconds, 0 or more")
+    return float(value)  # type: ignore[arg-type]  # as above
+
+
+def _check_callables(**given: object) -> None:
+    for name, value in given.items():
+        if name == "stop":
+            fits, allowed = isinstance(value, asyncio.Event), "an asyncio.Event"
+        else:
+            fits, allowed = callable(value), "a function"
+        if value is not None and not fits:
+            raise ConfigurationError(f"{name}={shown(value)} is not allowed: {allowed}, or None")
+
+
 def _make_folder(out: str | os.PathLike[str]) -> Path:
+    if not isinstance(out, str | os.PathLike) or not os.fspath(out):
+        raise ConfigurationError(f"out={shown(out)} is not allowed: the path of a folder")
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -299,9 +320,15 @@ def _make_folder(out: str | os.PathLike[str]) -> Path:
 
 def _check_readable(source: Source) -> None:
     """Refuse an input that is not there, before a folder is made for it."""
-    if not isinstance(source, str | os.PathLike) or source == "-":
+    if not isinstance(source, str | os.PathLike):
         return
     why: object = None
+    if source == "-":
+        if sys.stdin is None:
+            raise ConfigurationError("the prompts cannot be read: standard input is closed")
+        return
+    if not os.fspath(source):
+        raise ConfigurationError("source='' is not allowed: the path of a file, or '-'")
     try:
         mode = Path(source).stat().st_mode  # not opened: a pipe can be read only once
     except (OSError, ValueError) as exc:

@@ -1571,6 +1571,64 @@ async def test_a_refused_first_submit_leaves_the_price_to_the_next(desk: Desk) -
     assert (report.failed, report.saved, report.queued) == (1, 2, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stop", True),
+        ("grace", "x"),
+        ("grace", float("nan")),
+        ("grace", -1),
+        ("patience", -1),
+        ("patience", None),
+        ("progress", 5),
+        ("on_invalid", "yes"),
+        ("out", None),
+        ("out", ""),
+        ("source", ""),
+    ],
+)
+async def test_arguments_that_are_none_are_refused(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+) -> None:
+    """By name, before anything is made or sent."""
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {"source": ["a"], "out": tmp_path / "out", name: value}
+    async with desk.session() as session:
+        with pytest.raises(ConfigurationError, match=name):
+            await run_batch(session, given.pop("source"), given.pop("out"), **given)
+    assert os.listdir(tmp_path) == []  # noqa: PTH208 - not in an async function
+
+
+async def test_standard_input_that_is_closed(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to read then, and nothing is left behind."""
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ConfigurationError, match="standard input is closed"):
+        await desk.run("-")
+    assert not desk.out.exists()
+
+
+async def test_prompts_of_a_script_hold_no_control_characters(desk: Desk) -> None:
+    """As those of a file; lines and tabs are part of a prompt."""
+    bad: list[Invalid] = []
+    prompts = ["a\x00b", "a\x1b[31mb", {"prompt": "a\x7f"}, "one\ntwo\tthree"]
+    report = await desk.run(prompts, skip_invalid=True, on_invalid=bad.append)
+    assert [(line.line, line.reason[:26]) for line in bad] == [
+        (1, "character 2 of the prompt "),
+        (2, "character 2 of the prompt "),
+        (3, "character 2 of the prompt "),
+    ]
+    assert (report.saved, desk.bought) == (1, {"one\ntwo\tthree": 1})
+
+
+async def test_doubts_of_unknown_price_are_unknown(desk: Desk) -> None:
+    """Nobody has said yet what the one that may have been accepted costs: not 0."""
+    desk.emulator.faults.add(faults.Reset("after", route="submit", nth=1))
+    seen: list[BatchProgress] = []
+    report = await desk.run(["a"], progress=seen.append)
+    assert (report.uncertain, report.credits, report.credits_in_doubt) == (1, 0, None)
+    assert seen[-1].credits_in_doubt is None
+
+
 @pytest.mark.parametrize("limit", [-1, True, "5", float("nan")])
 async def test_a_limit_that_is_none_is_refused(desk: Desk, limit: Any) -> None:
     """It must be a number of credits."""
