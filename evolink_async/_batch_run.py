@@ -724,10 +724,10 @@ class Run:
                 return
             why = f"{exc.url}: the host answered {exc.status}" if exc.expired else str(exc)
             await self._keep_part(item, exc.saved, why)
-            now = await self._read_again(item, result) if again else result
+            now, forgotten = await self._read_again(item, result) if again else (result, False)
             if now is not None and now.urls != result.urls:
                 await self._fetch(job, now, stem, again=False)
-            elif now is not None and old:
+            elif now is not None and (old or (forgotten and exc.expired)):
                 await self._expire(job, result, stem, why)
             else:
                 logger.warning("%s is not saved yet: %s", item.place, why)
@@ -772,20 +772,25 @@ class Run:
             files = await asyncio.to_thread(_by_position, paths)
             await self.ledger.unsaved(item.number, files, printable(why, 500))
 
-    async def _read_again(self, item: Item, result: GenerationResult) -> GenerationResult | None:
-        """The result as the API gives it now, perhaps with other links; None if it cannot say."""
+    async def _read_again(
+        self, item: Item, result: GenerationResult
+    ) -> tuple[GenerationResult | None, bool]:
+        """The result as the API gives it now, perhaps with other links; None if it cannot say.
+
+        And whether it knows nothing of the task any more.
+        """
         # One read: a task that has ended need not be watched.
         reading = await self.session._transport.fetch((result.task_id,))  # noqa: SLF001 - one package
         answer = reading.answers[result.task_id]
         if isinstance(answer, TaskSnapshot):
-            return GenerationResult.from_snapshot(answer) if answer.urls else result
+            return (GenerationResult.from_snapshot(answer) if answer.urls else result), False
         if isinstance(answer, NotFoundError):
-            return result
+            return result, answer.from_api
         logger.warning("%s: its task cannot be read: %s", item.place, answer)
-        return None
+        return None, False
 
     async def _expire(self, job: _Job, result: GenerationResult, stem: str, why: str) -> None:
-        """Its links have had their time: what is not on disk can no longer be had."""
+        """Its links have had their time, or nobody knows them: what is not on disk is lost."""
         item = job.item
         with hold(self._clock):
             recorded = await self.ledger.files(item.number)

@@ -986,6 +986,21 @@ async def test_what_expired_is_looked_for_once_more_before_it_is_paid_for_again(
     assert desk.bought == {"a": 2 if found in {"unread", None} else 1}
 
 
+async def test_links_that_are_dead_and_a_task_that_nobody_knows_are_lost_at_once(
+    desk: Desk,
+) -> None:
+    """However young they are; found again by any later run should they come back."""
+    desk.emulator.faults.add(not_found(times=20))
+    assert (await desk.run(["a"])).completed == 1
+    desk.emulator.faults.clear()
+    desk.emulator.faults.add(not_found(404))
+    desk.emulator.faults.add(faults.Status(404, route=("read", "batch")))
+    assert (await desk.run(["a"])).expired == 1
+    desk.emulator.faults.clear()
+    report = await desk.run(["a"])
+    assert (report.saved, desk.bought) == (1, {"a": 1})
+
+
 @pytest.mark.parametrize("stop", ["limit", "empty account", "kill"])
 async def test_what_is_not_bought_anew_after_all_keeps_what_it_has(desk: Desk, stop: str) -> None:
     """Until another submit may have left, its task, credits and good pictures are on record."""
