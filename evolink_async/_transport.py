@@ -453,7 +453,7 @@ class Transport:
         return None
 
     def _leave_batch(self, rest: float, why: EvolinkError) -> None:
-        self._no_batch_until = self._clock.now() + rest
+        self._no_batch_until = max(self._no_batch_until, self._clock.now() + rest)
         logger.info("reading tasks one by one for %s s: %s", rest, why)
 
     def _judge_batch(self, failure: EvolinkError | None, *, single: bool, sent_at: float) -> None:

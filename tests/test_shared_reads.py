@@ -254,6 +254,21 @@ async def test_a_batch_endpoint_that_fails_is_left_for_a_while(crowd: Emulator, 
     assert routes["batch"] <= 8
 
 
+async def test_a_refusal_is_not_cut_short_by_a_failure(crowd: Emulator) -> None:
+    """A batch endpoint that refuses again after its rest is left alone for as long again."""
+    async with connect(crowd, max_in_flight=4) as session:
+        ids = tuple(task.id for task in [await session.submit(f"lake {i}") for i in range(4)])
+        fetch, clock = session._transport.fetch, crowd.clock
+        crowd.faults.add(faults.Status(403, route="batch"))
+        await asyncio.gather(*(fetch(ids) for _ in range(4)))
+        await fetch(ids[:1])
+        await clock.sleep_until(clock.now() + 301)
+        await fetch(ids)
+        await clock.sleep_until(clock.now() + 200)
+        assert session._transport.read_limit == 1
+        await session.aclose()
+
+
 async def test_an_outage_is_not_taken_for_the_batch_endpoint(crowd: Emulator) -> None:
     """When everything failed for a while, tasks go on to be read together afterwards."""
     async with connect(crowd, max_in_flight=300) as session:
