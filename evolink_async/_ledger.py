@@ -682,8 +682,12 @@ class Ledger:
         )
 
     async def queued(self, number: int) -> None:
-        """Nothing of it has been accepted: it may be submitted anew, under a new key."""
-        await self._do(lambda connection: _queue(connection, number))
+        """Nothing of this submit was accepted: it may be submitted anew, under a new key."""
+        await self._change(
+            "UPDATE items SET state = 'queued', idempotency_key = NULL, submitting_at = NULL, "
+            "queued_at = ? WHERE number = ? AND state IN ('queued', 'submitting')",
+            (time.time(), number),
+        )
 
     async def replacing(self, number: int) -> None:
         """It failed, and is to be bought anew; until a submit may have left it keeps all it has."""
@@ -811,21 +815,7 @@ _QUEUED: Final = (
     "submitting_at = NULL, submitted_at = NULL, completed_at = NULL, ended_at = NULL "
     "WHERE number = ?"
 )
-"""What it has cost so far is kept apart: the ledger's sums stay whole. So are its files."""
-
-
-def _queue(connection: sqlite3.Connection, number: int) -> None:
-    replacing = "SELECT 1 FROM items WHERE number = ? AND state = 'submitting' AND task_id NOT NULL"
-    if connection.execute(replacing, (number,)).fetchone() is not None:
-        _once(
-            connection,
-            "UPDATE items SET state = 'queued', idempotency_key = NULL, submitting_at = NULL "
-            "WHERE number = ?",
-            (number,),
-        )
-        return
-    _once(connection, _QUEUED, (time.time(), number))
-    connection.execute("DELETE FROM files WHERE item = ?", (number,))
+"""What it has cost so far is kept apart: the ledger's sums stay whole."""
 
 
 _REPLACED: Final = "state IN ('queued', 'submitting') AND task_id IS NOT NULL"
