@@ -223,7 +223,9 @@ async def run_batch(
             or key, or cannot be written.
     """
     started = time.monotonic()
-    _check_callables(stop=stop, progress=progress, on_invalid=on_invalid)
+    _check("stop", stop, isinstance(stop, asyncio.Event), "an asyncio.Event")
+    _check("progress", progress, callable(progress), "a function")
+    _check("on_invalid", on_invalid, callable(on_invalid), "a function")
     options = Options(
         resend_uncertain=resend_uncertain,
         resubmit_expired=resubmit_expired,
@@ -291,14 +293,9 @@ def _seconds(name: str, value: object) -> float:
     return float(value)  # type: ignore[arg-type]  # as above
 
 
-def _check_callables(**given: object) -> None:
-    for name, value in given.items():
-        if name == "stop":
-            fits, allowed = isinstance(value, asyncio.Event), "an asyncio.Event"
-        else:
-            fits, allowed = callable(value), "a function"
-        if value is not None and not fits:
-            raise ConfigurationError(f"{name}={shown(value)} is not allowed: {allowed}, or None")
+def _check(name: str, value: object, fits: bool, allowed: str) -> None:  # noqa: FBT001 - private
+    if value is not None and not fits:
+        raise ConfigurationError(f"{name}={shown(value)} is not allowed: {allowed}, or None")
 
 
 def _make_folder(out: str | os.PathLike[str]) -> Path:
