@@ -38,6 +38,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -349,7 +350,7 @@ class Harness:
         self._check_all_paid_once(emulator, out, prompts)
 
     def _child(self, emulator: Emulator, plan: Plan) -> int:
-        child: list[int] = []
+        child: Future[int] = Future()  # a submit may be here before its number is
         emulator.faults.clear()
         if plan.kind in IN_SERVER:
             emulator.faults.add(
@@ -357,10 +358,10 @@ class Harness:
                     route="submit",
                     nth=plan.nth,
                     answered=plan.kind == "answered",
-                    kill=lambda: os.kill(child[0], signal.SIGKILL),
+                    kill=lambda: os.kill(child.result(), signal.SIGKILL),
                 )
             )
-        return start(self.zygote, plan, child.append)
+        return start(self.zygote, plan, child.set_result)
 
     def _look_at_the_wreck(self, out: Path) -> None:
         """No more is in doubt than may have been in the air, and each of it has its key."""
