@@ -49,7 +49,8 @@ from evolink_async._retry import RetryPolicy
 from evolink_async._secret import Secret
 from evolink_async._task import Task
 from evolink_async._text import shown
-from evolink_async._watcher import Watch, Watcher
+from evolink_async._watch import Watch
+from evolink_async._watcher import Watcher
 from evolink_async.errors import (
     ConfigurationError,
     EvolinkError,

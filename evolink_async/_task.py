@@ -18,7 +18,8 @@ from evolink_async._models import (
     TaskSnapshot,
 )
 from evolink_async._text import printable, shown
-from evolink_async._watcher import Watch, Watcher, differs
+from evolink_async._watch import Watch
+from evolink_async._watcher import Watcher, differs
 from evolink_async.errors import (
     ConfigurationError,
     TaskCancelledError,

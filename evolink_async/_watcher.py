@@ -7,14 +7,10 @@ the state of a task changes. It knows the network only as ``fetch(ids) -> Readin
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
-
-from attrs import define
 
 from evolink_async._clock import Clock, LoopClock
 from evolink_async._models import (
@@ -28,6 +24,7 @@ from evolink_async._models import (
 from evolink_async._polling import Pacer, PollPolicy, Schedule
 from evolink_async._protocol import rule_of
 from evolink_async._text import printable
+from evolink_async._watch import READING, Cohort, DueQueue, Futures, Group, Trouble, Watch
 from evolink_async.errors import (
     APIConnectionError,
     APIStatusError,
@@ -38,7 +35,7 @@ from evolink_async.errors import (
     TaskTimeoutError,
 )
 
-__all__ = ["Watch", "Watcher", "differs"]
+__all__ = ["Watcher", "differs"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +73,6 @@ _KINDS: Final = 64
 """Cohorts that are open to more tasks."""
 _AT_ONCE: Final = -1e9
 """In place of a due time: before all that has been due for a while."""
-_READING: Final = -1.0
-_ENDED: Final = -2.0
-"""In place of a due time: a read is in the air; nothing more will be read."""
 
 
 class _Reading(Protocol):
@@ -104,107 +98,6 @@ class _Reader(Protocol):
     async def fetch(self, ids: tuple[str, ...]) -> _Reading: ...
     def wait_after(self, failures: int, *, paid: bool) -> float: ...
     def renew(self) -> None: ...
-
-
-_Futures = list["asyncio.Future[None]"]
-_Entry = tuple[float, int, list["Watch"]]
-"""When some tasks of one cohort, last looked at together, are due; those moved since are not."""
-
-
-@define(eq=False)
-class Cohort:
-    """Tasks of one kind, submitted at about the same time, which are looked at alike.
-
-    Attributes:
-        schedule: When to look at tasks of their kind.
-        started: When they were submitted: the first of them, and nearly all.
-        deadline: When the first of them is given up.
-        teaches: True if what is seen of them says how long tasks of their kind take.
-        calls_back: True if a callback is to tell when they have ended.
-        sentinel: True for one looked at like any other although it calls back, to notice
-            callbacks that stop.
-        unread: Those that wait for their first look together, at *unread_due*.
-    """
-
-    schedule: Schedule
-    started: float
-    deadline: float
-    teaches: bool = True
-    calls_back: bool = False
-    sentinel: bool = False
-    unread: list[Watch] | None = None
-    unread_due: float = 0.0
-
-
-@define(eq=False)
-class Watch:
-    """One task under watch, from its submit (or `Session.task`) to its end.
-
-    Attributes:
-        id: The task's id.
-        request: What was submitted, None if it was not this session that did.
-        idempotency_key: The key it was submitted with.
-        cohort: The tasks it is looked at with.
-        reason: Why it was given up before a terminal state; None if it was not.
-        ended: True once nothing more will be read.
-    """
-
-    id: str
-    started: float
-    deadline: float
-    cohort: Cohort
-    request: ImageRequest | RawRequest | None = None
-    idempotency_key: str | None = None
-    seen: TaskSnapshot | Page | None = None
-    reason: EvolinkError | None = None
-    on_end: Callable[[], None] | None = None
-    ended: bool = False
-    # When it is looked at next, and has last been; both on the session's clock.
-    due: float = 0.0
-    looked: float = 0.0
-    looks: int = 0
-    again: bool = False
-    # To be read singly; batch answers in a row that left it out.
-    alone: bool = False
-    missing: int = 0
-    # Told to have ended; told so while a read was in the air.
-    nudged: bool = False
-    called: bool = False
-    # True while an answer that it goes on is no news to anybody.
-    plain: bool = True
-    trouble: Trouble | None = None
-    waiters: _Futures | None = None
-    listeners: _Futures | None = None
-    lookers: _Futures | None = None
-
-    @property
-    def snapshot(self) -> TaskSnapshot | None:
-        """What was last read, None before the first answer."""
-        if isinstance(self.seen, Page):
-            self.seen = self.seen.snapshot(self.id)
-        return self.seen
-
-    @property
-    def last_error(self) -> EvolinkError | None:
-        """Why the last read failed, None if it did not."""
-        return self.trouble.error if self.trouble is not None else None
-
-
-@define
-class Trouble:
-    """Failed reads of one task in a row.
-
-    Attributes:
-        error: The last one.
-        failures: How many.
-        strikes: How many of them were the same final refusal.
-        struck_at: When the first of these was.
-    """
-
-    error: EvolinkError
-    failures: int = 0
-    strikes: int = 0
-    struck_at: float = 0.0
 
 
 class Watcher:
@@ -242,11 +135,8 @@ class Watcher:
         self._paced = paced
         self._tempo = policy.min_interval * _TEMPO
         self._live: dict[str, Watch] = {}
-        # Due times: of tasks that share readings, and of those that must be read singly.
-        self._shared: list[_Entry] = []
-        self._single: list[_Entry] = []
-        self._queued = 0
-        self._order = itertools.count()
+        # Of tasks that share readings, and of those that must be read singly.
+        self._shared, self._single = DueQueue(), DueQueue()
         # Cohorts that further tasks may join.
         self._open: dict[Schedule, Cohort] = {}
         self._wake = asyncio.Event()
@@ -299,25 +189,29 @@ class Watcher:
         kind = f"{request.path} {request.model}"
         schedule = self._pacer.known(kind) or self._pacer.model(kind, snapshot.estimated_time)
         cohort = self._cohort(schedule, started, calls_back=request.callback_url is not None)
+        group = cohort.unread
+        if group is None or len(group.watches) >= _MOST:
+            group = Group(cohort, cohort.started)
         watch = Watch(
             snapshot.id,
             started=started,
             deadline=self._deadline(started),
-            cohort=cohort,
+            group=group,
             request=request,
             idempotency_key=idempotency_key,
             seen=snapshot,
             on_end=on_end,
-            looked=cohort.started,
         )
+        group.watches.append(watch)
         schedule.started()
         if snapshot.is_terminal:
             self._end(watch)
             return watch
         self._live[watch.id] = watch
-        self._queue_first(watch)
+        if len(group.watches) == 1:
+            self._queue_first(watch)
         self._start(watch)
-        logger.debug("task %s: first look in %.2f s", watch.id, watch.due - self._clock.now())
+        logger.debug("task %s: first look in %.2f s", watch.id, group.due - self._clock.now())
         return watch
 
     def _cohort(self, schedule: Schedule, started: float, *, calls_back: bool) -> Cohort:
@@ -366,7 +260,8 @@ class Watcher:
             now = self._clock.now()
             deadline = self._deadline(now)
             cohort = Cohort(self._pacer.model(_ATTACHED), now, deadline, teaches=False)
-            watch = Watch(task_id, started=now, deadline=deadline, cohort=cohort, looked=now)
+            watch = Watch(task_id, started=now, deadline=deadline, group=Group(cohort, now))
+            watch.group.watches.append(watch)
             cohort.schedule.started()
             self._live[task_id] = watch
             self._queue(watch, now)
@@ -387,11 +282,12 @@ class Watcher:
         if watch is None:
             return False
         logger.debug("task %s: something told that it has ended", watch.id)
-        watch.nudged, watch.plain = True, False
-        if watch.due == _READING:
+        watch.nudged, group = True, watch.group
+        group.plain = False
+        if group.due == READING:
             watch.called = True
         elif watch.trouble is None:
-            self._hurry(watch, watch.looked + self._policy.min_interval if watch.looks else 0.0)
+            self._hurry(watch, group.looked + self._policy.min_interval if group.looks else 0.0)
         return True
 
     async def until_ended(self, watch: Watch) -> None:
@@ -404,7 +300,7 @@ class Watcher:
         """Return at the next change of status or progress, or the end."""
         if not watch.ended:
             watch.listeners = watch.listeners or []
-            watch.plain = False
+            watch.group.plain = False
             await _wait_in(watch.listeners)
 
     async def look(self, watch: Watch) -> None:
@@ -413,7 +309,7 @@ class Watcher:
             return
         logger.debug("task %s: a look was asked for", watch.id)
         watch.lookers = watch.lookers or []
-        watch.plain = False
+        watch.group.plain = False
         self._hurry(watch, 0.0)
         await _wait_in(watch.lookers)
 
@@ -455,74 +351,40 @@ class Watcher:
 
     def _queue(self, watch: Watch, due: float) -> None:
         """Look at *watch* at *due*; once more shortly before the deadline, never after it."""
-        if due >= watch.cohort.deadline:
-            due = watch.cohort.deadline - self._policy.min_interval
-            read_before = self._policy.min_interval if watch.looks or watch.trouble else 0.0
+        group = watch.leave()
+        if due >= group.cohort.deadline:
+            due = group.cohort.deadline - self._policy.min_interval
+            read_before = self._policy.min_interval if group.looks or watch.trouble else 0.0
             if due <= self._clock.now() + read_before:
-                watch.due = watch.deadline  # that look has been
+                group.due = watch.deadline  # that look has been
                 return
-        self._push(self._single if watch.alone else self._shared, due, [watch])
+        self._push(self._single if watch.alone else self._shared, group, due)
 
     def _queue_first(self, watch: Watch) -> None:
-        """Queue a task just submitted, with those of its cohort that nobody has looked at."""
-        cohort = watch.cohort
-        if cohort.unread and len(cohort.unread) < _MOST:
-            watch.due = cohort.unread_due
-            cohort.unread.append(watch)
-            self._queued += 1
-            return
+        """Queue a task just submitted; the next of its cohort may wait with it."""
+        cohort, group = watch.cohort, watch.group
         price = self._price(cohort, self._pacer.shared.price(len(self._live)))
         due = cohort.started + cohort.schedule.next_age(0.0, price)
         if due < cohort.deadline:
-            cohort.unread, cohort.unread_due = [watch], due
-            self._push(self._shared, due, cohort.unread)
+            cohort.unread = group
+            self._push(self._shared, group, due)
         else:
             self._queue(watch, due)
 
-    def _push(self, heap: list[_Entry], due: float, watches: list[Watch]) -> None:
-        for watch in watches:
-            watch.due = due
-        heapq.heappush(heap, (due, next(self._order), watches))
-        self._queued += len(watches)
+    def _push(self, queue: DueQueue, group: Group, due: float) -> None:
+        queue.push(group, due)
         if due < self._alarm.at:
             self._wake.set()
 
-    def _pop(self, heap: list[_Entry]) -> list[Watch]:
-        """Take the first entry off; returns those for whom it still counts."""
-        due, _, watches = heapq.heappop(heap)
-        self._queued -= len(watches)
-        left = [watch for watch in watches if watch.due == due]
-        watches.clear()  # a cohort may know the list: nobody joins an empty one
-        return left
-
-    def _first(self, heap: list[_Entry]) -> float:
-        """When the first entry that still counts is due; entries before it are dropped."""
-        while heap:
-            due, _, watches = heap[0]
-            for watch in watches:
-                if watch.due == due:
-                    return due
-            self._pop(heap)
-        return math.inf
-
     def _hurry(self, watch: Watch, due: float) -> None:
         """Look at *watch* at *due* at the latest, but after the read that is in the air."""
-        if watch.due == _READING:
-            watch.again, watch.plain = True, False
-        elif due < watch.due:
+        if watch.group.due == READING:
+            watch.again, watch.group.plain = True, False
+        elif due < watch.group.due:
             self._queue(watch, due if due > self._clock.now() else _AT_ONCE)
-            if self._queued > 2 * len(self._live) + 64:
-                self._compact()
-
-    def _compact(self) -> None:
-        """Drop ended and moved watches from the heaps, which would keep them in memory."""
-        self._queued = 0
-        for heap in (self._shared, self._single):
-            for due, _, watches in heap:
-                watches[:] = [watch for watch in watches if watch.due == due]
-                self._queued += len(watches)
-            heap[:] = [entry for entry in heap if entry[2]]
-            heapq.heapify(heap)
+            if len(self._shared) + len(self._single) > 2 * len(self._live) + 64:
+                self._shared.compact()
+                self._single.compact()
 
     # -- the loop --------------------------------------------------------------------------
 
@@ -549,7 +411,7 @@ class Watcher:
             if self._next_deadline() <= now:
                 self._give_up_late(now)
             if self._may_read(now) and (groups := self._take(now)):
-                batch = [watch for group in groups for watch in group]
+                batch = [watch for group in groups for watch in group.watches]
                 task = asyncio.get_running_loop().create_task(self._read(groups, batch))
                 self._readings.add(task)
                 task.add_done_callback(self._reading_ended)
@@ -560,12 +422,12 @@ class Watcher:
         """When the loop has something to do, infinity if only others can say."""
         if len(self._readings) >= self._max_reads:
             return self._next_deadline()
-        due = min(self._first(self._shared), self._first(self._single))
+        due = min(_due(self._shared), _due(self._single))
         return min(self._next_deadline(), max(self._beat(due, now), self._ready_at()))
 
     def _log_wait(self, now: float) -> None:
         """Say why nothing is read although something is due."""
-        due = min(self._first(self._shared), self._first(self._single))
+        due = min(_due(self._shared), _due(self._single))
         if due > now:
             return
         if len(self._readings) >= self._max_reads:
@@ -601,39 +463,39 @@ class Watcher:
             self._give_up(watch)
         self._first_deadline = min((w.deadline for w in self._live.values()), default=math.inf)
 
-    def _take(self, now: float) -> list[list[Watch]]:
+    def _take(self, now: float) -> list[Group]:
         """The tasks due earliest, due or not: as many as one reading can ask for."""
-        shared = self._beat(self._first(self._shared), now)
-        single = self._beat(self._first(self._single), now)
+        shared = self._beat(_due(self._shared), now)
+        single = self._beat(_due(self._single), now)
         if single <= now and single <= shared:
-            group = self._pop(self._single)
-            _mark(group)
+            group = self._single.pop()
+            group.due = READING
             return [group]
         return self._take_shared(now, self._reader.read_limit) if shared <= now else []
 
-    def _take_shared(self, now: float, limit: int) -> list[list[Watch]]:
-        heap, room = self._shared, limit
-        groups: list[list[Watch]] = []
+    def _take_shared(self, now: float, limit: int) -> list[Group]:
+        queue, room = self._shared, limit
+        groups: list[Group] = []
         seats: list[tuple[float, float, int]] = []
         hasty = False
-        while room and (due := self._first(heap)) < math.inf:
-            if hasty and due > now and not _of_sentinels(groups[0], heap[0][2]):
+        while room and (group := queue.first()) is not None:
+            due = group.due
+            if hasty and due > now and not (groups[0].cohort.sentinel and group.cohort.sentinel):
                 break  # the others wait for callbacks of their own
-            group = self._pop(heap)
-            if len(group) > room:
-                self._push(heap, due, group[room:])
-                del group[room:]
-            _mark(group)
-            hasty = hasty or (not groups and (group[0].nudged or group[0].cohort.sentinel))
+            queue.pop()
+            if len(group.watches) > room:
+                queue.push(group.split(room), due)
+            group.due = READING
+            hasty = hasty or (not groups and (group.watches[0].nudged or group.cohort.sentinel))
             groups.append(group)
-            seats.append((group[0].looked, due, len(group)))
-            room -= len(group)
+            seats.append((group.looked, due, len(group.watches)))
+            room -= len(group.watches)
         self._pacer.shared.limit = limit
         if not hasty:
             self._pacer.shared.saw_read(now, seats)
         return groups
 
-    async def _read(self, groups: list[list[Watch]], batch: list[Watch]) -> None:
+    async def _read(self, groups: list[Group], batch: list[Watch]) -> None:
         reading = await self._reader.fetch(tuple([watch.id for watch in batch]))
         if self._fresh_start and any(
             isinstance(answer, APIConnectionError) for answer in reading.answers.values()
@@ -659,31 +521,30 @@ class Watcher:
         if not watch.ended:
             self._queue(watch, _AT_ONCE)
 
-    def _apply_page(
-        self, groups: list[list[Watch]], reading: _Reading, page: Page, price: float
-    ) -> None:
-        """Note what most answers say, that the task goes on, for whole cohorts at once."""
-        going: dict[Cohort, list[Watch]] = {}
+    def _apply_page(self, groups: list[Group], reading: _Reading, page: Page, price: float) -> None:
+        """Note what most answers say, that the task goes on, for whole groups at once."""
+        going: dict[Cohort, Group] = {}
         others = reading.answers
         for group in groups:
-            still = [watch for watch in group if watch.plain and watch.id not in others]
-            if len(still) < len(group):
-                left = set(still)
-                rest = [watch for watch in group if watch not in left]
-                self._apply_each(rest, reading, price)
-            if still:
-                cohort, looked = still[0].cohort, still[0].looked
-                if cohort.teaches and looked >= self._resumed_at:
-                    cohort.schedule.saw_running(
-                        looked - cohort.started, reading.sent_at - cohort.started, len(still)
-                    )
-                going.setdefault(cohort, []).extend(still)
-        for cohort, watches in going.items():
-            for watch in watches:
-                watch.looked = reading.sent_at
-                watch.looks += 1
-                watch.seen = page
-            self._queue_again(watches, self._next_look(cohort, reading, price, watches[0].looks))
+            if others or not group.plain:
+                odd = [watch for watch in group.watches if watch.id in others or not watch.plain]
+                self._apply_each(odd, reading, price)
+                if group.due != READING:  # its last was one of them
+                    continue
+            if not group.watches:
+                continue
+            cohort = group.cohort
+            if cohort.teaches and group.looked >= self._resumed_at:
+                started = cohort.started
+                cohort.schedule.saw_running(
+                    group.looked - started, reading.sent_at - started, len(group.watches)
+                )
+            first = going.setdefault(cohort, group)
+            if first is not group:
+                first.join(group)
+        for cohort, group in going.items():
+            group.saw(page, reading.sent_at)
+            self._queue_again(group, self._next_look(cohort, reading, price, group.looks))
 
     def _next_look(self, cohort: Cohort, reading: _Reading, price: float, looks: int) -> float:
         age = reading.sent_at - cohort.started
@@ -692,12 +553,12 @@ class Watcher:
             reading.received_at, cohort.started + cohort.schedule.next_age(age, price, looks)
         )
 
-    def _queue_again(self, watches: list[Watch], due: float) -> None:
-        """Queue tasks of one cohort that were looked at together."""
-        if due < watches[0].cohort.deadline:
-            self._push(self._shared, due, watches)
+    def _queue_again(self, group: Group, due: float) -> None:
+        """Queue tasks that were looked at together."""
+        if due < group.cohort.deadline:
+            self._push(self._shared, group, due)
         else:
-            for watch in watches:
+            for watch in tuple(group.watches):
                 self._queue(watch, due)
 
     def _apply_each(self, watches: list[Watch], reading: _Reading, price: float) -> None:
@@ -722,12 +583,11 @@ class Watcher:
         elif watch.lookers is not None:
             _wake_all(watch.lookers)
             watch.lookers = None
-        asked = watch.trouble or watch.nudged or watch.missing or watch.lookers or watch.listeners
-        watch.plain = not (watch.ended or asked)
+        watch.listeners = watch.listeners or None
+        watch.group.plain = watch.plain
 
     def _left_out(self, watch: Watch) -> None:
         """A batch answer left it out, which proves nothing: a replica may be behind."""
-        watch.plain = False
         now = self._clock.now()
         if self._reader.read_limit > 1:
             watch.missing += 1
@@ -743,33 +603,34 @@ class Watcher:
 
     def _store(self, watch: Watch, snapshot: TaskSnapshot, reading: _Reading, price: float) -> None:
         news = watch.listeners is not None and differs(watch.snapshot, snapshot)
-        watch.seen = snapshot
+        group = watch.leave()
+        watch.seen, group.page, group.own = snapshot, None, True
         watch.trouble = None
         if reading.single:
             watch.alone = False
         else:
             watch.missing = 0
         # What was seen of tasks of unknown age, or across a suspension, teaches nothing.
-        cohort = watch.cohort
-        instructive = cohort.teaches and watch.looked >= self._resumed_at
+        cohort, looked = group.cohort, group.looked
+        instructive = cohort.teaches and looked >= self._resumed_at
         started = cohort.started
         if snapshot.status in TERMINAL:
             if instructive:
                 cohort.schedule.saw_end(
-                    watch.looked - started, reading.received_at - started, snapshot.duration
+                    looked - started, reading.received_at - started, snapshot.duration
                 )
             self._end(watch)
             return
         if instructive:
-            cohort.schedule.saw_running(watch.looked - started, reading.sent_at - started)
-        watch.looked = reading.sent_at
-        watch.looks += 1
+            cohort.schedule.saw_running(looked - started, reading.sent_at - started)
+        group.looked = reading.sent_at
+        group.looks += 1
         watch.nudged, watch.called = watch.called, False
         # Who may have to be read singly shares the price of a read with nobody.
         price = self._policy.price if watch.missing else price
-        due = self._next_look(cohort, reading, price, watch.looks)
+        due = self._next_look(cohort, reading, price, group.looks)
         if watch.nudged:
-            due = max(reading.received_at, min(due, watch.looked + self._policy.min_interval))
+            due = max(reading.received_at, min(due, group.looked + self._policy.min_interval))
         self._queue(watch, due)
         if snapshot.status not in RUNNING:
             self._log_unknown(snapshot.status)
@@ -805,15 +666,9 @@ class Watcher:
 
     def _look_at_all(self, now: float) -> None:
         """Nobody knows how old tasks are after a suspension: look at all that wait."""
-        heaps = (self._shared, self._single)
-        waiting = [(heap, *entry) for heap in heaps for entry in heap]
-        self._queued = 0
-        for heap in heaps:
-            heap.clear()
-        for heap, due, _, watches in waiting:
-            watches[:] = [watch for watch in watches if watch.due == due]
-            if watches:
-                self._push(heap, min(now, due), watches)
+        for queue in (self._shared, self._single):
+            for group in queue.clear():
+                self._push(queue, group, min(now, group.due))
 
     # -- failed reads ----------------------------------------------------------------------
 
@@ -848,10 +703,10 @@ class Watcher:
         )
 
     def _end(self, watch: Watch, reason: EvolinkError | None = None) -> None:
-        watch.ended, watch.reason, watch.due = True, reason, _ENDED
+        watch.end()
+        watch.reason = reason
         watch.cohort.schedule.left()
         self._sentinels -= watch.cohort.sentinel
-        watch.plain = False
         if self._live.get(watch.id) is watch:
             del self._live[watch.id]
         if reason is None:
@@ -881,16 +736,14 @@ class Watcher:
             return
         self._priced_anew = now
         price = self._pacer.shared.price(len(self._live))
-        for due, _, watches in self._shared.copy():
-            waiting = [watch for watch in watches if watch.due == due and watch.trouble is None]
-            if waiting and (cohort := waiting[0].cohort).calls_back:
+        for group in self._shared:
+            cohort = group.cohort
+            if cohort.calls_back and group.watches[0].trouble is None:
                 age = cohort.schedule.next_age(
-                    waiting[0].looked - cohort.started,
-                    self._price(cohort, price),
-                    waiting[0].looks,
+                    group.looked - cohort.started, self._price(cohort, price), group.looks
                 )
-                if (sooner := max(now, cohort.started + age)) < due:
-                    self._push(self._shared, sooner, waiting)
+                if (sooner := max(now, cohort.started + age)) < group.due:
+                    self._push(self._shared, group, sooner)
 
     def _reading_ended(self, task: asyncio.Task[None]) -> None:
         self._readings.discard(task)
@@ -976,14 +829,10 @@ def differs(seen: TaskSnapshot | None, new: TaskSnapshot) -> bool:
     return seen is None or (seen.status, seen.progress) != (new.status, new.progress)
 
 
-def _mark(group: list[Watch]) -> None:
-    """Note that they are being read: other entries for them count no more."""
-    for watch in group:
-        watch.due = _READING
-
-
-def _of_sentinels(*groups: list[Watch]) -> bool:
-    return all(group[0].cohort.sentinel for group in groups)
+def _due(queue: DueQueue) -> float:
+    """When the first of *queue* is due."""
+    group = queue.first()
+    return math.inf if group is None else group.due
 
 
 def _may_lag(watch: Watch, now: float) -> bool:
@@ -1008,7 +857,7 @@ def _strike(watch: Watch, trouble: Trouble, error: EvolinkError, now: float) -> 
     return trouble.strikes >= (_STRIKES if few else _OTHER_STRIKES)
 
 
-async def _wait_in(futures: _Futures) -> None:
+async def _wait_in(futures: Futures) -> None:
     """Wait among *futures*; a cancelled waiter leaves no trace."""
     future = asyncio.get_running_loop().create_future()
     futures.append(future)
@@ -1019,7 +868,7 @@ async def _wait_in(futures: _Futures) -> None:
             futures.remove(future)
 
 
-def _wake_all(futures: _Futures | None) -> None:
+def _wake_all(futures: Futures | None) -> None:
     for future in futures or ():
         if not future.done():
             future.set_result(None)

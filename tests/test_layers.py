@@ -33,13 +33,14 @@ FLOORS: dict[str, str] = {
     "_transport": f"errors _models _protocol _retry _gate _proxy {PLAIN}",
     "_download": "errors _models _text _hosts",
     "_results": "errors _text _hosts _proxy _download",
-    "_watcher": "errors _models _polling _protocol _text _clock",
+    "_watch": "errors _models _polling",
+    "_watcher": "errors _models _polling _protocol _watch _text _clock",
     "_ledger": "errors _text",
     # 3: what a user holds
-    "_task": f"errors _models _watcher _download {PLAIN}",
+    "_task": f"errors _models _watch _watcher _download {PLAIN}",
     "_session": (
-        "errors _models _polling _protocol _retry _gate _transport _results _watcher _download "
-        f"_task {PLAIN}"
+        "errors _models _polling _protocol _retry _gate _transport _results _download "
+        f"_watch _watcher _task {PLAIN}"
     ),
     # 4: side topics
     "webhook": f"errors _models _session _task {PLAIN}",

@@ -667,9 +667,9 @@ async def test_after_a_suspension_all_are_looked_at(crowd: Emulator) -> None:
             await session.submit(f"lake {i}", callback="https://example.com/hook")
         watcher = session._watcher
         now = crowd.clock.now()
-        assert all(watch.due > now for watch in watcher.watches)
+        assert all(watch.group.due > now for watch in watcher.watches)
         watcher._look_at_all(now)
-        assert all(watch.due <= now for watch in watcher.watches)
+        assert all(watch.group.due <= now for watch in watcher.watches)
         await asyncio.gather(*session.tasks)
 
 

@@ -29,7 +29,8 @@ from evolink_async import (
     TaskSnapshot,
     TaskTimeoutError,
 )
-from evolink_async._watcher import Watch, Watcher
+from evolink_async._watch import Watch
+from evolink_async._watcher import Watcher
 from evolink_async.emulator import ManualClock
 from evolink_async.errors import APIStatusError
 
