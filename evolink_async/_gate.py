@@ -13,14 +13,15 @@ from attrs import define
 
 from evolink_async._clock import Clock
 from evolink_async._retry import MAX_RETRY_AFTER
-from evolink_async.errors import APIStatusError
+from evolink_async.errors import APIStatusError, SessionClosedError
 
-__all__ = ["Gate"]
+__all__ = ["NOT_SENT", "Gate"]
 
 logger = logging.getLogger(__name__)
 
 _FIRST_COOL_DOWN: Final = 1.0
 _LONGEST_COOL_DOWN: Final = 60.0
+NOT_SENT: Final = "the session was closed before this submit; nothing was sent"
 _CHANNEL: Final = "no_available_channel"
 
 
@@ -103,22 +104,29 @@ class Gate:
         """Requests queued here."""
         return sum(len(queue) for queue in self._queues.values())
 
-    async def enter(self, *, submit: bool = False, model: str = "") -> None:
-        """Wait for a seat; `leave` gives it back."""
+    async def enter(self, *, submit: bool = False, model: str = "", seated: bool = False) -> None:
+        """Wait for a seat; `leave` gives it back.
+
+        Args:
+            submit: Whether a generation is submitted.
+            model: Its model, which may have a cool-down of its own.
+            seated: Whether it has a seat already, from `take_seat`.
+        """
         while True:
-            if submit and self._is_held(model):
-                await self._clock.sleep_until(self._held[model].until)
-                continue
-            await self._take_seat(submit=submit)
+            if not seated:
+                await self.take_seat(submit=submit)
             if not (submit and self._is_held(model)):
                 return
-            self._decline(submit=submit)
+            seated = False
+            self.decline(submit=submit)
+            await self._clock.sleep_until(self._held[model].until)
 
     def _is_held(self, model: str) -> bool:
         held = self._held.get(model)
         return held is not None and held.until > self._clock.now()
 
-    async def _take_seat(self, *, submit: bool) -> None:
+    async def take_seat(self, *, submit: bool) -> None:
+        """Wait for a seat, whatever the model."""
         queue = self._queues[submit]
         if self._next() is None and self._try(submit=submit):
             return
@@ -129,10 +137,10 @@ class Gate:
             await future
         except asyncio.CancelledError:
             if not future.cancelled():  # let in, and cancelled before it could run
-                self._decline(submit=submit)
+                self.decline(submit=submit)
             raise
 
-    def _decline(self, *, submit: bool) -> None:
+    def decline(self, *, submit: bool) -> None:
         """Give a seat back unused, and the rate's token with it."""
         self._tokens += 1
         self.leave(submit=submit)
@@ -144,6 +152,13 @@ class Gate:
         else:
             self._reads -= 1
         self._pump()
+
+    def turn_away(self) -> None:
+        """Tell everybody who waits to submit that the session is closed."""
+        for _, future in self._queues[True]:
+            if not future.done():
+                future.set_exception(SessionClosedError(NOT_SENT))
+        self._queues[True].clear()
 
     def succeeded(self, *, sent_at: float, model: str = "") -> None:
         """An answer came that asks for no patience: widen the slow start.

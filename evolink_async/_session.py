@@ -17,6 +17,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,7 @@ from attrs import NOTHING, NothingType, evolve, field, frozen
 
 from evolink_async import _clock as clocks
 from evolink_async._clock import Clock, LoopClock
-from evolink_async._gate import Gate
+from evolink_async._gate import NOT_SENT, Gate
 from evolink_async._hosts import check_base_url, check_callback_url
 from evolink_async._models import (
     Credits,
@@ -203,6 +204,8 @@ class Session:
         self._slots = asyncio.Semaphore(self._max_in_flight)
         self._release = self._slots.release  # one bound method for all watches
         self._waiting = 0
+        # Submits that wait for their first seat, and those that have had one.
+        self._queued: set[Submission] = set()
         self._posts: dict[asyncio.Task[Watch], Submission] = {}
         self._closed: asyncio.Task[None] | None = None
         # Made by _open, on the loop:
@@ -313,6 +316,7 @@ class Session:
     async def _finish_posts(self, grace: float | None) -> None:
         for _ in range(self._waiting):  # they wake, see that we are closing, and say so
             self._slots.release()
+        self._gate.turn_away()
         for post, submission in self._posts.items():
             if not submission.sending:
                 post.cancel()
@@ -436,7 +440,7 @@ class Session:
         finally:
             self._waiting -= 1
         if self._closing:
-            raise SessionClosedError("the session was closed before this submit; nothing was sent")
+            raise SessionClosedError(NOT_SENT)
 
     async def _post(
         self,
@@ -448,20 +452,27 @@ class Session:
         """Run one POST in an asyncio task of the session's own; holds a slot, gives it on."""
         from evolink_async._transport import Submission  # noqa: PLC0415 - see _open
 
+        loop = asyncio.get_running_loop()
         submission = Submission(request, idempotency_key=key, before_send=before_send)
-        post = asyncio.get_running_loop().create_task(self._submit_and_watch(submission, callback))
-        self._posts[post] = submission
-        post.add_done_callback(self._post_ended)
+        self._queued.add(submission)
         try:
-            return await asyncio.shield(post)
+            await self._gate.take_seat(submit=True)
+        except BaseException:
+            self._slots.release()
+            raise
+        finally:
+            self._queued.discard(submission)
+        submission.seated = True
+        answer: asyncio.Future[Watch] = loop.create_future()
+        post = loop.create_task(self._submit_and_watch(submission, callback))
+        self._posts[post] = submission
+        post.add_done_callback(partial(self._post_ended, answer=answer))
+        try:
+            return await answer
         except asyncio.CancelledError:
-            caller = asyncio.current_task()
-            if post.cancelled() and self._closing and not (caller and caller.cancelling()):
-                raise SessionClosedError(
-                    "the session was closed before this submit; nothing was sent"
-                ) from None
-            post.add_done_callback(lambda post: _log_orphan(post, submission))
-            if not submission.in_air:
+            if post.done():
+                _log_orphan(post, submission)
+            elif not submission.in_air:
                 submission.abandoned = True
                 post.cancel()
             raise
@@ -489,11 +500,22 @@ class Session:
             _tell(callback, watch)
         return watch
 
-    def _post_ended(self, post: asyncio.Task[Watch]) -> None:
-        """Give the slot back unless a watch now has it (also if the task never started)."""
-        del self._posts[post]
-        if post.cancelled() or post.exception() is not None:
+    def _post_ended(self, post: asyncio.Task[Watch], answer: asyncio.Future[Watch]) -> None:
+        """Tell its caller; give slot and seat back (also if the task never started)."""
+        submission = self._posts.pop(post)
+        if submission.seated:
+            self._gate.decline(submit=True)
+        error = SessionClosedError(NOT_SENT) if post.cancelled() else post.exception()
+        if error is not None:
             self._slots.release()
+        if answer.done():
+            _log_orphan(post, submission)
+        elif error is None:
+            answer.set_result(post.result())
+        elif self._closing or not post.cancelled():
+            answer.set_exception(error)
+        else:
+            answer.cancel()
 
     @property
     def closed(self) -> bool:
@@ -507,8 +529,9 @@ class Session:
         They wait for a seat, a cool-down or another attempt: no POST of theirs has left, or
         each that has was surely refused.
         """
-        in_air = {post.idempotency_key for post in self._posts.values() if post.in_air}
-        return frozenset(post.idempotency_key for post in self._posts.values()) - in_air
+        submissions = self._queued.union(self._posts.values())
+        in_air = {each.idempotency_key for each in submissions if each.in_air}
+        return frozenset(each.idempotency_key for each in submissions) - in_air
 
     @property
     def max_in_flight(self) -> int:

@@ -18,7 +18,7 @@ from attrs import define, field, frozen
 from evolink_async import _protocol as protocol
 from evolink_async import _retry as retry
 from evolink_async._clock import Clock, hold
-from evolink_async._gate import Gate
+from evolink_async._gate import NOT_SENT, Gate
 from evolink_async._models import ImageRequest, Page, RawRequest, TaskSnapshot, Timeout
 from evolink_async._proxy import environment_proxy
 from evolink_async._secret import Secret
@@ -85,7 +85,7 @@ class Reading:
     paid: bool = True
 
 
-@define
+@define(eq=False)
 class Submission:
     """One logical submit and how far it has come.
 
@@ -93,6 +93,7 @@ class Submission:
         request: What is asked for.
         idempotency_key: The key it carries.
         before_send: Awaited with the key right before a POST may leave; if it raises, none does.
+        seated: True while it has a seat of the gate that its POST has not taken over.
         in_air: True while a POST of it may have been accepted.
         sending: True while a POST of it waits for its answer.
         abandoned: True once its caller was cancelled before any POST left.
@@ -102,6 +103,7 @@ class Submission:
     request: ImageRequest | RawRequest
     idempotency_key: str = field(kw_only=True)
     before_send: Callable[[str], Awaitable[object]] | None = field(default=None, kw_only=True)
+    seated: bool = field(default=False, init=False)
     in_air: bool = field(default=False, init=False)
     sending: bool = field(default=False, init=False)
     abandoned: bool = field(default=False, init=False)
@@ -366,12 +368,11 @@ class Transport:
 
     async def _post(self, submission: Submission) -> TaskSnapshot:
         request = submission.request
-        await self._gate.enter(submit=True, model=request.model)
+        seated, submission.seated = submission.seated, False
+        await self._gate.enter(submit=True, model=request.model, seated=seated)
         try:
             if self.closing:
-                raise SessionClosedError(
-                    "the session was closed before this submit; nothing was sent"
-                )
+                raise SessionClosedError(NOT_SENT)
             with hold(self._clock):
                 if submission.before_send is not None:
                     await submission.before_send(submission.idempotency_key)
