@@ -403,6 +403,7 @@ async def test_a_submit_cancelled_at_any_moment(
         accepted = {record.id for record in emulator.books.tasks()}
         assert accepted == known
         assert session._slots._value == 32 - len(known)
+        assert session._gate._submits == 0
         if returned[0] is not None and isinstance(returned[0], asyncio.CancelledError):
             assert all(task_id in caplog.text for task_id in known)
 

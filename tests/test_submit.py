@@ -435,6 +435,52 @@ async def test_closing_at_once_in_the_middle_of_a_submit(
     assert caught.value.idempotency_key in caplog.text
 
 
+async def test_waiting_for_a_seat_costs_nothing_yet(
+    server: HostileServer, clock: ManualClock
+) -> None:
+    """Who waits for a connection may be cancelled or closed, and has sent nothing."""
+    arrived = asyncio.Event()
+    server.script = [hang]
+    server.on_request = lambda _: arrived.set()
+    session = connect(server, clock, max_connections=1, max_in_flight=4)
+    submits = [asyncio.create_task(session.submit("A lake")) for _ in range(4)]
+    await arrived.wait()
+    assert len(session.unsent) == 3
+    submits[3].cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await submits[3]
+    assert len(session.unsent) == 2
+    assert session._slots._value == 1
+    close = asyncio.create_task(session.aclose())
+    for submit in submits[1:3]:
+        with pytest.raises(SessionClosedError, match="nothing was sent"):
+            await submit
+    assert not submits[0].done()
+    close.cancel()
+    with pytest.raises(SubmitUncertainError):
+        await submits[0]
+    await asyncio.gather(close, return_exceptions=True)
+    assert len(server.posts) == 1
+    assert session._slots._value >= 4
+    assert session._gate.waiting == 0
+
+
+async def test_a_post_that_never_began_gives_its_seat_back(
+    server: HostileServer, clock: ManualClock
+) -> None:
+    """Somebody who cancels all tasks of the loop leaves the session usable."""
+    server.script, server.reads = [OK], [DONE]
+    async with connect(server, clock, max_connections=1, max_in_flight=1) as session:
+        submit = asyncio.create_task(session.submit("A lake"))
+        await asyncio.sleep(0)
+        (post,) = session._posts
+        post.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await submit
+        assert server.posts == []
+        await session.submit("A lake")
+
+
 async def test_closing_wakes_those_who_wait_to_submit(
     server: HostileServer, clock: ManualClock
 ) -> None:
