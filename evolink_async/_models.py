@@ -10,7 +10,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Self
 
 from attrs import field, fields, frozen
@@ -478,28 +478,20 @@ def _respelled(body: bytes | str) -> str:
 class Page:
     """A batch answer, kept once for all of its tasks that go on.
 
-    Thousands of them are read a second and hardly any is looked at: a snapshot is made for
-    who asks, from the few words kept beside the body.
+    Thousands of them are read a second and hardly any is looked at: nothing is made of it
+    before somebody asks.
 
     With many tasks running the bodies are most of what they hold: beyond `_ROOM` bytes of
     them in this process, new ones are kept compressed.
     """
 
-    __slots__ = ("_body", "_ids", "_packed", "_places", "_progress", "_words")
+    __slots__ = ("_body", "_index", "_packed", "_read")
     _plain = 0
 
-    def __init__(
-        self,
-        body: bytes,
-        ids: Sequence[str] = (),
-        *,
-        places: Sequence[int | None] = (),
-        words: Sequence[str | None] = (),
-        progress: Sequence[object] = (),
-    ) -> None:
-        """A page of the tasks *ids*: where in the answer's ``data``, their status and progress."""
-        self._ids, self._places = ids, places
-        self._words, self._progress = words, progress
+    def __init__(self, body: bytes, read: Callable[[bytes], PageIndex] = lambda _: {}) -> None:
+        """A page of the answer *body*; *read* finds the tasks in it when somebody asks."""
+        self._read = read
+        self._index: PageIndex | None = None
         self._packed = Page._plain > _ROOM
         self._body = zlib.compress(body, 1) if self._packed else body
         if not self._packed:
@@ -522,18 +514,14 @@ class Page:
 
     def snapshot(self, task_id: str) -> TaskSnapshot:
         """What the answer says of a task that goes on."""
-        row = self._ids.index(task_id)
-        place, word = self._places[row], self._words[row]
-        if place is None or word is None:  # pragma: no cover - it does not go on by this page
-            raise AssertionError(task_id)
-        return TaskSnapshot(
-            task_id,
-            status=word,
-            progress=_percent(self._progress[row]),
-            body=(self, place),
-        )
+        if self._index is None:
+            self._index = self._read(self._text())
+        place, status, progress = self._index[task_id]
+        return TaskSnapshot(task_id, status=status, progress=_percent(progress), body=(self, place))
 
 
+PageIndex = dict[str, tuple[int, str, object]]
+"""Where in an answer's ``data`` a task is, its status and its progress, by id."""
 _ROOM: Final = 3 << 20
 
 

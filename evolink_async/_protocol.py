@@ -12,7 +12,7 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from email.utils import formatdate, parsedate_to_datetime
 from enum import Enum
 from typing import Any, Final
@@ -20,7 +20,7 @@ from typing import Any, Final
 from attrs import frozen
 
 from evolink_async import errors
-from evolink_async._models import RUNNING, Page, TaskSnapshot, load_json, parse_json
+from evolink_async._models import RUNNING, Page, PageIndex, TaskSnapshot, load_json, parse_json
 from evolink_async._text import printable, shown
 from evolink_async.errors import (
     APIConnectionError,
@@ -230,10 +230,6 @@ _LONG_TASK: Final = 4096
 """Bytes per task of a batch answer from which each task keeps a text of its own."""
 
 
-_WORDS: Final[dict[str | None, str]] = {word: word for word in RUNNING}
-"""One string per status, where each answer brings its own."""
-
-
 def read_tasks(
     body: bytes, ids: tuple[str, ...]
 ) -> tuple[Page | None, dict[str, TaskSnapshot | EvolinkError | None]]:
@@ -264,16 +260,18 @@ def _skimmed(
     if rows is None:
         return None
     places = _places([row.id for row in rows], ids)
-    found = rows if places == range(len(rows)) else [p if p is None else rows[p] for p in places]
-    words = [None if row is None else row.status for row in found]
-    progress = [None if row is None else row.progress for row in found]
-    texts: list[Any] = []
+    odd = _odd(ids, places, [row.status for row in rows])
+    texts = _skim.texts(body) if odd else []
+    others = {
+        task_id: None if place is None else _read_one(load_json(bytes(texts[place])))
+        for task_id, place in odd
+    }
+    return Page(body, _skimmed_index), others
 
-    def task(place: int) -> Any:
-        texts[:] = texts or _skim.texts(body)
-        return load_json(bytes(texts[place]))
 
-    return _sorted_out(body, ids, places=places, words=words, progress=progress, task=task)
+def _skimmed_index(body: bytes) -> PageIndex:
+    rows = _skim.rows(body) or []
+    return _index((row.id, row.status, row.progress) for row in rows)
 
 
 def _parsed(
@@ -282,31 +280,37 @@ def _parsed(
     """The same from any answer, parsed whole."""
     data = _data_of(body)
     places = _places(list(map(_id_of, data)), ids)
-    tasks = [None if place is None else data[place] for place in places]
-    words = [None if task is None else _text_of(task.get("status")) for task in tasks]
-    progress = [None if task is None else task.get("progress") for task in tasks]
-    return _sorted_out(
-        body, ids, places=places, words=words, progress=progress, task=data.__getitem__
+    odd = _odd(ids, places, list(map(_status_of, data)))
+    others = {task_id: None if place is None else _read_one(data[place]) for task_id, place in odd}
+    return Page(body, _parsed_index), others
+
+
+def _parsed_index(body: bytes) -> PageIndex:
+    data = _data_of(body)
+    return _index(
+        (_id_of(task), _status_of(task), task.get("progress") if type(task) is dict else None)
+        for task in data
     )
 
 
-def _sorted_out(
-    body: bytes,
-    ids: tuple[str, ...],
-    *,
-    places: Sequence[int | None],
-    words: list[str | None],
-    progress: Sequence[object],
-    task: Callable[[int], Any],
-) -> tuple[Page, dict[str, TaskSnapshot | EvolinkError | None]]:
-    """The tasks that go on, by their status in *words*, and by id all others."""
-    going = list(map(_WORDS.get, words))
-    others: dict[str, TaskSnapshot | EvolinkError | None] = {}
-    if None in going:
-        for row in [row for row, word in enumerate(going) if word is None]:
-            place = places[row]
-            others[ids[row]] = None if place is None else _read_one(task(place))
-    return Page(body, ids, places=places, words=going, progress=progress), others
+def _index(tasks: Iterable[tuple[object, object, object]]) -> PageIndex:
+    """Where the tasks of an answer are that go on; of duplicates the first."""
+    index: PageIndex = {}
+    for place, (task_id, status, progress) in enumerate(tasks):
+        if type(task_id) is str and type(status) is str:
+            index.setdefault(task_id, (place, status, progress))
+    return index
+
+
+def _odd(
+    ids: tuple[str, ...], places: Sequence[int | None], words: list[str | None]
+) -> list[tuple[str, int | None]]:
+    """Those of *ids*, and where they are, that do not go on, by the status at each place."""
+    return [
+        (task_id, place)
+        for task_id, place in zip(ids, places, strict=True)
+        if place is None or words[place] not in RUNNING
+    ]
 
 
 def _data_of(body: bytes) -> list[Any]:
@@ -317,12 +321,13 @@ def _data_of(body: bytes) -> list[Any]:
     return data
 
 
-def _text_of(value: object) -> str | None:
-    return value if type(value) is str else None
-
-
 def _id_of(task: object) -> object:
     return task.get("id") if type(task) is dict else None
+
+
+def _status_of(task: object) -> str | None:
+    word = task.get("status") if type(task) is dict else None
+    return word if type(word) is str else None
 
 
 def _places(found: list[Any], ids: tuple[str, ...]) -> Sequence[int | None]:
