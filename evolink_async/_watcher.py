@@ -401,22 +401,19 @@ class Watcher:
             self._wake.clear()
             now = self._clock.now()
             self._notice_resume(now)
-            at = self._next_event(now)
-            if at > now:
-                if logger.isEnabledFor(logging.DEBUG):
-                    self._log_wait(now)
-                self._alarm.set(at)
-                await self._wake.wait()
-                continue
             if self._next_deadline() <= now:
                 self._give_up_late(now)
             if self._may_read(now) and (groups := self._take(now)):
-                batch = [watch for group in groups for watch in group.watches]
-                task = asyncio.get_running_loop().create_task(self._read(groups, batch))
+                task = asyncio.get_running_loop().create_task(self._read(groups))
                 self._readings.add(task)
                 task.add_done_callback(self._reading_ended)
                 if self._paced:  # let it take its token, or others would queue behind it
                     await asyncio.sleep(0)
+            elif (at := self._next_event(now)) > now:
+                if logger.isEnabledFor(logging.DEBUG):
+                    self._log_wait(now)
+                self._alarm.set(at)
+                await self._wake.wait()
 
     def _next_event(self, now: float) -> float:
         """When the loop has something to do, infinity if only others can say."""
@@ -495,25 +492,26 @@ class Watcher:
             self._pacer.shared.saw_read(now, seats)
         return groups
 
-    async def _read(self, groups: list[Group], batch: list[Watch]) -> None:
-        reading = await self._reader.fetch(tuple([watch.id for watch in batch]))
+    async def _read(self, groups: list[Group]) -> None:
+        ids = tuple([watch.id for group in groups for watch in group.watches])
+        if not ids:  # they have just been given up
+            return
+        reading = await self._reader.fetch(ids)
         if self._fresh_start and any(
             isinstance(answer, APIConnectionError) for answer in reading.answers.values()
         ):
             # The first read after the machine slept went out on a dead connection.
             self._fresh_start = False
-            for watch in batch:
+            for watch in _watches_of(groups):
                 self._look_again(watch)
             return
         self._fresh_start = False
         failed = [a for a in reading.answers.values() if isinstance(a, EvolinkError)]
         if failed:
-            logger.warning(
-                "a read failed for %d of %d tasks: %s", len(failed), len(batch), failed[0]
-            )
+            logger.warning("a read failed for %d of %d tasks: %s", len(failed), len(ids), failed[0])
         price = self._pacer.shared.price(len(self._live))
         if reading.page is None or logger.isEnabledFor(logging.DEBUG):
-            self._apply_each(batch, reading, price)
+            self._apply_each(_watches_of(groups), reading, price)
         else:
             self._apply_page(groups, reading, reading.page, price)
 
@@ -746,8 +744,10 @@ class Watcher:
                     self._push(self._shared, group, sooner)
 
     def _reading_ended(self, task: asyncio.Task[None]) -> None:
+        if len(self._readings) >= self._max_reads or not self._live:
+            self._wake.set()  # the others waited for this one, or there are none
         self._readings.discard(task)
-        self._wake.set()
+        self._notice_resume(self._clock.now())
         if not task.cancelled() and (crash := task.exception()) is not None:
             self._crash(crash)
 
@@ -827,6 +827,10 @@ class Alarm:
 def differs(seen: TaskSnapshot | None, new: TaskSnapshot) -> bool:
     """True if *new* is news to who has *seen* the other: its status or progress."""
     return seen is None or (seen.status, seen.progress) != (new.status, new.progress)
+
+
+def _watches_of(groups: list[Group]) -> list[Watch]:
+    return [watch for group in groups for watch in group.watches]
 
 
 def _due(queue: DueQueue) -> float:
