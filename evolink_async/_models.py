@@ -304,7 +304,9 @@ def as_request(request: object, /, **given: Any) -> ImageRequest | RawRequest:
         RequestValidationError: It is none of these, or breaks a rule of the API's page.
     """
     if isinstance(request, str):
-        return ImageRequest.from_json({"prompt": request, **given})
+        return (
+            ImageRequest.from_json({"prompt": request, **given}) if given else ImageRequest(request)
+        )
     if isinstance(request, Mapping):
         value = {**request, **given}
         return RawRequest.from_json(value) if "path" in value else ImageRequest.from_json(value)

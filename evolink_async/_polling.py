@@ -58,10 +58,11 @@ PRIOR_REST: Final = 0.1
 """What is left of the prior for good; the rest is forgotten with the data of its time."""
 
 MEMORY: Final = 50
-ENDS_PER_LEARNING: Final = 25
-"""The hazard is computed anew after a 25th of the memory in ends."""
+ENDS_PER_LEARNING: Final = 2
+CROWD_PER_LEARNING: Final = 3
+"""The hazard is computed anew after so many ends: in a crowd a third of those running."""
 LOOKS_PER_LEARNING: Final = 100
-ROUNDS_PER_LEARNING: Final = 3
+ROUNDS_PER_LEARNING: Final = 8
 """Or after so many looks at each running task, if that is more."""
 
 WHISPER: Final = 1e-3
@@ -76,8 +77,10 @@ SURPRISE_KEEPS: Final = 0.1
 
 FIRST_USEFULNESS: Final = 0.5
 USEFULNESS_RATE: Final = 0.1
-SHARED_DISCOUNT: Final = 0.2
-"""Looks a little early cost a shared read little and save delay where belief is wrong."""
+CROWD_DISCOUNT: Final = 0.3
+"""Where one read is not enough for all tasks, reads go out in bursts, each for less."""
+LONE_SURCHARGE: Final = 0.4
+"""Where it is, it wakes the machine for itself, which costs as much as the read."""
 
 MODELS_KEPT: Final = 64
 MAX_WEIGHT: Final = 1e6
@@ -501,8 +504,9 @@ class DurationModel:
         self._new_ends, self._new_risk = _bare(count), _bare(count)
         self._whole, self._part = _bare(count), _bare(count)
         self._fresh = self._looks = 0
-        few = self._running // 2  # nearly each of the first ends, but not in a crowd
-        self._enough_ends = max(1, (self._memory if self._seen > 20 else few) // ENDS_PER_LEARNING)
+        crowd = self._running // CROWD_PER_LEARNING
+        # After each of the first ends, but not in a crowd.
+        self._enough_ends = max(ENDS_PER_LEARNING, crowd) if self._seen > 20 else max(1, crowd // 4)
         self._enough_looks = max(LOOKS_PER_LEARNING, ROUNDS_PER_LEARNING * self._running)
 
     def _move_prior(self) -> None:
@@ -624,7 +628,9 @@ class SharedReads:
     def price(self, running: int) -> float:
         """Seconds of delay that one seat is worth while *running* tasks are watched."""
         share = self.share(running)
-        return self.base_price / share * (1 - SHARED_DISCOUNT * (1 - 1 / share))
+        others = max(0.0, 1 - self.limit / running) if running else 0.0
+        extra = (LONE_SURCHARGE * (1 - others) - CROWD_DISCOUNT * others) * (1 - 1 / share)
+        return self.base_price / share * (1 + extra)
 
     def saw_read(self, now: float, seats: Sequence[tuple[float, float, int]]) -> None:
         """A read is sent *now* with so many seats each for tasks of (last look, due, tasks)."""

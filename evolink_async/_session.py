@@ -48,6 +48,7 @@ from evolink_async._protocol import (
 )
 from evolink_async._retry import RetryPolicy
 from evolink_async._secret import Secret
+from evolink_async._submission import Submission
 from evolink_async._task import Task
 from evolink_async._text import shown
 from evolink_async._watch import Watch
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
     import aiohttp
 
     from evolink_async._results import ResultClient
-    from evolink_async._transport import Submission, Transport
+    from evolink_async._transport import Transport
 
 __all__ = ["BeforeSend", "CallbackSource", "Outcome", "Session", "Stats"]
 
@@ -450,8 +451,6 @@ class Session:
         callback: Callback,
     ) -> Watch:
         """Run one POST in an asyncio task of the session's own; holds a slot, gives it on."""
-        from evolink_async._transport import Submission  # noqa: PLC0415 - see _open
-
         loop = asyncio.get_running_loop()
         submission = Submission(request, idempotency_key=key, before_send=before_send)
         self._queued.add(submission)

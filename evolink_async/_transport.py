@@ -19,9 +19,10 @@ from evolink_async import _protocol as protocol
 from evolink_async import _retry as retry
 from evolink_async._clock import Clock, hold
 from evolink_async._gate import NOT_SENT, Gate
-from evolink_async._models import ImageRequest, Page, RawRequest, TaskSnapshot, Timeout
+from evolink_async._models import Page, TaskSnapshot, Timeout
 from evolink_async._proxy import environment_proxy
 from evolink_async._secret import Secret
+from evolink_async._submission import Submission
 from evolink_async._text import printable
 from evolink_async.errors import (
     APIConnectionError,
@@ -31,10 +32,9 @@ from evolink_async.errors import (
     EvolinkError,
     InvalidResponseError,
     SessionClosedError,
-    SubmitUncertainError,
 )
 
-__all__ = ["Answer", "Counters", "Reading", "Submission", "Transport"]
+__all__ = ["Answer", "Counters", "Reading", "Transport"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -83,42 +83,6 @@ class Reading:
     single: bool
     page: Page | None = None
     paid: bool = True
-
-
-@define(eq=False)
-class Submission:
-    """One logical submit and how far it has come.
-
-    Attributes:
-        request: What is asked for.
-        idempotency_key: The key it carries.
-        before_send: Awaited with the key right before a POST may leave; if it raises, none does.
-        seated: True while it has a seat of the gate that its POST has not taken over.
-        in_air: True while a POST of it may have been accepted.
-        sending: True while a POST of it waits for its answer.
-        abandoned: True once its caller was cancelled before any POST left.
-        sent_at: When the last POST was sent, on the session's clock.
-    """
-
-    request: ImageRequest | RawRequest
-    idempotency_key: str = field(kw_only=True)
-    before_send: Callable[[str], Awaitable[object]] | None = field(default=None, kw_only=True)
-    seated: bool = field(default=False, init=False)
-    in_air: bool = field(default=False, init=False)
-    sending: bool = field(default=False, init=False)
-    abandoned: bool = field(default=False, init=False)
-    sent_at: float = field(default=0.0, init=False)
-
-    def uncertain(self, why: object) -> SubmitUncertainError:
-        """The error for a POST whose outcome nobody knows."""
-        return SubmitUncertainError(
-            f"the submit with idempotency key {self.idempotency_key} may have been accepted and "
-            f"charged, but no usable answer came ({why}); nothing was resent. Submit "
-            f"error.request again with idempotency_key=error.idempotency_key to ask for the "
-            f"first answer, or look for the task in session.list()",
-            request=self.request,
-            idempotency_key=self.idempotency_key,
-        )
 
 
 @define
@@ -495,10 +459,10 @@ class Transport:
         """Seconds until a task whose read failed so often in a row is read again."""
         return self._policy.wait_after(failures) if paid else self._policy.wait_max
 
-    async def _retrying(
+    def _retrying(
         self, attempt: Callable[[], Awaitable[T]], again: Callable[[EvolinkError], bool]
-    ) -> T:
-        return await retry.run(
+    ) -> Awaitable[T]:
+        return retry.run(
             attempt,
             policy=self._policy,
             budget=self._budget,

@@ -65,7 +65,7 @@ _WIDTH: Final = 0.5
 """Shortest intervals between the submits of a cohort's first and last task."""
 _MOST: Final = 50
 """Tasks that wait for their first look together."""
-_TEMPO: Final = 1.0
+_TEMPO: Final = 2.5
 """Shortest intervals from one burst of reads to the next."""
 _ENDS_AT_ONCE: Final = 500
 """Tasks that closing ends before others may run."""
@@ -365,6 +365,7 @@ class Watcher:
         cohort, group = watch.cohort, watch.group
         price = self._price(cohort, self._pacer.shared.price(len(self._live)))
         due = cohort.started + cohort.schedule.next_age(0.0, price)
+        due = self._on_beat(due, cohort.started)
         if due < cohort.deadline:
             cohort.unread = group
             self._push(self._shared, group, due)
@@ -409,18 +410,18 @@ class Watcher:
                 task.add_done_callback(self._reading_ended)
                 if self._paced:  # let it take its token, or others would queue behind it
                     await asyncio.sleep(0)
-            elif (at := self._next_event(now)) > now:
+            elif (at := self._next_event()) > now:
                 if logger.isEnabledFor(logging.DEBUG):
                     self._log_wait(now)
                 self._alarm.set(at)
                 await self._wake.wait()
 
-    def _next_event(self, now: float) -> float:
+    def _next_event(self) -> float:
         """When the loop has something to do, infinity if only others can say."""
         if len(self._readings) >= self._max_reads:
             return self._next_deadline()
         due = min(_due(self._shared), _due(self._single))
-        return min(self._next_deadline(), max(self._beat(due, now), self._ready_at()))
+        return min(self._next_deadline(), max(due, self._ready_at()))
 
     def _log_wait(self, now: float) -> None:
         """Say why nothing is read although something is due."""
@@ -439,17 +440,6 @@ class Watcher:
             return math.inf
         return max(self._first_deadline, self._swept_at + self._policy.min_interval)
 
-    def _beat(self, due: float, now: float) -> float:
-        """When to read what is due at *due*: then, or together with others due about then.
-
-        A request by itself costs the machine twice what it costs in a burst. Where one
-        request is not enough for all tasks, those that follow each other closely go out on
-        the same beat, half of them a little early, half a little late.
-        """
-        if due <= now or due == math.inf or len(self._live) <= self._reader.read_limit:
-            return due
-        return max(now, math.floor(due / self._tempo + 0.5) * self._tempo)
-
     def _may_read(self, now: float) -> bool:
         return len(self._readings) < self._max_reads and self._ready_at() <= now
 
@@ -462,8 +452,7 @@ class Watcher:
 
     def _take(self, now: float) -> list[Group]:
         """The tasks due earliest, due or not: as many as one reading can ask for."""
-        shared = self._beat(_due(self._shared), now)
-        single = self._beat(_due(self._single), now)
+        shared, single = _due(self._shared), _due(self._single)
         if single <= now and single <= shared:
             group = self._single.pop()
             group.due = READING
@@ -547,9 +536,20 @@ class Watcher:
     def _next_look(self, cohort: Cohort, reading: _Reading, price: float, looks: int) -> float:
         age = reading.sent_at - cohort.started
         price = self._price(cohort, price)
-        return max(
-            reading.received_at, cohort.started + cohort.schedule.next_age(age, price, looks)
-        )
+        due = cohort.started + cohort.schedule.next_age(age, price, looks)
+        return max(reading.received_at, self._on_beat(due, reading.sent_at))
+
+    def _on_beat(self, due: float, looked: float) -> float:
+        """When to look at what is due at *due*: then, or together with others due about then.
+
+        A request by itself costs the machine twice what it costs in a burst. Where one
+        request is not enough for all tasks, those that follow each other closely go out on
+        the same beat, half of them a little early, half a little late.
+        """
+        if len(self._live) <= self._reader.read_limit:
+            return due
+        beat = math.floor(due / self._tempo + 0.5) * self._tempo
+        return beat if beat >= looked + self._policy.min_interval else beat + self._tempo
 
     def _queue_again(self, group: Group, due: float) -> None:
         """Queue tasks that were looked at together."""

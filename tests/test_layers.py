@@ -29,8 +29,9 @@ FLOORS: dict[str, str] = {
     # 2: the network, the disk, the loop; knows no session
     "_proxy": "errors _text _hosts",
     "_retry": "errors _protocol _text _clock",
+    "_submission": "errors _models",
     "_gate": "errors _text _clock _retry",
-    "_transport": f"errors _models _protocol _retry _gate _proxy {PLAIN}",
+    "_transport": f"errors _models _protocol _retry _gate _submission _proxy {PLAIN}",
     "_download": "errors _models _text _hosts",
     "_results": "errors _text _hosts _proxy _download",
     "_watch": "errors _models _polling",
@@ -39,7 +40,7 @@ FLOORS: dict[str, str] = {
     # 3: what a user holds
     "_task": f"errors _models _watch _watcher _download {PLAIN}",
     "_session": (
-        "errors _models _polling _protocol _retry _gate _transport _results _download "
+        "errors _models _polling _protocol _retry _gate _submission _transport _results _download "
         f"_watch _watcher _task {PLAIN}"
     ),
     # 4: side topics
