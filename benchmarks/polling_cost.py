@@ -289,9 +289,9 @@ class Watcher:
         self.queue(seat, seat.submitted + self.schedule.next_age(0.0, price))
 
     def queue(self, seat: Seat, due: float) -> None:
-        seat.due = due
+        seat.due = self.pacer.shared.on_beat(due, seat.last_look, self.running)
         self.order += 1
-        heappush(self.heap, (due, self.order, seat))
+        heappush(self.heap, (seat.due, self.order, seat))
 
     def read(self, now: float) -> list[Seat]:
         """One request for the earliest-due tasks; returns those that have ended."""

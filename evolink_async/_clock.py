@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 __all__ = ["Clock", "LoopClock", "default", "hold"]
 
@@ -45,4 +45,7 @@ default: Callable[[], Clock] = LoopClock
 def hold(clock: Clock) -> AbstractContextManager[object]:
     """*clock* held still, if it can be."""
     holder = getattr(clock, "hold", None)
-    return holder() if holder is not None else nullcontext()
+    return holder() if holder is not None else _NOTHING
+
+
+_NOTHING: Final = nullcontext()

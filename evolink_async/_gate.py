@@ -115,21 +115,22 @@ class Gate:
         while True:
             if not seated:
                 await self.take_seat(submit=submit)
-            if not (submit and self._is_held(model)):
+            if not (submit and self.is_held(model)):
                 return
             seated = False
             self.decline(submit=submit)
             await self._clock.sleep_until(self._held[model].until)
 
-    def _is_held(self, model: str) -> bool:
+    def is_held(self, model: str) -> bool:
+        """Whether submits of *model* wait for a cool-down of its own."""
         held = self._held.get(model)
         return held is not None and held.until > self._clock.now()
 
     async def take_seat(self, *, submit: bool) -> None:
         """Wait for a seat, whatever the model."""
-        queue = self._queues[submit]
-        if self._next() is None and self._try(submit=submit):
+        if self.find_seat(submit=submit):
             return
+        queue = self._queues[submit]
         future = asyncio.get_running_loop().create_future()
         queue.append((next(self._order), future))
         self._pump()
@@ -139,6 +140,10 @@ class Gate:
             if not future.cancelled():  # let in, and cancelled before it could run
                 self.decline(submit=submit)
             raise
+
+    def find_seat(self, *, submit: bool) -> bool:
+        """Take a seat if there is one for who has to wait for nobody."""
+        return self._next() is None and self._try(submit=submit)
 
     def decline(self, *, submit: bool) -> None:
         """Give a seat back unused, and the rate's token with it."""

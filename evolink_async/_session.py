@@ -17,7 +17,6 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -463,9 +462,10 @@ class Session:
             self._queued.discard(submission)
         submission.seated = True
         answer: asyncio.Future[Watch] = loop.create_future()
+        submission.answer = answer
         post = loop.create_task(self._submit_and_watch(submission, callback))
         self._posts[post] = submission
-        post.add_done_callback(partial(self._post_ended, answer=answer))
+        post.add_done_callback(self._post_ended)
         try:
             return await answer
         except asyncio.CancelledError:
@@ -499,15 +499,16 @@ class Session:
             _tell(callback, watch)
         return watch
 
-    def _post_ended(self, post: asyncio.Task[Watch], answer: asyncio.Future[Watch]) -> None:
+    def _post_ended(self, post: asyncio.Task[Watch]) -> None:
         """Tell its caller; give slot and seat back (also if the task never started)."""
         submission = self._posts.pop(post)
+        answer = submission.answer
         if submission.seated:
             self._gate.decline(submit=True)
         error = SessionClosedError(NOT_SENT) if post.cancelled() else post.exception()
         if error is not None:
             self._slots.release()
-        if answer.done():
+        if answer is None or answer.done():
             _log_orphan(post, submission)
         elif error is None:
             answer.set_result(post.result())

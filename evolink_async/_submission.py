@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from attrs import define, field
 
 from evolink_async._models import ImageRequest, RawRequest
-from evolink_async.errors import SubmitUncertainError
+from evolink_async._watch import Watch
+from evolink_async.errors import EvolinkError, SubmitUncertainError
 
 __all__ = ["Submission"]
 
@@ -25,6 +27,8 @@ class Submission:
         sending: True while a POST of it waits for its answer.
         abandoned: True once its caller was cancelled before any POST left.
         sent_at: When the last POST was sent, on the session's clock.
+        doubt: Why a POST of it may have been accepted although no usable answer came.
+        answer: Where its caller waits for the task.
     """
 
     request: ImageRequest | RawRequest
@@ -35,6 +39,8 @@ class Submission:
     sending: bool = field(default=False, init=False)
     abandoned: bool = field(default=False, init=False)
     sent_at: float = field(default=0.0, init=False)
+    doubt: EvolinkError | None = field(default=None, init=False)
+    answer: asyncio.Future[Watch] | None = field(default=None, init=False)
 
     def uncertain(self, why: object) -> SubmitUncertainError:
         """The error for a POST whose outcome nobody knows."""

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any, Final, Self, TypeVar
 
 import aiohttp
@@ -297,43 +298,53 @@ class Transport:
             SubmitUncertainError: It may have been accepted.
             EvolinkError: It was not.
         """
-        doubt: list[EvolinkError] = []
-
-        async def attempt() -> TaskSnapshot:
-            try:
-                snapshot = await self._post(submission)
-            except EvolinkError as exc:
-                fate = protocol.rule_of(exc)[1]
-                if fate is protocol.Submit.UNCERTAIN:
-                    doubt.append(exc)
-                elif fate is protocol.Submit.RESEND and getattr(exc, "replayed", False):
-                    # The stored answer to the first POST under this key: it was refused.
-                    doubt.clear()
-                    submission.idempotency_key = protocol.new_idempotency_key()
-                submission.in_air = bool(doubt)
-                raise
-            submission.in_air = False
-            return snapshot
-
+        started = self._clock.now()
         try:
-            return await self._retrying(attempt, lambda exc: self._may_resend(exc, doubt))
+            # Nearly all succeed at once, and need nothing of what trying again takes.
+            try:
+                return await self._attempt(submission)
+            except EvolinkError as exc:
+                again = self._retrying(
+                    partial(self._attempt, submission),
+                    partial(self._may_resend, submission),
+                    failed=exc,
+                    since=started,
+                )
+            return await again
         except Exception:  # also what before_send raised: an earlier POST stays uncertain
-            if doubt:
-                raise submission.uncertain(doubt[0]) from doubt[0]
+            if submission.doubt is not None:
+                raise submission.uncertain(submission.doubt) from submission.doubt
             raise
 
-    def _may_resend(self, exc: EvolinkError, doubt: list[EvolinkError]) -> bool:
+    async def _attempt(self, submission: Submission) -> TaskSnapshot:
+        try:
+            snapshot = await self._post(submission)
+        except EvolinkError as exc:
+            fate = protocol.rule_of(exc)[1]
+            if fate is protocol.Submit.UNCERTAIN:
+                submission.doubt = submission.doubt or exc
+            elif fate is protocol.Submit.RESEND and getattr(exc, "replayed", False):
+                # The stored answer to the first POST under this key: it was refused.
+                submission.doubt = None
+                submission.idempotency_key = protocol.new_idempotency_key()
+            submission.in_air = submission.doubt is not None
+            raise
+        submission.in_air = False
+        return snapshot
+
+    def _may_resend(self, submission: Submission, exc: EvolinkError) -> bool:
         fate = protocol.rule_of(exc)[1]
         if self.closing or fate is protocol.Submit.REFUSED or _too_patient(exc):
             return False
-        if fate is protocol.Submit.UNCERTAIN or doubt:
+        if fate is protocol.Submit.UNCERTAIN or submission.doubt is not None:
             return self._policy.resend_uncertain
         return True
 
     async def _post(self, submission: Submission) -> TaskSnapshot:
         request = submission.request
         seated, submission.seated = submission.seated, False
-        await self._gate.enter(submit=True, model=request.model, seated=seated)
+        if not seated or self._gate.is_held(request.model):
+            await self._gate.enter(submit=True, model=request.model, seated=seated)
         try:
             if self.closing:
                 raise SessionClosedError(NOT_SENT)
@@ -362,7 +373,8 @@ class Transport:
     async def fetch(self, ids: tuple[str, ...]) -> Reading:
         """Read tasks once. Never raises for an id: what went wrong is its answer."""
         single = len(ids) == 1
-        await self._gate.enter()
+        if not self._gate.find_seat(submit=False):
+            await self._gate.enter()
         sent_at = self._clock.now()
         answers: Mapping[str, TaskSnapshot | EvolinkError | None]
         page: Page | None = None
@@ -460,7 +472,10 @@ class Transport:
         return self._policy.wait_after(failures) if paid else self._policy.wait_max
 
     def _retrying(
-        self, attempt: Callable[[], Awaitable[T]], again: Callable[[EvolinkError], bool]
+        self,
+        attempt: Callable[[], Awaitable[T]],
+        again: Callable[[EvolinkError], bool],
+        **first: Any,
     ) -> Awaitable[T]:
         return retry.run(
             attempt,
@@ -469,6 +484,7 @@ class Transport:
             clock=self._clock,
             again=again,
             before_retry=self._log_retry,
+            **first,
         )
 
     def _log_retry(self, error: EvolinkError, wait: float) -> None:
@@ -492,13 +508,15 @@ class _TooLargeError(ValueError):
 
 async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
     """The whole body, decompressed, counted while it streams."""
-    chunks = bytearray()
+    chunks: list[bytes] = []
+    size = 0
     async for chunk in response.content.iter_any():
-        chunks += chunk
-        if len(chunks) > limit:
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > limit:
             response.close()
             raise _TooLargeError
-    return bytes(chunks)
+    return b"".join(chunks)
 
 
 def _unescaped(body: bytes) -> bytes:

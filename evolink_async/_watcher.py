@@ -65,8 +65,6 @@ _WIDTH: Final = 0.5
 """Shortest intervals between the submits of a cohort's first and last task."""
 _MOST: Final = 50
 """Tasks that wait for their first look together."""
-_TEMPO: Final = 2.5
-"""Shortest intervals from one burst of reads to the next."""
 _ENDS_AT_ONCE: Final = 500
 """Tasks that closing ends before others may run."""
 _KINDS: Final = 64
@@ -133,7 +131,6 @@ class Watcher:
         self._ready_at = ready_at
         self._max_reads = max_reads
         self._paced = paced
-        self._tempo = policy.min_interval * _TEMPO
         self._live: dict[str, Watch] = {}
         # Of tasks that share readings, and of those that must be read singly.
         self._shared, self._single = DueQueue(), DueQueue()
@@ -365,7 +362,7 @@ class Watcher:
         cohort, group = watch.cohort, watch.group
         price = self._price(cohort, self._pacer.shared.price(len(self._live)))
         due = cohort.started + cohort.schedule.next_age(0.0, price)
-        due = self._on_beat(due, cohort.started)
+        due = self._pacer.shared.on_beat(due, cohort.started, len(self._live))
         if due < cohort.deadline:
             cohort.unread = group
             self._push(self._shared, group, due)
@@ -537,19 +534,8 @@ class Watcher:
         age = reading.sent_at - cohort.started
         price = self._price(cohort, price)
         due = cohort.started + cohort.schedule.next_age(age, price, looks)
-        return max(reading.received_at, self._on_beat(due, reading.sent_at))
-
-    def _on_beat(self, due: float, looked: float) -> float:
-        """When to look at what is due at *due*: then, or together with others due about then.
-
-        A request by itself costs the machine twice what it costs in a burst. Where one
-        request is not enough for all tasks, those that follow each other closely go out on
-        the same beat, half of them a little early, half a little late.
-        """
-        if len(self._live) <= self._reader.read_limit:
-            return due
-        beat = math.floor(due / self._tempo + 0.5) * self._tempo
-        return beat if beat >= looked + self._policy.min_interval else beat + self._tempo
+        due = self._pacer.shared.on_beat(due, reading.sent_at, len(self._live))
+        return max(reading.received_at, due)
 
     def _queue_again(self, group: Group, due: float) -> None:
         """Queue tasks that were looked at together."""

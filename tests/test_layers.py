@@ -29,12 +29,12 @@ FLOORS: dict[str, str] = {
     # 2: the network, the disk, the loop; knows no session
     "_proxy": "errors _text _hosts",
     "_retry": "errors _protocol _text _clock",
-    "_submission": "errors _models",
+    "_watch": "errors _models _polling",
+    "_submission": "errors _models _watch",
     "_gate": "errors _text _clock _retry",
     "_transport": f"errors _models _protocol _retry _gate _submission _proxy {PLAIN}",
     "_download": "errors _models _text _hosts",
     "_results": "errors _text _hosts _proxy _download",
-    "_watch": "errors _models _polling",
     "_watcher": "errors _models _polling _protocol _watch _text _clock",
     "_ledger": "errors _text",
     # 3: what a user holds
