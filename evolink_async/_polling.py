@@ -141,7 +141,8 @@ class PollPolicy:
         price: Seconds of delay that one read is worth. More means fewer reads and later
             news; 0.5 is about five reads and two seconds for a lone 27 s generation. A
             read of many tasks is shared by them, and so is its price.
-        min_interval: Least time between two looks at one task.
+        min_interval: Least time between two looks at one task. Where more tasks run than one
+            read can ask for, reads go out in bursts, 2.75 of it apart.
         max_interval: Most time between two looks at one task.
         deadline: Age at which a task is given up, None for never.
         wait: A tenacity wait strategy, for plain backoff instead of learning. It sees the

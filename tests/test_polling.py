@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from evolink_async import _polling
 from evolink_async._polling import (
+    BEAT,
     BINS_PER_OCTAVE,
     MODELS_KEPT,
     AgeGrid,
@@ -594,6 +595,39 @@ def test_reads_cost_less_in_a_burst_than_by_themselves() -> None:
     factors = [shared.price(n) * min(n, 50) / 0.5 for n in (2000, 200, 50, 2)]
     assert factors[0] < 0.75 < factors[1] < 1 < factors[3] < 1.3 < factors[2]
     assert shared.price(1) == 0.5
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    looked=st.floats(0, 2e9),
+    min_interval=st.floats(0.01, 60),
+    wait=st.floats(1, 1000),
+    running=st.integers(51, 10_000),
+)
+def test_a_beat_is_about_when_a_look_is_due(
+    looked: float, min_interval: float, wait: float, running: int
+) -> None:
+    """All that is due about then shares it; nobody is looked at too soon or much too late."""
+    due = looked + wait * min_interval
+    shared = SharedReads(0.5, min_interval=min_interval)
+    beat = shared.on_beat(due, looked, running)
+    tempo = BEAT * min_interval
+    slack = 1e-6 * max(1.0, looked) + 1e-6
+    assert beat / tempo == pytest.approx(round(beat / tempo), abs=slack)
+    assert looked + min_interval <= beat
+    assert due - tempo / 2 - slack <= beat <= due + tempo + slack
+    assert shared.on_beat(due, looked, 50) == due
+
+
+def test_those_due_about_the_same_time_share_a_beat() -> None:
+    """Half of them a little early, half a little late."""
+    shared = SharedReads(0.5)
+    dues = [100 + k / 100 for k in range(200)]
+    beats = {shared.on_beat(due, 0.0, 1000) for due in dues}
+    assert 3 <= len(beats) <= 5
+    off = [shared.on_beat(due, 0.0, 1000) - due for due in dues]
+    assert min(off) < -0.3
+    assert max(off) > 0.3
 
 
 def test_a_read_of_one_teaches_nothing_about_sharing() -> None:

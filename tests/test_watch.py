@@ -29,6 +29,7 @@ def make(*ids: str, looked: float = 0.0) -> Group:
     group = Group(Cohort(Backoff(PollPolicy()), 0.0, 3600.0), looked)
     for task_id in ids:
         group.watches.append(Watch(task_id, started=0.0, deadline=3600.0, group=group))
+    group.cohort.unread = group
     return group
 
 
@@ -72,6 +73,7 @@ def test_groups_that_split_are_told_apart() -> None:
     assert progress(watches[3]) == 10
     rest = group.split(1)
     assert (rest.looked, rest.looks, rest.plain) == (1.0, 1, True)
+    assert progress(watches[1]) == 10
     rest.saw(page(20), 2.0)
     assert [progress(watch) for watch in watches] == [10, 20, 20, 20]
     group.saw(page(30), 3.0)
@@ -82,7 +84,6 @@ def test_groups_that_split_are_told_apart() -> None:
 def test_who_leaves_takes_its_answer_along(*, looked_at: bool) -> None:
     """And the others are told on without it."""
     group = make(*IDS[:3])
-    group.cohort.unread = group
     group.saw(page(10), 1.0)
     leaver = group.watches[1]
     if looked_at:
