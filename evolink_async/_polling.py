@@ -77,12 +77,12 @@ SURPRISE_KEEPS: Final = 0.1
 
 FIRST_USEFULNESS: Final = 0.5
 USEFULNESS_RATE: Final = 0.1
-CROWD_DISCOUNT: Final = 0.3
+CROWD_DISCOUNT: Final = 0.2
 """Where one read is not enough for all tasks, reads go out in bursts, each for less."""
 LONE_SURCHARGE: Final = 0.4
 """Where it is, it wakes the machine for itself, which costs as much as the read."""
 
-BEAT: Final = 2.75
+BEAT: Final = 2.5
 """Shortest intervals from one burst of reads to the next."""
 
 MODELS_KEPT: Final = 64
@@ -142,7 +142,7 @@ class PollPolicy:
             news; 0.5 is about five reads and two seconds for a lone 27 s generation. A
             read of many tasks is shared by them, and so is its price.
         min_interval: Least time between two looks at one task. Where more tasks run than one
-            read can ask for, reads go out in bursts, 2.75 of it apart.
+            read can ask for, reads go out in bursts, 2.5 of it apart.
         max_interval: Most time between two looks at one task.
         deadline: Age at which a task is given up, None for never.
         wait: A tenacity wait strategy, for plain backoff instead of learning. It sees the
