@@ -79,7 +79,7 @@ FIRST_USEFULNESS: Final = 0.5
 USEFULNESS_RATE: Final = 0.1
 CROWD_DISCOUNT: Final = 0.2
 """Where one read is not enough for all tasks, reads go out in bursts, each for less."""
-LONE_SURCHARGE: Final = 0.4
+LONE_SURCHARGE: Final = 0.3
 """Where it is, it wakes the machine for itself, which costs as much as the read."""
 
 BEAT: Final = 2.5
