@@ -77,11 +77,6 @@ SURPRISE_KEEPS: Final = 0.1
 
 FIRST_USEFULNESS: Final = 0.5
 USEFULNESS_RATE: Final = 0.1
-CROWD_DISCOUNT: Final = 0.2
-"""Where one read is not enough for all tasks, reads go out in bursts, each for less."""
-LONE_SURCHARGE: Final = 0.3
-"""Where it is, it wakes the machine for itself, which costs as much as the read."""
-
 BEAT: Final = 2.5
 """Shortest intervals from one burst of reads to the next."""
 
@@ -634,10 +629,7 @@ class SharedReads:
 
     def price(self, running: int) -> float:
         """Seconds of delay that one seat is worth while *running* tasks are watched."""
-        share = self.share(running)
-        others = max(0.0, 1 - self.limit / running) if running else 0.0
-        extra = (LONE_SURCHARGE * (1 - others) - CROWD_DISCOUNT * others) * (1 - 1 / share)
-        return self.base_price / share * (1 + extra)
+        return self.base_price / self.share(running)
 
     def on_beat(self, due: float, looked: float, running: int) -> float:
         """When to look at a task due at *due*: then, or together with others due about then.
