@@ -7,7 +7,9 @@ import itertools
 import logging
 import random
 from collections import deque
-from typing import Final
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
 
 from attrs import define
 
@@ -60,6 +62,10 @@ class _CoolDown:
         return True
 
 
+_Entry = tuple[int, "asyncio.Future[Any]", Callable[[], object]]
+"""Who waits for a seat: when it came, what is done if it waits no more, and how it is let in."""
+
+
 class Gate:
     """Lets requests to the API through, in order of arrival.
 
@@ -80,10 +86,7 @@ class Gate:
         self._submit_seats = seats - (2 if seats >= 4 else 1 if seats >= 2 else 0)
         self._reads = 0
         self._submits = 0
-        self._queues: dict[bool, deque[tuple[int, asyncio.Future[None]]]] = {
-            False: deque(),
-            True: deque(),
-        }
+        self._queues: dict[bool, deque[_Entry]] = {False: deque(), True: deque()}
         self._order = itertools.count()
         self._rate = rate
         self._tokens = 1.0
@@ -130,10 +133,8 @@ class Gate:
         """Wait for a seat, whatever the model."""
         if self.find_seat(submit=submit):
             return
-        queue = self._queues[submit]
         future = asyncio.get_running_loop().create_future()
-        queue.append((next(self._order), future))
-        self._pump()
+        self.queue(future, partial(future.set_result, None), submit=submit)
         try:
             await future
         except asyncio.CancelledError:
@@ -143,7 +144,17 @@ class Gate:
 
     def find_seat(self, *, submit: bool) -> bool:
         """Take a seat if there is one for who has to wait for nobody."""
-        return self._next() is None and self._try(submit=submit)
+        return self._next() is None and self._has_seat(submit=submit) and self._take(submit=submit)
+
+    def queue(
+        self, future: asyncio.Future[Any], let_in: Callable[[], object], *, submit: bool
+    ) -> None:
+        """Call *let_in* with a seat taken once there is one, unless *future* is done by then.
+
+        `turn_away` tells *future* that there will be none.
+        """
+        self._queues[submit].append((next(self._order), future, let_in))
+        self._pump()
 
     def decline(self, *, submit: bool) -> None:
         """Give a seat back unused, and the rate's token with it."""
@@ -160,7 +171,7 @@ class Gate:
 
     def turn_away(self) -> None:
         """Tell everybody who waits to submit that the session is closed."""
-        for _, future in self._queues[True]:
+        for _, future, _ in self._queues[True]:
             if not future.done():
                 future.set_exception(SessionClosedError(NOT_SENT))
         self._queues[True].clear()
@@ -205,9 +216,9 @@ class Gate:
             self.cool_downs += 1
             logger.warning("cooling down for %.1f s: %s", self._closed.until - now, error)
 
-    def _try(self, *, submit: bool) -> bool:
-        """Take a seat if one is free now."""
-        if not self._has_seat(submit=submit) or self.ready_at() > self._clock.now():
+    def _take(self, *, submit: bool) -> bool:
+        """Take a free seat, if cool-down and rate allow a request now."""
+        if self.ready_at() > self._clock.now():
             return False
         if self._rate is not None:
             self._tokens -= 1
@@ -239,14 +250,11 @@ class Gate:
 
     def _pump(self) -> None:
         """Let in whoever may enter now, first come first served, past submits without a seat."""
-        while (submit := self._next()) is not None:
-            if not self._has_seat(submit=submit):
-                return  # who leaves asks again
-            if not self._try(submit=submit):
+        while (submit := self._next()) is not None and self._has_seat(submit=submit):
+            if not self._take(submit=submit):
                 self._set_alarm()
                 return
-            _, future = self._queues[submit].popleft()
-            future.set_result(None)
+            self._queues[submit].popleft()[2]()
 
     def _next(self) -> bool | None:
         """Whose turn it is: True a submit's, False a read's, None nobody's."""

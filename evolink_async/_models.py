@@ -16,6 +16,7 @@ from typing import Any, Final, Self
 from attrs import field, fields, frozen
 
 from evolink_async._hosts import check_callback_url
+from evolink_async._json import loads
 from evolink_async._text import printable, shown
 from evolink_async.errors import (
     ConfigurationError,
@@ -79,7 +80,7 @@ def parse_json(body: bytes | str) -> Any:
         InvalidResponseError: It is not JSON, too deep, or holds absurd numbers.
     """
     value = load_json(body)
-    if _is_deep(value):
+    if _is_nested(body) and _is_deep(value):
         raise InvalidResponseError(_TOO_DEEP, head=_head(body))
     return value
 
@@ -91,7 +92,7 @@ def load_json(body: bytes | str) -> Any:
         InvalidResponseError: It is not JSON, or Python cannot hold it.
     """
     try:
-        return json.loads(body)
+        return loads(body)
     except (ValueError, RecursionError) as exc:  # UnicodeDecodeError is a ValueError
         raise InvalidResponseError(
             f"the answer is not JSON: {printable(str(exc), 120)}", head=_head(body)
@@ -99,6 +100,13 @@ def load_json(body: bytes | str) -> Any:
 
 
 _TOO_DEEP: Final = f"the answer is nested deeper than {_MAX_DEPTH} levels"
+
+
+def _is_nested(body: bytes | str) -> bool:
+    """False for a JSON text with too few brackets for more than `_MAX_DEPTH` levels."""
+    if isinstance(body, str):
+        return body.count("{") + body.count("[") > _MAX_DEPTH
+    return body.count(b"{") + body.count(b"[") > _MAX_DEPTH
 
 
 def _is_deep(value: object) -> bool:
@@ -604,9 +612,7 @@ class TaskSnapshot:
         text = self._text
         if isinstance(text, dict):
             return text
-        value: dict[str, Any] = (
-            text[0].task(text[1]) if isinstance(text, tuple) else json.loads(text)
-        )
+        value: dict[str, Any] = text[0].task(text[1]) if isinstance(text, tuple) else loads(text)
         return value
 
     @property

@@ -17,6 +17,8 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from contextvars import Context, copy_context
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -450,31 +452,41 @@ class Session:
         callback: Callback,
     ) -> Watch:
         """Run one POST in an asyncio task of the session's own; holds a slot, gives it on."""
-        loop = asyncio.get_running_loop()
-        submission = Submission(request, idempotency_key=key, before_send=before_send)
+        answer: asyncio.Future[Watch] = asyncio.get_running_loop().create_future()
+        submission = Submission(
+            request, idempotency_key=key, before_send=before_send, answer=answer
+        )
         self._queued.add(submission)
-        try:
-            await self._gate.take_seat(submit=True)
-        except BaseException:
-            self._slots.release()
-            raise
-        finally:
-            self._queued.discard(submission)
-        submission.seated = True
-        answer: asyncio.Future[Watch] = loop.create_future()
-        submission.answer = answer
-        post = loop.create_task(self._submit_and_watch(submission, callback))
-        self._posts[post] = submission
-        post.add_done_callback(self._post_ended)
+        begin = partial(self._begin, submission, callback, copy_context())
+        if self._gate.find_seat(submit=True):
+            begin()
+        else:
+            self._gate.queue(answer, begin, submit=True)
         try:
             return await answer
-        except asyncio.CancelledError:
-            if post.done():
-                _log_orphan(post, submission)
-            elif not submission.in_air:
-                submission.abandoned = True
-                post.cancel()
+        except BaseException as exc:
+            post = submission.post
+            if post is None:
+                self._queued.discard(submission)
+                self._slots.release()
+            elif isinstance(exc, asyncio.CancelledError):
+                if post.done():
+                    _log_orphan(post, submission)
+                elif not submission.in_air:
+                    submission.abandoned = True
+                    post.cancel()
             raise
+
+    def _begin(self, submission: Submission, callback: Callback, context: Context) -> None:
+        """Send a submission that has a seat, in the context of its caller."""
+        self._queued.discard(submission)
+        submission.seated = True
+        post = asyncio.get_running_loop().create_task(
+            self._submit_and_watch(submission, callback), context=context
+        )
+        submission.post = post
+        self._posts[post] = submission
+        post.add_done_callback(self._post_ended)
 
     async def _submit_and_watch(self, submission: Submission, callback: Callback) -> Watch:
         try:
@@ -508,7 +520,7 @@ class Session:
         error = SessionClosedError(NOT_SENT) if post.cancelled() else post.exception()
         if error is not None:
             self._slots.release()
-        if answer is None or answer.done():
+        if answer.done():
             _log_orphan(post, submission)
         elif error is None:
             answer.set_result(post.result())

@@ -21,26 +21,28 @@ class Submission:
     Attributes:
         request: What is asked for.
         idempotency_key: The key it carries.
+        answer: Where its caller waits for the task.
         before_send: Awaited with the key right before a POST may leave; if it raises, none does.
+        post: What runs its POST, None before it has a seat.
         seated: True while it has a seat of the gate that its POST has not taken over.
         in_air: True while a POST of it may have been accepted.
         sending: True while a POST of it waits for its answer.
         abandoned: True once its caller was cancelled before any POST left.
         sent_at: When the last POST was sent, on the session's clock.
         doubt: Why a POST of it may have been accepted although no usable answer came.
-        answer: Where its caller waits for the task.
     """
 
     request: ImageRequest | RawRequest
     idempotency_key: str = field(kw_only=True)
+    answer: asyncio.Future[Watch] = field(kw_only=True)
     before_send: Callable[[str], Awaitable[object]] | None = field(default=None, kw_only=True)
+    post: asyncio.Task[Watch] | None = field(default=None, init=False)
     seated: bool = field(default=False, init=False)
     in_air: bool = field(default=False, init=False)
     sending: bool = field(default=False, init=False)
     abandoned: bool = field(default=False, init=False)
     sent_at: float = field(default=0.0, init=False)
     doubt: EvolinkError | None = field(default=None, init=False)
-    answer: asyncio.Future[Watch] | None = field(default=None, init=False)
 
     def uncertain(self, why: object) -> SubmitUncertainError:
         """The error for a POST whose outcome nobody knows."""

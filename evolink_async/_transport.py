@@ -348,15 +348,15 @@ class Transport:
         try:
             if self.closing:
                 raise SessionClosedError(NOT_SENT)
-            with hold(self._clock):
-                if submission.before_send is not None:
+            if submission.before_send is not None:
+                with hold(self._clock):
                     await submission.before_send(submission.idempotency_key)
                 if submission.abandoned:  # and the hook swallowed the cancellation
                     raise asyncio.CancelledError
-                self.counters.submits += 1
-                answer = await self._exchange(
-                    "POST", request.path, body=protocol.encode(request.body()), submit=submission
-                )
+            self.counters.submits += 1
+            answer = await self._exchange(
+                "POST", request.path, body=protocol.encode(request.body()), submit=submission
+            )
         finally:
             self._gate.leave(submit=True)
         value = self._decipher(answer, request.model)
@@ -412,8 +412,7 @@ class Transport:
         return await self._exchange("GET", protocol.task_path(task_id))
 
     async def _get_many(self, ids: tuple[str, ...]) -> Answer:
-        body = protocol.encode({"task_ids": ids})
-        return await self._exchange("POST", protocol.BATCH_PATH, body=body)
+        return await self._exchange("POST", protocol.BATCH_PATH, body=protocol.encode_ids(ids))
 
     def _batch_failed(self, error: EvolinkError) -> EvolinkError | None:
         """What a failed batch read says of each task: None, read it singly, if it says nothing.
@@ -510,7 +509,7 @@ async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
     """The whole body, decompressed, counted while it streams."""
     chunks: list[bytes] = []
     size = 0
-    async for chunk in response.content.iter_any():
+    while chunk := await response.content.readany():
         chunks.append(chunk)
         size += len(chunk)
         if size > limit:
