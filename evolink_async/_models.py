@@ -39,6 +39,7 @@ __all__ = [
     "Timeout",
     "Usage",
     "as_request",
+    "check_depth",
     "check_task_id",
     "load_json",
     "parse_json",
@@ -100,6 +101,16 @@ def load_json(body: bytes | str) -> Any:
 
 
 _TOO_DEEP: Final = f"the answer is nested deeper than {_MAX_DEPTH} levels"
+
+
+def check_depth(task: object) -> None:
+    """Nothing, if *task* can be used.
+
+    Raises:
+        InvalidResponseError: It is nested too deep.
+    """
+    if _is_deep(task):
+        raise _unusable(task, _TOO_DEEP)
 
 
 def _is_nested(body: bytes | str) -> bool:
@@ -567,8 +578,8 @@ class TaskSnapshot:
 
         Args:
             value: The parsed object.
-            body: The text it was parsed from, if that holds it alone; or *value* again, if
-                nobody else holds that.
+            body: The text it was parsed from by `parse_json`, if that holds it alone; or
+                *value* again, if nobody else holds that and `check_depth` was content.
             status: What to assume where the object has no usable status; without
                 it such an object is refused.
 
@@ -584,10 +595,9 @@ class TaskSnapshot:
             if status is None:
                 raise _unusable(value, f"task {task_id} has no status")
             word = status
-        if body is None or body is value:
-            if _is_deep(value):
-                raise _unusable(value, _TOO_DEEP)
-            body = value if body is value else _dump(value)
+        if body is None:
+            check_depth(value)
+            body = _dump(value)
         return cls(task_id, status=word, progress=_percent(value.get("progress")), body=body)
 
     def to_json(self) -> dict[str, Any]:

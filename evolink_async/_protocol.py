@@ -12,7 +12,7 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from email.utils import formatdate, parsedate_to_datetime
 from enum import Enum
 from typing import Any, Final
@@ -20,7 +20,15 @@ from typing import Any, Final
 from attrs import frozen
 
 from evolink_async import errors
-from evolink_async._models import RUNNING, Page, PageIndex, TaskSnapshot, load_json, parse_json
+from evolink_async._models import (
+    RUNNING,
+    Page,
+    PageIndex,
+    TaskSnapshot,
+    check_depth,
+    load_json,
+    parse_json,
+)
 from evolink_async._text import printable, shown
 from evolink_async.errors import (
     APIConnectionError,
@@ -198,12 +206,13 @@ def is_quota(*words: str | None) -> bool:
 # Answers
 
 
-def decipher(status: int, headers: Mapping[str, str], body: bytes) -> Any:
+def decipher(status: int, headers: Callable[[], Mapping[str, str]], body: bytes) -> Any:
     """The JSON value of a successful answer.
 
     Args:
         status: HTTP status code.
-        headers: Response headers; looked up as ``Retry-After``, ``Date``, ``X-Request-Id``.
+        headers: Gives the response headers, looked up as ``Retry-After``, ``Date``,
+            ``X-Request-Id``; called only if the answer is no good.
         body: The decompressed body.
 
     Raises:
@@ -215,9 +224,9 @@ def decipher(status: int, headers: Mapping[str, str], body: bytes) -> Any:
             return parse_json(body)
         except InvalidResponseError as exc:
             raise InvalidResponseError(
-                f"HTTP {status}, but {exc}", status=status, head=exc.head, request_id=_id(headers)
+                f"HTTP {status}, but {exc}", status=status, head=exc.head, request_id=_id(headers())
             ) from exc
-    raise _status_error(status, headers, body)
+    raise _status_error(status, headers(), body)
 
 
 def read_task(body: bytes, task_id: str) -> TaskSnapshot:
@@ -269,7 +278,7 @@ def _skimmed(
     odd = _odd(ids, places, [row.status for row in rows])
     texts = _skim.texts(body) if odd else []
     others = {
-        task_id: None if place is None else _read_one(load_json(bytes(texts[place])))
+        task_id: None if place is None else _read_text(bytes(texts[place]))
         for task_id, place in odd
     }
     return Page(body, _skimmed_index), others
@@ -312,6 +321,8 @@ def _odd(
     ids: tuple[str, ...], places: Sequence[int | None], words: list[str | None]
 ) -> list[tuple[str, int | None]]:
     """Those of *ids*, and where they are, that do not go on, by the status at each place."""
+    if type(places) is range:  # nearly always
+        return [(ids[place], place) for place, word in enumerate(words) if word not in RUNNING]
     return [
         (task_id, place)
         for task_id, place in zip(ids, places, strict=True)
@@ -349,7 +360,16 @@ def _places(found: list[Any], ids: tuple[str, ...]) -> Sequence[int | None]:
 
 def _read_one(task: Any) -> TaskSnapshot | EvolinkError | None:
     try:
+        check_depth(task)
         return None if task is None else TaskSnapshot.from_json(task, body=task)
+    except InvalidResponseError as exc:
+        return exc
+
+
+def _read_text(text: bytes) -> TaskSnapshot | EvolinkError:
+    try:
+        task = parse_json(text)
+        return TaskSnapshot.from_json(task, body=task)
     except InvalidResponseError as exc:
         return exc
 

@@ -11,10 +11,11 @@ _SHORTEST = 8
 class Secret:
     """A string that shows itself to nobody who prints, logs or pickles it."""
 
-    __slots__ = ("_value",)
+    __slots__ = ("_bytes", "_value")
 
     def __init__(self, value: str) -> None:
         self._value = value
+        self._bytes = value.encode("utf-8", "surrogatepass")
 
     def __repr__(self) -> str:
         return "Secret(...)"
@@ -32,5 +33,6 @@ class Secret:
 
     def redact_bytes(self, data: bytes) -> bytes:
         """*data* without it."""
-        key = self._value.encode()
-        return data.replace(key, _MASK.encode()) if len(key) >= _SHORTEST else data
+        if len(self._bytes) < _SHORTEST or self._bytes not in data:
+            return data
+        return data.replace(self._bytes, _MASK.encode())

@@ -452,12 +452,13 @@ class Session:
         callback: Callback,
     ) -> Watch:
         """Run one POST in an asyncio task of the session's own; holds a slot, gives it on."""
-        answer: asyncio.Future[Watch] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Watch] = loop.create_future()
         submission = Submission(
             request, idempotency_key=key, before_send=before_send, answer=answer
         )
         self._queued.add(submission)
-        begin = partial(self._begin, submission, callback, copy_context())
+        begin = partial(self._begin, submission, callback, loop, copy_context())
         if self._gate.find_seat(submit=True):
             begin()
         else:
@@ -477,13 +478,17 @@ class Session:
                     post.cancel()
             raise
 
-    def _begin(self, submission: Submission, callback: Callback, context: Context) -> None:
+    def _begin(
+        self,
+        submission: Submission,
+        callback: Callback,
+        loop: asyncio.AbstractEventLoop,
+        context: Context,
+    ) -> None:
         """Send a submission that has a seat, in the context of its caller."""
         self._queued.discard(submission)
         submission.seated = True
-        post = asyncio.get_running_loop().create_task(
-            self._submit_and_watch(submission, callback), context=context
-        )
+        post = loop.create_task(self._submit_and_watch(submission, callback), context=context)
         submission.post = post
         self._posts[post] = submission
         post.add_done_callback(self._post_ended)

@@ -54,15 +54,26 @@ _PROBE_AFTER: Final = 3
 """Failed batch reads in a row after which a single read tells whether only they fail."""
 
 
-@frozen
+@define
 class Answer:
-    """A complete HTTP answer, on the session's clock."""
+    """A complete HTTP answer.
+
+    Attributes:
+        status: Its status code.
+        body: Its decompressed body.
+        sent_at: When its request was sent, on the session's clock.
+    """
 
     status: int
-    headers: Mapping[str, str]
     body: bytes
-    sent_at: float = field(kw_only=True)
-    received_at: float = field(kw_only=True)
+    sent_at: float
+    _headers: Mapping[str, str] = field(repr=False)
+    _key: Secret = field(repr=False)
+
+    def headers(self) -> dict[str, str]:
+        """Those that mean something to us, where they do; a server may echo our own in any."""
+        given = self._headers
+        return {k: self._key.redact(given[k]) for k in protocol.ANSWER_HEADERS if k in given}
 
 
 @frozen(kw_only=True)
@@ -210,10 +221,10 @@ class Transport:
                     content = await _read(response, limit)
                     return Answer(
                         response.status,
-                        self._known_headers(response),
                         self._key.redact_bytes(_unescaped(content)),
-                        sent_at=sent_at,
-                        received_at=self._clock.now(),
+                        sent_at,
+                        response.headers,
+                        self._key,
                     )
             except Exception as exc:  # noqa: BLE001 - a tracer of the caller may raise anything
                 failure = self._translate(exc)
@@ -283,11 +294,6 @@ class Transport:
             else:  # no success, but no request for patience either
                 self._gate.succeeded(sent_at=answer.sent_at)
             raise
-
-    def _known_headers(self, response: aiohttp.ClientResponse) -> dict[str, str]:
-        """The headers that mean something to us; a server may echo our own in any."""
-        given = response.headers
-        return {k: self._key.redact(given[k]) for k in protocol.ANSWER_HEADERS if k in given}
 
     # -- submits --------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ def error_of(
 ) -> APIStatusError:
     """The error an answer is deciphered to."""
     with pytest.raises(APIStatusError) as caught:
-        decipher(status, headers or {}, body)
+        decipher(status, lambda: headers or {}, body)
     return caught.value
 
 
@@ -156,7 +156,7 @@ def test_a_rate_limit_page_of_a_proxy_is_retried_by_reads_only() -> None:
 def test_a_success_without_json_is_uncertain(status: int, body: bytes, text: str) -> None:
     """A 2xx whose body cannot be used: a read is retried, a submit was probably paid for."""
     with pytest.raises(InvalidResponseError, match=text) as caught:
-        decipher(status, {"X-Request-Id": "req-1"}, body)
+        decipher(status, lambda: {"X-Request-Id": "req-1"}, body)
     assert rule_of(caught.value) == (YES, UNCERTAIN)
     assert (caught.value.status, caught.value.request_id) == (status, "req-1")
     assert str(caught.value).startswith(f"HTTP {status}, but ")
@@ -164,9 +164,9 @@ def test_a_success_without_json_is_uncertain(status: int, body: bytes, text: str
 
 def test_a_success_is_its_json() -> None:
     """A 2xx gives the body's JSON, whatever it is; who reads it decides whether it will do."""
-    assert decipher(200, {}, b'{"id": "task-1"}') == {"id": "task-1"}
-    assert decipher(201, {}, b"null") is None
-    assert decipher(200, {}, error_body(500))["error"]["code"] == 500
+    assert decipher(200, dict, b'{"id": "task-1"}') == {"id": "task-1"}
+    assert decipher(201, dict, b"null") is None
+    assert decipher(200, dict, error_body(500))["error"]["code"] == 500
 
 
 NO_ANSWER: list[tuple[EvolinkError, bool, Submit]] = [
