@@ -1,0 +1,64 @@
+"""`loads` is `json.loads`, with msgspec and without."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import bodies, examples, json_values
+
+from evolink_async import _json
+
+
+def outcome(load: Callable[[bytes], Any], text: bytes) -> str:
+    """What comes of *text*: the value with its types, or that it is refused."""
+    try:
+        return repr(load(text))
+    except (ValueError, RecursionError):
+        return "refused"
+
+
+def texts() -> st.SearchStrategy[bytes]:
+    """JSON as other programs may write it, and what is not JSON at all."""
+    values = json_values | st.floats() | st.integers()
+    written = st.builds(
+        lambda value, ascii_only: json.dumps(value, ensure_ascii=ascii_only), values, st.booleans()
+    )
+    return bodies | written.map(lambda text: text.encode("utf-8", "surrogatepass"))
+
+
+@examples(500)
+@given(texts())
+def test_loads_gives_what_json_gives(text: bytes) -> None:
+    """The same value of the same types, or an error of the same kind."""
+    assert outcome(_json.loads, text) == outcome(json.loads, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"NaN",
+        b"[-Infinity, 1e400]",
+        b"-0",
+        b"1" * 30,
+        b"9" * 5000,
+        b"1." + b"3" * 400,
+        b'"\\ud800"',
+        b'"\xed\xa0\x80"',
+        b'{"a": 1, "a": 2}',
+        b"\xef\xbb\xbf1",
+        '{"a": "é"}'.encode("utf-16"),
+        b'"\xff"',
+        b"[1,]",
+        b"01",
+        b"",
+        b"[" * 100_000 + b"]" * 100_000,
+    ],
+)
+def test_loads_of_odd_texts(text: bytes) -> None:
+    """What one library takes and the other does not is as `json` says."""
+    assert outcome(_json.loads, text) == outcome(json.loads, text)
