@@ -59,8 +59,8 @@ PRIOR_REST: Final = 0.1
 
 MEMORY: Final = 50
 ENDS_PER_LEARNING: Final = 2
-CROWD_PER_LEARNING: Final = 3
-"""The hazard is computed anew after so many ends: in a crowd a third of those running."""
+CROWD_PER_LEARNING: Final = 2
+"""The hazard is computed anew after so many ends: in a crowd half of those running."""
 LOOKS_PER_LEARNING: Final = 100
 ROUNDS_PER_LEARNING: Final = 8
 """Or after so many looks at each running task, if that is more."""
