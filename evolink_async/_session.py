@@ -338,6 +338,7 @@ class Session:
         )
         for some in batched(running, _IDS_PER_LINE):
             logger.warning("session closed with tasks still running: %s", ", ".join(some))
+            await asyncio.sleep(0)
         await self._transport.aclose()
         await self._results.aclose()
 

@@ -310,7 +310,7 @@ class Watcher:
         self._hurry(watch, 0.0)
         await _wait_in(watch.lookers)
 
-    async def stop(self, reason: Callable[[str], EvolinkError]) -> tuple[str, ...]:
+    async def stop(self, reason: Callable[[str], EvolinkError]) -> list[str]:
         """End every watch with ``reason(task_id)``.
 
         Returns the ids of running tasks that were submitted here: who attached to others
@@ -321,9 +321,13 @@ class Watcher:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
         self._alarm.stop()
-        running = tuple(id_ for id_, watch in self._live.items() if watch.request is not None)
-        for number, watch in enumerate(self.watches):
-            self._end(watch, reason(watch.id))
+        running: list[str] = []
+        # By their ids: who held all the watches would free them all in one go.
+        for number, task_id in enumerate(tuple(self._live)):
+            if (watch := self._live.get(task_id)) is not None:
+                if watch.request is not None:
+                    running.append(task_id)
+                self._end(watch, reason(task_id))
             if number % _ENDS_AT_ONCE == 0:
                 await asyncio.sleep(0)
         return running
