@@ -245,8 +245,9 @@ class Gate:
         self._tokens = min(1.0, self._tokens + max(0.0, earned))
         self._filled_at = now
         missing = max(0.0, 1.0 - self._tokens) / self._rate
-        # A token that is missing by less than the clock can tell counts as there.
-        return max(self._closed.until, now + missing if missing > 1e-9 else now)
+        # A token that is missing by less than the clock can tell counts as there. Never later
+        # than that: who asks compares with a time of its own, read a moment before this.
+        return max(self._closed.until, now + missing) if missing > 1e-9 else self._closed.until
 
     def _pump(self) -> None:
         """Let in whoever may enter now, first come first served, past submits without a seat."""

@@ -462,6 +462,17 @@ async def test_the_request_rate_is_kept(crowd: Emulator) -> None:
             assert j - i + 1 <= rate + rate * (times[j] - first) + 1e-6
 
 
+async def test_a_request_rate_in_real_time() -> None:
+    """Reads get their tokens by a clock that moves on while it is asked."""
+    async with (
+        Emulator(time_scale=100, duration=3, estimate=3, pictures="tiny") as emulator,
+        connect(emulator, max_requests_per_second=10) as session,
+    ):
+        tasks = await asyncio.gather(*(session.submit(f"lake {i}") for i in range(3)))
+        assert all([(await task.wait(timeout=600)).urls for task in tasks])
+        assert session.stats.reads >= 1
+
+
 async def test_a_look_that_is_asked_for_does_not_wait_its_turn(clock: ManualClock) -> None:
     """However far a request rate has made the reads fall behind."""
     async with (
