@@ -17,7 +17,7 @@ from evolink_async.errors import EvolinkError
 
 __all__ = ["READING", "Cohort", "DueQueue", "Futures", "Group", "Trouble", "Watch"]
 
-READING: Final = -1.0
+READING: Final = math.nextafter(-math.inf, 0.0)
 """In place of a due time: a read is in the air."""
 
 Futures = list["asyncio.Future[None]"]

@@ -69,7 +69,7 @@ _ENDS_AT_ONCE: Final = 500
 """Tasks that closing ends before others may run."""
 _KINDS: Final = 64
 """Cohorts that are open to more tasks."""
-_AT_ONCE: Final = -1e9
+_AT_ONCE: Final = -math.inf
 """In place of a due time: before all that has been due for a while."""
 
 
@@ -284,7 +284,7 @@ class Watcher:
         if group.due == READING:
             watch.called = True
         elif watch.trouble is None:
-            self._hurry(watch, group.looked + self._policy.min_interval if group.looks else 0.0)
+            self._hurry(watch, group.looked + self._policy.min_interval if group.looks else _AT_ONCE)
         return True
 
     async def until_ended(self, watch: Watch) -> None:
@@ -307,7 +307,7 @@ class Watcher:
         logger.debug("task %s: a look was asked for", watch.id)
         watch.lookers = watch.lookers or []
         watch.group.plain = False
-        self._hurry(watch, 0.0)
+        self._hurry(watch, _AT_ONCE)
         await _wait_in(watch.lookers)
 
     async def stop(self, reason: Callable[[str], EvolinkError]) -> list[str]:
@@ -737,8 +737,13 @@ class Watcher:
         if len(self._readings) >= self._max_reads or not self._live:
             self._wake.set()  # the others waited for this one, or there are none
         self._readings.discard(task)
-        self._notice_resume(self._clock.now())
-        if not task.cancelled() and (crash := task.exception()) is not None:
+        crash = None if task.cancelled() else task.exception()
+        if crash is None:
+            try:
+                self._notice_resume(self._clock.now())
+            except Exception as exc:  # noqa: BLE001 - a clock of the caller's
+                crash = exc
+        if crash is not None:
             self._crash(crash)
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:

@@ -6,8 +6,11 @@ import asyncio
 import gc
 import json
 import logging
+import math
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -58,10 +61,29 @@ class Reading:
 
 
 @define
+class BreakingClock:
+    """Real time that fails once it was asked *left* times."""
+
+    left: int
+
+    def now(self) -> float:
+        self.left -= 1
+        if self.left < 0:
+            raise ZeroDivisionError("a clock")
+        return time.monotonic()
+
+    async def sleep_until(self, when: float) -> None:
+        await asyncio.sleep(when - self.now())
+
+    def hold(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+@define
 class Reader:
     """Answers each id by asking *say*; notes who was asked for when."""
 
-    clock: ManualClock
+    clock: ManualClock | BreakingClock
     say: Callable[[str], Answer] = task
     read_limit: int = 1
     asked: list[tuple[float, str]] = field(factory=list)
@@ -416,6 +438,42 @@ async def test_a_crash_reaches_every_waiter(
     reader.say = lambda i: task(i, "completed")
     await watcher.until_ended(watch := watcher.attach("task-1"))
     assert watch.reason is None
+
+
+@pytest.mark.parametrize("left", range(1, 12))
+async def test_a_clock_that_fails_reaches_every_waiter(
+    caplog: pytest.LogCaptureFixture, left: int
+) -> None:
+    """At whatever moment a clock breaks, nobody waits for ever and nothing is only logged."""
+    clock = BreakingClock(1_000)
+    reader = Reader(clock)
+    policy = PollPolicy(min_interval=0.01, max_interval=0.02)
+    watcher = Watcher(
+        reader, clock=clock, policy=policy, ready_at=lambda: 0.0, max_reads=4, wall=time.time
+    )
+    watch = watcher.attach("task-1")
+    clock.left = left
+    await watcher.until_ended(watch)
+    assert watch.reason is not None
+    assert isinstance(watch.reason.__cause__, ZeroDivisionError)
+    clock.left = 1_000
+    await watcher.stop(lambda task_id: SessionClosedError("over", task_id=task_id))
+    assert not [r for r in caplog.records if r.name == "asyncio"]
+
+
+async def test_a_clock_may_say_anything() -> None:
+    """Only differences of a clock mean something: below zero, a look is still at once."""
+    clock = ManualClock(start=-1e6)
+    reader = Reader(clock)
+    watcher = Watcher(
+        reader, clock=clock, policy=PollPolicy(), ready_at=lambda: -math.inf, max_reads=4
+    )
+    watch = submit(watcher, clock, "task-1")
+    watcher.nudge(watch.id)
+    await watcher.look(watch)
+    await watcher.look(watch)
+    assert {when for when, _ in reader.asked} == {-1e6}
+    await watcher.stop(lambda task_id: SessionClosedError("over", task_id=task_id))
 
 
 async def test_stop_ends_every_watch(make: Make, reader: Reader, clock: ManualClock) -> None:
