@@ -137,7 +137,7 @@ class PollPolicy:
             news; 0.5 is about five reads and two seconds for a lone 27 s generation. A
             read of many tasks is shared by them, and so is its price.
         min_interval: Least time between two looks at one task. Where more tasks run than one
-            read can ask for, reads go out in bursts, 2.5 of it apart.
+            read can ask for, reads go out in bursts, 2.5 of it apart, unless *wait* is given.
         max_interval: Most time between two looks at one task.
         deadline: Age at which a task is given up, None for never.
         wait: A tenacity wait strategy, for plain backoff instead of learning. It sees the
@@ -615,12 +615,16 @@ class SharedReads:
         base_price: Seconds of delay that one read is worth.
         limit: Most tasks in one read; 1 where reads cannot be shared.
         min_interval: Least seconds from one look at a task to the next.
+        max_interval: Most.
+        beats: False where looks are to keep their own time.
         usefulness: Mean usefulness of a seat, from 0 to 1.
     """
 
     base_price: float
     limit: int = 50
     min_interval: float = 0.25
+    max_interval: float = math.inf
+    beats: bool = True
     usefulness: float = field(default=FIRST_USEFULNESS, init=False)
 
     def share(self, running: int) -> float:
@@ -637,13 +641,16 @@ class SharedReads:
         A request by itself costs the machine twice what it costs in a burst. Where one
         request is not enough for all *running* tasks, those that follow each other closely
         go out on the same beat, half of them a little early, half a little late; but not
-        sooner than the shortest interval after they were last *looked* at.
+        sooner than the shortest interval after they were last *looked* at. Who would be
+        looked at too late by that, or is read singly, keeps to *due*.
         """
-        if running <= self.limit:
+        if running <= self.limit or self.limit == 1 or not self.beats:
             return due
         tempo = BEAT * self.min_interval
         beat = math.floor(due / tempo + 0.5) * tempo
-        return beat if beat >= looked + self.min_interval else beat + tempo
+        if beat < looked + self.min_interval:
+            beat += tempo
+        return beat if beat <= looked + self.max_interval else due
 
     def saw_read(self, now: float, seats: Sequence[tuple[float, float, int]]) -> None:
         """A read is sent *now* with so many seats each for tasks of (last look, due, tasks)."""
@@ -706,7 +713,13 @@ class Pacer:
     _models: dict[Hashable, Schedule] = field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
-        self.shared = SharedReads(self.policy.price, min_interval=self.policy.min_interval)
+        policy = self.policy
+        self.shared = SharedReads(
+            policy.price,
+            min_interval=policy.min_interval,
+            max_interval=policy.max_interval,
+            beats=policy.wait is None,
+        )
         self._grid = AgeGrid.of(self.policy)
 
     def model(self, key: Hashable, estimate: object = None) -> Schedule:

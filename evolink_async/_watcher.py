@@ -67,6 +67,8 @@ _MOST: Final = 50
 """Tasks that wait for their first look together."""
 _ENDS_AT_ONCE: Final = 500
 """Tasks that closing ends before others may run."""
+_SWEEP: Final = 0.25
+"""Seconds from one going through all deadlines to the next, if that many pass."""
 _KINDS: Final = 64
 """Cohorts that are open to more tasks."""
 _AT_ONCE: Final = -math.inf
@@ -284,7 +286,9 @@ class Watcher:
         if group.due == READING:
             watch.called = True
         elif watch.trouble is None:
-            self._hurry(watch, group.looked + self._policy.min_interval if group.looks else _AT_ONCE)
+            self._hurry(
+                watch, group.looked + self._policy.min_interval if group.looks else _AT_ONCE
+            )
         return True
 
     async def until_ended(self, watch: Watch) -> None:
@@ -370,8 +374,9 @@ class Watcher:
         if due < cohort.deadline:
             cohort.unread = group
             self._push(self._shared, group, due)
-        else:
-            self._queue(watch, due)
+        else:  # a look half-way to so near a deadline is better than none
+            halfway = (cohort.started + cohort.deadline) / 2
+            self._queue(watch, max(halfway, cohort.deadline - self._policy.min_interval))
 
     def _push(self, queue: DueQueue, group: Group, due: float) -> None:
         queue.push(group, due)
@@ -436,10 +441,10 @@ class Watcher:
             logger.debug("reads wait %.2f s for the cool-down or the request rate", wait)
 
     def _next_deadline(self) -> float:
-        """When to go through all deadlines: not more often than reads are."""
+        """When to go through all deadlines, which takes its time where tasks are many."""
         if not self._live:
             return math.inf
-        return max(self._first_deadline, self._swept_at + self._policy.min_interval)
+        return max(self._first_deadline, self._swept_at + min(self._policy.min_interval, _SWEEP))
 
     def _may_read(self, now: float) -> bool:
         return len(self._readings) < self._max_reads and self._ready_at() <= now
@@ -624,11 +629,11 @@ class Watcher:
             self._log_unknown(snapshot.status)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug(
-                "task %s is %s at %s %%, next look in %.2f s",
+                "task %s is %s at %s %%, %s",
                 watch.id,
                 printable(snapshot.status, 60),
                 snapshot.progress,
-                due - reading.received_at,
+                _plan(watch, reading.received_at),
             )
         if news:
             _wake_all(watch.listeners)
@@ -822,6 +827,13 @@ class Alarm:
 def differs(seen: TaskSnapshot | None, new: TaskSnapshot) -> bool:
     """True if *new* is news to who has *seen* the other: its status or progress."""
     return seen is None or (seen.status, seen.progress) != (new.status, new.progress)
+
+
+def _plan(watch: Watch, now: float) -> str:
+    """What comes next for a task that was just looked at, in words."""
+    if watch.group.due < watch.deadline:
+        return f"next look in {watch.group.due - now:.2f} s"
+    return f"no look before its deadline in {watch.deadline - now:.2f} s"
 
 
 def _watches_of(groups: list[Group]) -> list[Watch]:

@@ -609,6 +609,32 @@ def test_a_beat_is_about_when_a_look_is_due(
     assert shared.on_beat(due, looked, 50) == due
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    looked=st.floats(0, 1e6),
+    min_interval=st.floats(0.01, 60),
+    more=st.floats(1, 10),
+    part=st.floats(0, 1),
+)
+def test_a_beat_is_within_the_two_intervals(
+    looked: float, min_interval: float, more: float, part: float
+) -> None:
+    """However near the longest interval is to the shortest, no beat leads out of them."""
+    longest = min_interval * more
+    due = looked + min_interval + part * (longest - min_interval)
+    shared = SharedReads(0.5, min_interval=min_interval, max_interval=longest)
+    beat = shared.on_beat(due, looked, 1000)
+    assert looked + min_interval - 1e-6 <= beat <= looked + longest + 1e-6
+
+
+def test_who_is_read_singly_or_at_given_times_keeps_them() -> None:
+    """Beats are for reads that are shared, and for times that are ours to choose."""
+    assert SharedReads(0.5).on_beat(10.1, 5.0, 1000) != 10.1
+    assert SharedReads(0.5, limit=1).on_beat(10.1, 5.0, 1000) == 10.1
+    plain = Pacer(PollPolicy(wait=tenacity.wait_fixed(3))).shared
+    assert plain.on_beat(10.1, 5.0, 1000) == 10.1
+
+
 def test_those_due_about_the_same_time_share_a_beat() -> None:
     """Half of them a little early, half a little late."""
     shared = SharedReads(0.5)

@@ -537,6 +537,22 @@ async def test_plain_backoff(crowd: Emulator) -> None:
     assert all(b - a == pytest.approx(3, abs=0.01) for a, b in pairwise(times))
 
 
+@pytest.mark.parametrize("without", [(), ("batch",)])
+async def test_plain_backoff_of_many(clock: ManualClock, without: tuple[str, ...]) -> None:
+    """Also where more tasks run than one read can ask for, and without the batch endpoint."""
+    policy = PollPolicy(wait=tenacity.wait_fixed(5), min_interval=5, max_interval=5)
+    async with (
+        Emulator(clock=clock, duration=60, pictures="tiny", without=without, credits=1000) as crowd,
+        connect(crowd, max_in_flight=60, poll=policy) as session,
+    ):
+        await asyncio.gather(*(session.generate(f"lake {i}") for i in range(60)))
+    (first, *_) = crowd.books.requests("submit")
+    reads = [*crowd.books.requests("read"), *crowd.books.requests("batch")]
+    late = [(r.time - first.time) % 5 for r in reads]
+    assert len(late) >= (1 if without == () else 60) * 11
+    assert all(min(x, 5 - x) < 0.1 for x in late)
+
+
 def test_wait_strategies_that_need_an_outcome_are_refused() -> None:
     """There is no outcome to look at between two looks: refused at once."""
     with pytest.raises(ConfigurationError, match="wait"):

@@ -539,6 +539,33 @@ async def test_the_last_look_is_one_look(
     assert len(reader.asked) <= 60 * (1 + deadline / 2)
 
 
+async def test_deadlines_are_kept_whatever_the_intervals(
+    make: Make, reader: Reader, clock: ManualClock
+) -> None:
+    """Each task is given up when its own has passed, though they are looked at seldom."""
+    watcher = make(min_interval=60, deadline=10)
+    start = clock.now()
+    given_up = []
+    for k in range(3):
+        await clock.sleep_until(start + k)
+        watch = submit(watcher, clock, f"task-{k}")
+        given_up.append(asyncio.create_task(watcher.until_ended(watch)))
+    for k, waiter in enumerate(given_up):
+        await waiter
+        assert clock.now() - start == pytest.approx(10 + k, abs=0.3)
+
+
+async def test_a_near_deadline_leaves_time_for_a_look(
+    make: Make, reader: Reader, clock: ManualClock
+) -> None:
+    """A task that would be looked at after its deadline is looked at half-way to it."""
+    watcher = make(min_interval=5, deadline=5)
+    start = clock.now()
+    await watcher.until_ended(submit(watcher, clock, "task-1"))
+    assert reader.ages(start) == [2.5]
+    assert clock.now() - start == pytest.approx(5)
+
+
 async def test_a_deadline_is_kept_while_nothing_may_be_read(
     make: Make, reader: Reader, clock: ManualClock
 ) -> None:
@@ -627,3 +654,14 @@ async def test_the_log_says_that_enough_reads_are_in_the_air(
     await asyncio.gather(*(watcher.until_ended(watch) for watch in watches))
     assert "reads wait: 4 are in the air, the most there may be" in caplog.text
     reader.gate.set()
+
+
+async def test_the_log_names_no_look_that_does_not_come(
+    make: Make, reader: Reader, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each look it announces is one; before a deadline it says that there is none."""
+    caplog.set_level(logging.DEBUG)
+    watcher = make(deadline=20)
+    await watcher.until_ended(submit(watcher, clock, "task-1"))
+    assert caplog.text.count("next look in") == len(reader.asked) - 1
+    assert caplog.text.count("no look before its deadline in 0.") == 1
