@@ -55,6 +55,7 @@ __all__ = [
     "encode",
     "encode_ids",
     "is_quota",
+    "is_replayed",
     "new_idempotency_key",
     "read_task",
     "read_tasks",
@@ -79,6 +80,11 @@ ANSWER_HEADERS: Final = (
 """The response headers an answer's meaning depends on."""
 
 _KEY: Final = re.compile(r"[A-Za-z0-9._-]{16,96}")
+
+
+def is_replayed(headers: Mapping[str, str]) -> bool:
+    """Whether an answer is the stored one of an earlier request with the same key (observed)."""
+    return headers.get("Idempotency-Replayed", "").lower() == "true"
 
 
 def task_path(task_id: str) -> str:
@@ -391,7 +397,7 @@ def _status_error(status: int, headers: Mapping[str, str], body: bytes) -> APISt
         request_id=_id(headers),
         retry_after=_retry_after(headers),
         from_api=bool(told),
-        replayed=headers.get("Idempotency-Replayed", "").lower() == "true",
+        replayed=is_replayed(headers),
     )
 
 

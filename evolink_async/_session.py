@@ -512,6 +512,7 @@ class Session:
             request=submission.request,
             idempotency_key=submission.idempotency_key,
             on_end=self._release,
+            replayed=submission.replayed,
         )
         if not (callback is None or isinstance(callback, str)):
             _tell(callback, watch)

@@ -29,6 +29,7 @@ class Submission:
         sending: True while a POST of it waits for its answer.
         abandoned: True once its caller was cancelled before any POST left.
         sent_at: When the last POST was sent, on the session's clock.
+        replayed: True if the answer is the stored one of an earlier POST, maybe long ago.
         doubt: Why a POST of it may have been accepted although no usable answer came.
     """
 
@@ -42,6 +43,7 @@ class Submission:
     sending: bool = field(default=False, init=False)
     abandoned: bool = field(default=False, init=False)
     sent_at: float = field(default=0.0, init=False)
+    replayed: bool = field(default=False, init=False)
     doubt: EvolinkError | None = field(default=None, init=False)
 
     def uncertain(self, why: object) -> SubmitUncertainError:

@@ -75,6 +75,11 @@ class Answer:
         given = self._headers
         return {k: self._key.redact(given[k]) for k in protocol.ANSWER_HEADERS if k in given}
 
+    @property
+    def is_replayed(self) -> bool:
+        """Whether it is the stored answer to an earlier request."""
+        return protocol.is_replayed(self._headers)
+
 
 @frozen(kw_only=True)
 class Reading:
@@ -366,6 +371,7 @@ class Transport:
         finally:
             self._gate.leave(submit=True)
         value = self._decipher(answer, request.model)
+        submission.replayed = answer.is_replayed
         return TaskSnapshot.from_json(value, body=answer.body, status="pending")
 
     # -- reads ----------------------------------------------------------------------------

@@ -179,18 +179,23 @@ class Watcher:
         request: ImageRequest | RawRequest,
         idempotency_key: str,
         on_end: Callable[[], None],
+        replayed: bool = False,
     ) -> Watch:
-        """Watch a task this session has just submitted; *on_end* is called once it has ended."""
+        """Watch a task this session has just submitted.
+
+        *on_end* is called once it has ended. A *replayed* answer may be of long ago: such a
+        task is looked at like one found by its id.
+        """
         watch = self._live.get(snapshot.id)
         if watch is not None:  # an idempotent repeat of a submit whose task is watched already
             on_end()
             return watch
-        kind = f"{request.path} {request.model}"
-        schedule = self._pacer.known(kind) or self._pacer.model(kind, snapshot.estimated_time)
-        cohort = self._cohort(schedule, started, calls_back=request.callback_url is not None)
-        group = cohort.unread
-        if group is None or len(group.watches) >= _MOST:
-            group = Group(cohort, cohort.started)
+        if replayed:
+            group = self._unknown_age(started)
+        else:
+            kind = f"{request.path} {request.model}"
+            schedule = self._pacer.known(kind) or self._pacer.model(kind, snapshot.estimated_time)
+            group = self._group(schedule, started, calls_back=request.callback_url is not None)
         watch = Watch(
             snapshot.id,
             started=started,
@@ -202,16 +207,30 @@ class Watcher:
             on_end=on_end,
         )
         group.watches.append(watch)
-        schedule.started()
+        group.cohort.schedule.started()
         if snapshot.is_terminal:
             self._end(watch)
             return watch
         self._live[watch.id] = watch
-        if len(group.watches) == 1:
+        if replayed:
+            self._queue(watch, self._clock.now())
+        elif len(group.watches) == 1:
             self._queue_first(watch)
         self._start(watch)
         logger.debug("task %s: first look in %.2f s", watch.id, group.due - self._clock.now())
         return watch
+
+    def _unknown_age(self, now: float) -> Group:
+        """A group for one task of which nobody knows how old it is: it teaches nothing."""
+        schedule = self._pacer.model(_ATTACHED)
+        return Group(Cohort(schedule, now, self._deadline(now), teaches=False), now)
+
+    def _group(self, schedule: Schedule, started: float, *, calls_back: bool) -> Group:
+        """Those a task submitted at *started* is looked at first with."""
+        cohort = self._cohort(schedule, started, calls_back=calls_back)
+        if (group := cohort.unread) is not None and len(group.watches) < _MOST:
+            return group
+        return Group(cohort, cohort.started)
 
     def _cohort(self, schedule: Schedule, started: float, *, calls_back: bool) -> Cohort:
         """The cohort of a task submitted at *started*."""
@@ -257,11 +276,10 @@ class Watcher:
         watch = self._live.get(task_id)
         if watch is None:
             now = self._clock.now()
-            deadline = self._deadline(now)
-            cohort = Cohort(self._pacer.model(_ATTACHED), now, deadline, teaches=False)
-            watch = Watch(task_id, started=now, deadline=deadline, group=Group(cohort, now))
-            watch.group.watches.append(watch)
-            cohort.schedule.started()
+            group = self._unknown_age(now)
+            watch = Watch(task_id, started=now, deadline=self._deadline(now), group=group)
+            group.watches.append(watch)
+            group.cohort.schedule.started()
             self._live[task_id] = watch
             self._queue(watch, now)
             self._start(watch)

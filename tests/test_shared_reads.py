@@ -523,6 +523,27 @@ async def test_a_retry_budget_slows_failing_reads(clock: ManualClock) -> None:
     assert 5 <= len(reads) <= 12
 
 
+async def test_a_repeated_submit_is_looked_at_like_a_task_found_by_its_id(
+    clock: ManualClock,
+) -> None:
+    """How old its task is nobody knows: it is read at once and teaches nothing."""
+    async with Emulator(
+        clock=clock, duration=300, estimate=300, pictures="tiny", without=("duration",)
+    ) as emulator:
+        keys = [f"key-of-the-submit-{k}" for k in range(5)]
+        async with connect(emulator) as session:
+            await asyncio.gather(*(session.generate("A lake", idempotency_key=k) for k in keys))
+            (learned,) = session.stats.typical.values()
+        assert 250 <= learned <= 350
+        async with connect(emulator) as session:
+            start = clock.now()
+            for key in keys:
+                await session.generate("A lake", idempotency_key=key)
+            assert clock.now() - start < 1
+            assert session.stats.typical == {}
+    assert len(emulator.books.tasks()) == 5
+
+
 # -- plain policies ----------------------------------------------------------------------------
 
 
