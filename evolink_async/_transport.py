@@ -48,6 +48,8 @@ outcome unknown, and aiohttp (rightly) does not resend a POST."""
 _READ_KEEP_ALIVE: Final = 15.0
 _BATCH_REST: Final = 300.0
 """Seconds a batch endpoint that refuses is left alone."""
+_REFUSALS: Final = 3
+"""Refused batch reads in a row after which it is; never to have worked counts as all but one."""
 _BATCH_PAUSE: Final = 30.0
 """Seconds a batch endpoint is left alone that fails while single reads work."""
 _PROBE_AFTER: Final = 3
@@ -149,6 +151,7 @@ class Transport:
         # Batch reads that failed in a row; when a single one after them did not.
         self._batch_failures = 0
         self._single_worked_at = math.inf
+        self._batch_refusals = _REFUSALS - 1
 
     def _client(self, keep_alive: float) -> aiohttp.ClientSession:
         # limit=0: the gate is the limit; aiohttp's pool must never queue (see Gate).
@@ -430,14 +433,19 @@ class Transport:
         """What a failed batch read says of each task: None, read it singly, if it says nothing.
 
         The endpoint is undocumented: what is not there stays away, what refuses or talks
-        nonsense is left alone for a while.
+        nonsense is left alone for a while; but not at once where it has worked, for then one
+        of the tasks may be what it cannot deal with.
         """
         status = error.status if isinstance(error, APIStatusError) else None
-        unavailable = status in {404, 405, 501}
-        refused = isinstance(error, InvalidResponseError) or not protocol.rule_of(error)[0]
-        if not unavailable and not refused:
+        if status in {404, 405, 501}:
+            self._leave_batch(math.inf, error)
+            return None
+        if protocol.rule_of(error)[0] and not isinstance(error, InvalidResponseError):
             return error
-        self._leave_batch(math.inf if unavailable else _BATCH_REST, error)
+        self._batch_refusals += 1
+        if self._batch_refusals < _REFUSALS:
+            return error
+        self._leave_batch(_BATCH_REST, error)
         return None
 
     def _leave_batch(self, rest: float, why: EvolinkError) -> None:
@@ -456,6 +464,7 @@ class Transport:
                 self._single_worked_at = math.inf if failure else self._clock.now()
         elif failure is None:
             self._batch_failures, self._single_worked_at = 0, math.inf
+            self._batch_refusals = 0
         elif sent_at >= self._single_worked_at:
             self._single_worked_at = math.inf
             self._leave_batch(_BATCH_PAUSE, failure)

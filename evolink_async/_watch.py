@@ -125,6 +125,8 @@ class Watch:
         ended: True once nothing more will be read.
         again: True if a look was asked for while one was in the air.
         alone: True while it must be read singly.
+        spoiled: How often it had to be because batch reads with it failed, others not, since
+            one with it was answered.
         missing: Batch answers in a row that left it out.
         nudged: True once something told that it has ended.
         called: True if something did while a read was in the air.
@@ -146,6 +148,7 @@ class Watch:
     ended: bool = False
     again: bool = False
     alone: bool = False
+    spoiled: int = 0
     missing: int = 0
     nudged: bool = False
     called: bool = False
@@ -179,6 +182,7 @@ class Watch:
             self.trouble
             or self.nudged
             or self.missing
+            or self.spoiled
             or self.again
             or self.lookers is not None
             or self.listeners is not None
@@ -215,12 +219,14 @@ class Trouble:
 
     Attributes:
         error: The last one.
+        since: When the first was sent.
         failures: How many.
         strikes: How many of them were the same final refusal.
         struck_at: When the first of these was.
     """
 
     error: EvolinkError
+    since: float
     failures: int = 0
     strikes: int = 0
     struck_at: float = 0.0

@@ -47,6 +47,8 @@ _STRIKES: Final = 2
 _OTHER_STRIKES: Final = 3
 _MISSING: Final = 4
 """Batch answers in a row that leave a task out before a replica that lags is no excuse."""
+_SPOILED: Final = 3
+"""Batch reads in a row that fail with a task, while others work, before it is read singly."""
 _SUSPENDED: Final = 30.0
 """Seconds the time of day must run ahead of the clock to mean that the machine slept."""
 _ATTACHED: Final = "attached"
@@ -142,6 +144,8 @@ class Watcher:
         self._alarm = Alarm(clock, self._wake.set, self._crash)
         self._loop: asyncio.Task[None] | None = None
         self._readings: set[asyncio.Task[None]] = set()
+        # When the last batch read was sent that was answered.
+        self._batch_worked_at = -math.inf
         # No deadline is before this; when deadlines were last gone through.
         self._first_deadline = math.inf
         self._swept_at = -math.inf
@@ -520,6 +524,8 @@ class Watcher:
             return
         self._fresh_start = False
         failed = [a for a in reading.answers.values() if isinstance(a, EvolinkError)]
+        if len(failed) < len(ids) > 1:
+            self._batch_worked_at = reading.sent_at
         if failed:
             logger.warning("a read failed for %d of %d tasks: %s", len(failed), len(ids), failed[0])
         price = self._pacer.shared.price(len(self._live))
@@ -618,9 +624,9 @@ class Watcher:
         watch.seen, group.page, group.own = snapshot, None, True
         watch.trouble = None
         if reading.single:
-            watch.alone = False
+            watch.alone = watch.spoiled > 1
         else:
-            watch.missing = 0
+            watch.missing = watch.spoiled = 0
         # What was seen of tasks of unknown age, or across a suspension, teaches nothing.
         cohort, looked = group.cohort, group.looked
         instructive = cohort.teaches and looked >= self._resumed_at
@@ -686,17 +692,26 @@ class Watcher:
     def _failed(self, watch: Watch, error: EvolinkError, reading: _Reading) -> None:
         """A failed read is no information; only a repeated, final refusal ends the watch."""
         now = self._clock.now()
-        trouble = watch.trouble = watch.trouble or Trouble(error)
+        trouble = watch.trouble = watch.trouble or Trouble(error, reading.sent_at)
         trouble.failures += 1
         if reading.single and _strike(watch, trouble, error, now):
             self._end(watch, error)
             return
         trouble.error = error
+        if not reading.single and self._batch_worked_at > trouble.since:
+            self._suspect(watch, trouble)
         wait = self._reader.wait_after(trouble.failures, paid=reading.paid)
         wait = max(wait, self._policy.min_interval)
         again = max(wait, self._ready_at() - now)
         logger.debug("reading task %s failed, again in %.2f s: %s", watch.id, again, error)
         self._queue(watch, now + wait)
+
+    def _suspect(self, watch: Watch, trouble: Trouble) -> None:
+        """Batch reads with it fail while others work: it may be what they fail of."""
+        if trouble.failures + watch.spoiled >= _SPOILED:
+            watch.spoiled += 1
+            watch.alone = True
+            logger.debug("task %s: read singly, batch reads with it fail", watch.id)
 
     # -- ends ------------------------------------------------------------------------------
 

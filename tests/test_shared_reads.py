@@ -24,6 +24,7 @@ from evolink_async import (
     PollPolicy,
     RetryPolicy,
     Session,
+    Task,
     TaskSnapshot,
     TaskTimeoutError,
     Timeout,
@@ -300,6 +301,33 @@ async def test_an_unknown_id_among_many(crowd: Emulator) -> None:
         with pytest.raises(NotFoundError):
             await waiter
     assert len(crowd.books.requests("read", task="task-that-never-was")) >= 2
+
+
+@pytest.mark.parametrize("spoil", ["500", "reset", "garbled"])
+async def test_a_task_that_spoils_batch_reads_among_many(crowd: Emulator, spoil: str) -> None:
+    """It is told from the others soon and read singly, and they go on to be read together."""
+
+    async def noticed(task: Task) -> float:
+        await task
+        return crowd.clock.now()
+
+    async with connect(crowd, max_in_flight=500) as session:
+        tasks = await asyncio.gather(*(session.submit(f"lake {i}") for i in range(500)))
+        odd = tasks[0].id
+        crowd.faults.add(
+            {
+                "500": faults.Status(500, route="batch", task=odd),
+                "reset": faults.Reset("after", route="batch", task=odd),
+                "garbled": faults.Garbled("garbage", route="batch", task=odd),
+            }[spoil]
+        )
+        times = await asyncio.gather(*map(noticed, tasks))
+    ends = {task.id: task.ends_at for task in crowd.books.tasks()}
+    late = [time - ends[task.id] for task, time in zip(tasks, times, strict=True)]
+    assert sum(late[1:]) / 499 <= 0.6
+    assert sum(seconds > 5 for seconds in late[1:]) <= 5
+    assert late[0] <= 15
+    assert len(crowd.books.requests("read")) < 500
 
 
 async def test_strange_tasks_among_many_are_not_noticed_by_the_others(crowd: Emulator) -> None:
