@@ -21,7 +21,7 @@ from contextvars import Context, copy_context
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
 
 from attrs import NOTHING, NothingType, evolve, field, frozen
@@ -116,6 +116,10 @@ class Outcome:
     error: EvolinkError | None = field(default=None, kw_only=True)
 
 
+def _read_only(values: Mapping[str, float]) -> Mapping[str, float]:
+    return MappingProxyType(dict(values))
+
+
 @frozen(kw_only=True)
 class Stats:
     """What a session is doing and has done so far.
@@ -141,7 +145,7 @@ class Stats:
     retries: int = 0
     cool_downs: int = 0
     cooling_down: float = 0.0
-    typical: Mapping[str, float] = field(factory=dict, hash=False)
+    typical: Mapping[str, float] = field(factory=dict, converter=_read_only, hash=False)
 
 
 class Session:

@@ -34,7 +34,8 @@ _TEXTS = msgspec.json.Decoder(_Texts)
 def rows(body: bytes) -> list[Row] | None:
     """The tasks of a regular batch answer; None if anything about it is unusual.
 
-    What is accepted here is read alike by `json`, which also takes some that is not.
+    What is accepted here is read alike by `json`, which also takes some that is not; but for
+    numbers of thousands of digits in what is skipped, which fail when somebody asks for them.
     """
     try:
         if not body.isascii():

@@ -777,6 +777,16 @@ async def test_a_list_that_is_none(emulator: Emulator) -> None:
             _ = [row async for row in session.list()]
 
 
+async def test_stats_cannot_be_changed(session: Session) -> None:
+    """What is read off a session is a value, down to what it has learned."""
+    await session.generate("A lake")
+    stats: Any = session.stats
+    with pytest.raises(AttributeError):
+        stats.running = 7
+    with pytest.raises(TypeError):
+        stats.typical["a kind"] = 1.0
+
+
 async def test_stats(session: Session) -> None:
     """The numbers say what the session did."""
     task = await session.submit("A lake")
