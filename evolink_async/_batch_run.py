@@ -154,13 +154,11 @@ class _Job:
     Attributes:
         phase: ``waiting`` until its submit is about to be recorded, ``recording``,
             ``sent`` once its POST may leave, ``answered`` when its task is known.
-        sends: How often its POST may have left.
     """
 
     item: Item
     key: str | None
     phase: str = "waiting"
-    sends: int = 0
     state: str = ""
 
 
@@ -380,10 +378,11 @@ class Run:
             if job.phase == "waiting" and not _is_paid(job.item):
                 self._money.withdraw(job.item)
         exc = None if task.cancelled() else task.exception()
-        if isinstance(exc, OSError) and not isinstance(exc, EvolinkError):
-            self._lose(exc)
-        elif exc is not None and self.crash is None:
-            self.crash = exc
+        if exc is not None and self.crash is None:
+            if isinstance(exc, OSError) and not isinstance(exc, EvolinkError):
+                self._lose(exc)
+            else:
+                self.crash = exc
         self._notify()
 
     # -- stopping --------------------------------------------------------------------------
@@ -498,8 +497,7 @@ class Run:
             await self._return(job)
             return None
         except LedgerError as exc:
-            if job.sends:
-                raise
+            # Before a POST left; an earlier one was refused, or this would be an uncertain submit.
             self._halt("disk", str(exc))
             await self._return(job)
             return None
@@ -516,7 +514,7 @@ class Run:
             raise _HaltedError
         job.phase, job.key = "recording", key
         await self._commit(self.ledger.submitting(job.item.number, key))
-        job.phase, job.sends = "sent", job.sends + 1
+        job.phase = "sent"
         self._moved(job, "submitting")
 
     async def _take_back(self, job: _Job) -> None:
@@ -851,8 +849,15 @@ class Run:
             self._report_progress()
 
     def _report_progress(self) -> None:
-        if self.progress is not None:
+        if self.progress is None:
+            return
+        try:
             self.progress(self._now())
+        except Exception as exc:
+            # Noted where it is sure whose it is: an OSError of it says nothing of the folder.
+            self.crash = self.crash or exc
+            self._notify()
+            raise
 
     def _now(self) -> BatchProgress:
         states = self._states

@@ -59,6 +59,14 @@ _PATIENCE: Final = (0.0, 0.1, 0.3, 0.6)
 """Seconds to wait for room: a download that fills the disk removes what it wrote."""
 _APPLICATION: Final = 0x45764C6B
 """SQLite's ``application_id`` of our files: "EvLk"."""
+_KEPT_OUT: Final = (
+    "kept other processes out; nothing more is submitted: see that no other process uses the "
+    "folder, then run the same batch again"
+)
+_KEPT_NEWS: Final = (
+    "held what the ledger was told last; nothing more is submitted: see that nobody clears the "
+    "folder, then run the same batch again"
+)
 _CHUNK: Final = 500
 """Input lines per transaction while reading: bounds memory."""
 _GROUP: Final = 64
@@ -278,7 +286,7 @@ class _Worker:
     _path: Path
     _jobs: queue.SimpleQueue[_Job | None] = field(factory=queue.SimpleQueue, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
-    _locked: tuple[int, int] | None = field(default=None, init=False)
+    _opened: dict[Path, tuple[int, int] | None] = field(factory=dict, init=False)
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="evolink-ledger", daemon=True)
@@ -292,16 +300,41 @@ class _Worker:
         self._jobs.put(_Job(work, done, alone))
         return done
 
-    def check_lock(self) -> None:
-        """See that what is locked is still the file that others would lock."""
-        lock = self._path.with_name(_LOCK)
-        if _file_id(lock) != self._locked:
+    def loss(self) -> str | None:
+        """What became of the name of the open ledger, in a word; None if it still has it."""
+        now = _file_id(self._path)
+        if now is None:
+            return "removed"
+        return None if now == self._opened.get(self._path) else "replaced"
+
+    def check_files(self) -> None:
+        """See that others would open the same ledger, and be kept out by the same lock."""
+        if (loss := self.loss()) is not None:
             raise LedgerError(
-                f"{lock} was removed or replaced while it kept other processes out; nothing more "
-                "is submitted: see that no other process uses the folder, then run the same "
-                "batch again",
+                f"the ledger {self._path} was {loss} while it was in use; nothing more is "
+                "submitted, for a new one knows nothing of what was paid for: see the report "
+                "before the batch is run again",
                 path=self._path,
             )
+        for path, why in ((self._lock_path, _KEPT_OUT), (self._log_path, _KEPT_NEWS)):
+            if self._is_other(path):
+                raise LedgerError(f"{path} was removed or replaced while it {why}", path=self._path)
+
+    @property
+    def _lock_path(self) -> Path:
+        return self._path.with_name(_LOCK)
+
+    @property
+    def _log_path(self) -> Path:
+        return self._path.with_name(f"{self._path.name}-wal")
+
+    def _note(self, path: Path) -> None:
+        self._opened[path] = _file_id(path)
+
+    def _is_other(self, path: Path) -> bool:
+        """Whether *path* is not the file any more that was opened under that name."""
+        now = _file_id(path)
+        return path in self._opened and (now is None or now != self._opened[path])
 
     def leave(self) -> None:
         """End the thread when it next can; nobody waits for it."""
@@ -325,8 +358,11 @@ class _Worker:
             try:
                 if not opened:
                     lock = _lock(self._path)
-                    self._locked = _file_id(self._path.with_name(_LOCK))
+                    self._note(self._lock_path)
                     connection = _connect(self._path)
+                    self._note(self._path)
+                    if self._log_path.exists():  # SQLite keeps none on some network drives
+                        self._note(self._log_path)
                     opened = True
                     _reserve(self._path)
                 if connection is not None:
@@ -639,6 +675,10 @@ class Ledger:
 
     # -- looking ---------------------------------------------------------------------------
 
+    async def loss(self) -> str | None:
+        """``removed`` or ``replaced`` if its file has its name no more; None if it has."""
+        return await asyncio.to_thread(self._worker.loss)
+
     async def page(
         self, *states: str, after: tuple[int, int] = (0, 0), limit: int = 64
     ) -> tuple[Item, ...]:
@@ -670,9 +710,10 @@ class Ledger:
         """Its POST may leave from now on, under this idempotency key.
 
         Raises:
-            LedgerError: Another process may have the folder, or it cannot be written.
+            LedgerError: Its file is not the one others would open, another process may have
+                the folder, or it cannot be written.
         """
-        await asyncio.to_thread(self._worker.check_lock)
+        await asyncio.to_thread(self._worker.check_files)
         await self._change(
             "UPDATE items SET state = 'submitting', idempotency_key = ?, submitting_at = ?, "
             "code = iif(task_id IS NULL, NULL, code), "

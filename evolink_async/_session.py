@@ -476,7 +476,7 @@ class Session:
                 self._queued.discard(submission)
                 self._slots.release()
             elif isinstance(exc, asyncio.CancelledError):
-                if post.done():
+                if post not in self._posts:  # else `_post_ended` says it
                     _log_orphan(post, submission)
                 elif not submission.in_air:
                     submission.abandoned = True

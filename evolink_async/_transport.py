@@ -343,8 +343,7 @@ class Transport:
                 submission.idempotency_key = protocol.new_idempotency_key()
             submission.in_air = submission.doubt is not None
             raise
-        submission.in_air = False
-        return snapshot
+        return snapshot  # still in the air for whoever asks: it was accepted
 
     def _may_resend(self, submission: Submission, exc: EvolinkError) -> bool:
         fate = protocol.rule_of(exc)[1]

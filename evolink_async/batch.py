@@ -212,6 +212,7 @@ async def run_batch(
         patience: Seconds of the session's clock the API may be unreachable or refuse all
             submits before the batch stops.
         progress: Called on the event loop at each change of an item's state, and each second.
+            What it raises ends the batch at once, as a cancellation would, and is raised here.
         on_invalid: Called with each bad line.
 
     Raises:
@@ -260,7 +261,9 @@ async def run_batch(
         await run.go(stop)
         await ledger.restore()
         unwritten = {name: await _write(ledger, folder / name) for name in names}
-        unwritten[LEDGER] = await asyncio.to_thread(_missing, ledger)
+        for name in names:
+            unwritten[name] = unwritten[name] or await asyncio.to_thread(_gone, folder / name)
+        unwritten[LEDGER] = await _lost(ledger)
         return await _report(
             run, invalid=invalid, seconds=time.monotonic() - started, unwritten=unwritten
         )
@@ -516,19 +519,13 @@ def _record(item: Item) -> Mapping[str, Any]:
 
 async def _write(ledger: Ledger, path: Path) -> str | None:
     """Replace manifest or gallery as a whole; returns why not, with what to do, if not."""
-    draft = Draft(path)
     try:
-        await asyncio.to_thread(draft.open)
         try:
-            await _fill(draft, ledger)
-            digest = await asyncio.to_thread(draft.finish)
-            ours = await ledger.outputs(path.name)
-            now = await asyncio.to_thread(digest_of, path)
-            # Before it has the name: killed in between, the next run must know both.
-            await ledger.record_outputs(path.name, {digest} | (ours & {now}))
-            await asyncio.to_thread(draft.publish, ours)
-        finally:
-            await asyncio.to_thread(draft.discard)
+            await _replace(ledger, path)
+        except FileNotFoundError:
+            # Its folder was removed meanwhile, perhaps with the ledger: then nothing else names
+            # what was paid for. A draft makes the folder anew.
+            await _replace(ledger, path)
     except FileExistsError as exc:
         why = f"{exc.strerror}; move it"
     except OSError as exc:
@@ -540,11 +537,36 @@ async def _write(ledger: Ledger, path: Path) -> str | None:
     return f"{printable(str(path))} cannot be written: {why}, then run the same batch again"
 
 
-def _missing(ledger: Ledger) -> str | None:
-    if ledger.path.exists():
+async def _replace(ledger: Ledger, path: Path) -> None:
+    draft = Draft(path)
+    await asyncio.to_thread(draft.open)
+    try:
+        await _fill(draft, ledger)
+        digest = await asyncio.to_thread(draft.finish)
+        ours = await ledger.outputs(path.name)
+        now = await asyncio.to_thread(digest_of, path)
+        # Before it has the name: killed in between, the next run must know both.
+        await ledger.record_outputs(path.name, {digest} | (ours & {now}))
+        await asyncio.to_thread(draft.publish, ours)
+    finally:
+        await asyncio.to_thread(draft.discard)
+
+
+def _gone(path: Path) -> str | None:
+    """What to say of a file that was written, should it be gone since."""
+    if os.path.lexists(path):
         return None
     return (
-        f"the ledger {printable(str(ledger.path))} was removed while it was in use: a new one "
+        f"{printable(str(path))} was removed as soon as it was written; see what clears its folder"
+    )
+
+
+async def _lost(ledger: Ledger) -> str | None:
+    loss = await ledger.loss()
+    if loss is None:
+        return None
+    return (
+        f"the ledger {printable(str(ledger.path))} was {loss} while it was in use: a new one "
         f"knows nothing of what was paid for; {_MANIFEST}, if it was written, names it all"
     )
 

@@ -1799,7 +1799,8 @@ async def test_a_folder_that_is_removed_stops_the_batch_and_what_was_paid_for_is
         if now.saved == 2 and desk.out.exists() and not gone:
             gone.append(removed)
             if removed == "folder":
-                shutil.rmtree(desk.out)
+                # A picture that gets its name meanwhile must not end the removal half-way.
+                shutil.rmtree(desk.out, ignore_errors=True)
             else:
                 for path in desk.out.glob("ledger.*"):
                     path.unlink()
@@ -1814,6 +1815,91 @@ async def test_a_folder_that_is_removed_stops_the_batch_and_what_was_paid_for_is
     assert named == {task.id for task in desk.emulator.books.tasks()}
     with pytest.raises(ConfigurationError, match=r"manifest.jsonl would be overwritten"):
         await desk.run(prompts(60))
+
+
+@pytest.mark.parametrize("loss", ["removed", "replaced"])
+async def test_a_ledger_that_lost_its_name_stops_the_batch_and_that_is_told(
+    desk: Desk, loss: str
+) -> None:
+    """Though nobody touched the lock; what others would open knows nothing of what is paid for."""
+    ledger = desk.out / LEDGER
+
+    def look(now: BatchProgress) -> None:
+        if now.saved == 2 and not (desk.out / "away").exists():
+            ledger.rename(desk.out / "away")
+            if loss == "replaced":
+                ledger.touch()
+
+    report = await desk.run(prompts(60), progress=look, settings={"max_in_flight": 4})
+    assert report.stop is not None
+    assert (report.stop.kind, report.exit_code) == ("disk", 3)
+    assert f"{ledger} was {loss} while it was in use" in report.stop.message
+    assert len(desk.bought) <= 12
+    (why,) = report.unwritten
+    assert f"{ledger} was {loss} while it was in use" in why
+    named = {item["task_id"] for item in desk.manifest()} - {None}
+    assert named == {task.id for task in desk.emulator.books.tasks()}
+
+
+async def test_a_folder_removed_between_two_tries_of_a_submit_is_told(desk: Desk) -> None:
+    """The first try was refused: nothing is sent again, and the report says what is gone."""
+    desk.emulator.faults.add(faults.Status(503, route="submit", times=1))
+
+    def look(now: BatchProgress) -> None:
+        if now.running == 1:
+            shutil.rmtree(desk.out, ignore_errors=True)
+
+    report = await desk.run(prompts(1), progress=look)
+    assert report.stop is not None
+    assert (report.stop.kind, report.exit_code, report.queued) == ("disk", 3, 1)
+    assert f"{LEDGER} was removed while it was in use" in report.unwritten[-1]
+    assert desk.bought == {}
+
+
+@pytest.mark.parametrize("name", ["manifest.jsonl", "gallery.html"])
+async def test_a_folder_removed_while_its_last_files_are_written_still_gets_them(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Without the ledger nothing else names what was paid for; what is not there is told."""
+    flush = os.fsync
+    gone: list[str] = []
+
+    def remove(number: int) -> None:
+        flush(number)
+        if not gone and any(desk.out.glob(f".{name}.*.part")):
+            gone.append(name)
+            shutil.rmtree(desk.out)
+
+    monkeypatch.setattr(os, "fsync", remove)
+    report = await desk.run(prompts(3))
+    assert gone == [name]
+    assert (report.gallery, report.exit_code) == (desk.out / "gallery.html", 3)
+    assert (desk.out / "gallery.html").exists()
+    assert f"{LEDGER} was removed while it was in use" in report.unwritten[-1]
+    if name == "manifest.jsonl":
+        named = {item["task_id"] for item in desk.manifest()}
+        assert named == {task.id for task in desk.emulator.books.tasks()}
+    else:
+        assert report.manifest is None
+        assert "manifest.jsonl was removed as soon as it was written" in report.unwritten[0]
+
+
+async def test_an_error_of_the_progress_function_is_not_taken_for_one_of_the_disk(
+    desk: Desk,
+) -> None:
+    """It is raised as it is, also one of the system; the next run goes on, paid once."""
+
+    def look(now: BatchProgress) -> None:
+        if now.saved == 2:
+            for path in desk.out.glob("*.png"):
+                path.unlink()
+            raise FileNotFoundError(errno.ENOENT, "mine")
+
+    with pytest.raises(FileNotFoundError, match="mine"):
+        await desk.run(prompts(20), progress=look, settings={"max_in_flight": 4})
+    last = await desk.run(prompts(20), resend_uncertain=True)
+    assert (last.saved, last.unwritten, len(desk.pictures())) == (20, (), 20)
+    assert set(desk.bought.values()) == {1}
 
 
 async def test_a_disk_that_cannot_be_asked_stops_the_batch(

@@ -254,20 +254,39 @@ async def test_a_second_process_is_told_so_and_a_killed_one_leaves_no_lock(path:
         assert await ledger.page() == ()
 
 
+@pytest.mark.parametrize("opened_before", [False, True])
 @pytest.mark.parametrize("replaced", [False, True])
-async def test_a_lock_that_was_removed_lets_nothing_be_submitted(
-    path: Path, *, replaced: bool
+@pytest.mark.parametrize("name", [_ledger._LOCK, _ledger.LEDGER, f"{_ledger.LEDGER}-wal"])
+async def test_a_file_of_it_that_was_removed_lets_nothing_be_submitted(
+    path: Path, name: str, *, replaced: bool, opened_before: bool
 ) -> None:
-    """Another process may have the folder by now: the state stays queued."""
+    """Another process may have the folder, or would find less than was told: it stays queued."""
+    if opened_before:
+        async with Ledger(path):
+            pass
     async with Ledger(path) as ledger:
         (first,) = await load(ledger, "a lake")
-        lock = path.with_name(_ledger._LOCK)
-        lock.rename(path.with_name("away"))
+        assert await ledger.loss() is None
+        path.with_name(name).rename(path.with_name("away"))
         if replaced:
-            lock.touch()
-        with pytest.raises(LedgerError, match="removed or replaced"):
+            path.with_name(name).touch()
+        with pytest.raises(LedgerError, match=f"{name} was .*(removed|replaced) while it"):
             await ledger.submitting(first.number, KEY)
         assert (await item(ledger)).state == "queued"
+        lost = "replaced" if replaced else "removed"
+        assert await ledger.loss() == (lost if name == _ledger.LEDGER else None)
+
+
+async def test_a_log_that_was_removed_takes_nothing_with_it(path: Path) -> None:
+    """What was recorded before and after is in the ledger once that is closed."""
+    async with Ledger(path) as ledger:
+        first, second = await load(ledger, "a lake", "a sea")
+        await ledger.submitting(first.number, KEY)
+        path.with_name(f"{_ledger.LEDGER}-wal").unlink()
+        await ledger.submitted(first.number, key=None, task_id="task-1", reserved=None)
+    async with Ledger(path) as ledger:
+        states = {each.number: each.state for each in await ledger.page()}
+        assert states == {first.number: "submitted", second.number: "queued"}
 
 
 async def test_a_newer_format_is_refused(path: Path) -> None:

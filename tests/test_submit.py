@@ -379,6 +379,38 @@ async def test_cancelled_after_the_post_keeps_the_task(
     assert f"made task {task.id} (key {task.idempotency_key})" in caplog.text
 
 
+async def test_cancelled_as_it_is_accepted_it_is_not_unsent(
+    server: HostileServer, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A caller that learns of the cancellation first must not take it for free, and resend it."""
+
+    class Hooks:
+        def url_for(self, idempotency_key: str) -> str:
+            return f"https://hooks.example/{idempotency_key}"
+
+        def registered(self, task_id: str, callback_url: str) -> None:
+            accepted[task_id] = callback_url
+            submit.cancel()
+
+    accepted: dict[str, str] = {}
+    unsent: list[frozenset[str]] = []
+    server.reads = [answer(200, snapshot(status="processing"))]
+    async with connect(server, clock) as session:
+
+        async def ask() -> None:
+            try:
+                await session.submit("A lake", callback=Hooks())
+            except asyncio.CancelledError:
+                unsent.append(session.unsent)
+                raise
+
+        submit = asyncio.create_task(ask())
+        with pytest.raises(asyncio.CancelledError):
+            await submit
+    assert (list(accepted), unsent) == ([snapshot()["id"]], [frozenset()])
+    assert caplog.text.count("made task") == 1
+
+
 async def test_a_cancelled_callers_failure_is_logged(
     server: HostileServer, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
