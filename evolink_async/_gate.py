@@ -76,7 +76,8 @@ class Gate:
       four or more; one of two or three), so that a burst of submits cannot starve polling.
     - *Cool-down.* `cool_down` closes the gate for everybody. Afterwards it opens one
       request at a time, each success admitting one more, until all seats are open.
-    - *Rate.* A token bucket of one request: they are spaced, never bunched.
+    - *Rate.* A token bucket of one request: they are spaced, never bunched. While reads and
+      submits both wait, they take turns.
     """
 
     def __init__(self, clock: Clock, *, seats: int, rate: float | None = None) -> None:
@@ -89,6 +90,7 @@ class Gate:
         self._queues: dict[bool, deque[_Entry]] = {False: deque(), True: deque()}
         self._order = itertools.count()
         self._rate = rate
+        self._after_submit = False
         self._tokens = 1.0
         self._filled_at = 0.0
         self._closed = _CoolDown()
@@ -106,6 +108,15 @@ class Gate:
     def waiting(self) -> int:
         """Requests queued here."""
         return sum(len(queue) for queue in self._queues.values())
+
+    @property
+    def is_contended(self) -> bool:
+        """Whether submits that wait take each token of the rate before a read can ask for it.
+
+        A read has to wait among them then, where one does already it is not.
+        """
+        waiting = self._rate is not None and self._next() is True and not self._queues[False]
+        return waiting and self._closed.until <= self._clock.now()
 
     async def enter(self, *, submit: bool = False, model: str = "", seated: bool = False) -> None:
         """Wait for a seat; `leave` gives it back.
@@ -138,8 +149,8 @@ class Gate:
         try:
             await future
         except asyncio.CancelledError:
-            if not future.cancelled():  # let in, and cancelled before it could run
-                self.decline(submit=submit)
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self.decline(submit=submit)  # let in, and cancelled before it could run
             raise
 
     def find_seat(self, *, submit: bool) -> bool:
@@ -222,6 +233,7 @@ class Gate:
             return False
         if self._rate is not None:
             self._tokens -= 1
+            self._after_submit = submit
         if submit:
             self._submits += 1
         else:
@@ -264,6 +276,8 @@ class Gate:
                 queue.popleft()
         reads, submits = self._queues[False], self._queues[True]
         if submits and self._submits < self._submit_seats:
+            if reads and self._rate is not None:
+                return not self._after_submit
             return not reads or submits[0][0] < reads[0][0]
         return False if reads else None
 

@@ -506,12 +506,21 @@ class Page:
     them in this process, new ones are kept compressed.
     """
 
-    __slots__ = ("_body", "_index", "_packed", "_read")
+    __slots__ = ("_body", "_index", "_packed", "_parse", "_read")
     _plain = 0
 
-    def __init__(self, body: bytes, read: Callable[[bytes], PageIndex] = lambda _: {}) -> None:
-        """A page of the answer *body*; *read* finds the tasks in it when somebody asks."""
+    def __init__(
+        self,
+        body: bytes,
+        read: Callable[[bytes], PageIndex] = lambda _: {},
+        parse: Callable[[bytes, int], Any] = lambda body, place: load_json(body)["data"][place],
+    ) -> None:
+        """A page of the answer *body*.
+
+        *read* finds the tasks in it when somebody asks, *parse* parses the one at a place.
+        """
         self._read = read
+        self._parse = parse
         self._index: PageIndex | None = None
         self._packed = Page._plain > _ROOM
         self._body = zlib.compress(body, 1) if self._packed else body
@@ -530,11 +539,15 @@ class Page:
 
     def task(self, place: int) -> dict[str, Any]:
         """The task at *place* of the answer's ``data``, parsed anew."""
-        task: dict[str, Any] = load_json(self._text())["data"][place]
+        task: dict[str, Any] = self._parse(self._text(), place)
         return task
 
     def snapshot(self, task_id: str) -> TaskSnapshot:
-        """What the answer says of a task that goes on."""
+        """What the answer says of a task that goes on.
+
+        Raises:
+            InvalidResponseError: Python cannot hold it here, so far down the stack.
+        """
         if self._index is None:
             self._index = self._read(self._text())
         place, status, progress = self._index[task_id]

@@ -287,12 +287,18 @@ def _skimmed(
         task_id: None if place is None else _read_text(bytes(texts[place]))
         for task_id, place in odd
     }
-    return Page(body, _skimmed_index), others
+    return Page(body, _skimmed_index, _skimmed_task), others
 
 
 def _skimmed_index(body: bytes) -> PageIndex:
-    rows = _skim.rows(body) or []
+    rows = _skim.rows(body)
+    if rows is None:  # the stack is deeper now than when it was read
+        return _parsed_index(body)
     return _index((row.id, row.status, row.progress) for row in rows)
+
+
+def _skimmed_task(body: bytes, place: int) -> Any:
+    return load_json(bytes(_skim.texts(body)[place]))
 
 
 def _parsed(

@@ -10,8 +10,6 @@ import warnings
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
-    Awaitable,
-    Callable,
     Iterable,
     Iterator,
     Mapping,
@@ -49,7 +47,7 @@ from evolink_async._protocol import (
 )
 from evolink_async._retry import RetryPolicy
 from evolink_async._secret import Secret
-from evolink_async._submission import Submission
+from evolink_async._submission import BeforeSend, Submission
 from evolink_async._task import Task
 from evolink_async._text import shown
 from evolink_async._watch import Watch
@@ -78,7 +76,6 @@ _IDS_PER_LINE: Final = 50
 _LARGEST: Final = {"image": 64 << 20, "audio": 1 << 30, "video": 8 << 30}
 """Bytes one result may have, by the task's type."""
 
-BeforeSend = Callable[[str], Awaitable[object]]
 Prompt = str | Mapping[str, Any] | ImageRequest | RawRequest
 
 
@@ -266,7 +263,7 @@ class Session:
             policy=self._poll,
             ready_at=self._gate.ready_at,
             max_reads=seats,
-            paced=self._rate is not None,
+            contended=None if self._rate is None else lambda: self._gate.is_contended,
             wall=time.time if isinstance(self._clock, LoopClock) else None,
         )
         self._loop = loop
@@ -471,6 +468,8 @@ class Session:
         try:
             return await answer
         except BaseException as exc:
+            if not answer.cancel() and not answer.cancelled():
+                answer.exception()  # or its being unread is logged
             post = submission.post
             if post is None:
                 self._queued.discard(submission)
@@ -493,7 +492,15 @@ class Session:
         """Send a submission that has a seat, in the context of its caller."""
         self._queued.discard(submission)
         submission.seated = True
-        post = loop.create_task(self._submit_and_watch(submission, callback), context=context)
+        posting = self._submit_and_watch(submission, callback)
+        try:  # in its context, but without telling a task factory of the caller's, which may refuse
+            post = context.run(loop.create_task, posting)
+        except Exception as exc:  # noqa: BLE001 - such a factory may raise anything
+            posting.close()
+            submission.seated = False
+            submission.answer.set_exception(exc)
+            self._gate.decline(submit=True)
+            return
         submission.post = post
         self._posts[post] = submission
         post.add_done_callback(self._post_ended)

@@ -11,7 +11,9 @@ from evolink_async._models import ImageRequest, RawRequest
 from evolink_async._watch import Watch
 from evolink_async.errors import EvolinkError, SubmitUncertainError
 
-__all__ = ["Submission"]
+__all__ = ["BeforeSend", "Submission"]
+
+BeforeSend = Callable[[str], Awaitable[object]]
 
 
 @define(eq=False)
@@ -30,13 +32,14 @@ class Submission:
         abandoned: True once its caller was cancelled before any POST left.
         sent_at: When the last POST was sent, on the session's clock.
         replayed: True if the answer is the stored one of an earlier POST, maybe long ago.
+        objection: What *before_send* raised.
         doubt: Why a POST of it may have been accepted although no usable answer came.
     """
 
     request: ImageRequest | RawRequest
     idempotency_key: str = field(kw_only=True)
     answer: asyncio.Future[Watch] = field(kw_only=True)
-    before_send: Callable[[str], Awaitable[object]] | None = field(default=None, kw_only=True)
+    before_send: BeforeSend | None = field(default=None, kw_only=True)
     post: asyncio.Task[Watch] | None = field(default=None, init=False)
     seated: bool = field(default=False, init=False)
     in_air: bool = field(default=False, init=False)
@@ -44,6 +47,7 @@ class Submission:
     abandoned: bool = field(default=False, init=False)
     sent_at: float = field(default=0.0, init=False)
     replayed: bool = field(default=False, init=False)
+    objection: Exception | None = field(default=None, init=False)
     doubt: EvolinkError | None = field(default=None, init=False)
 
     def uncertain(self, why: object) -> SubmitUncertainError:

@@ -23,7 +23,7 @@ from evolink_async._gate import NOT_SENT, Gate
 from evolink_async._models import Page, TaskSnapshot, Timeout
 from evolink_async._proxy import environment_proxy
 from evolink_async._secret import Secret
-from evolink_async._submission import Submission
+from evolink_async._submission import BeforeSend, Submission
 from evolink_async._text import printable
 from evolink_async.errors import (
     APIConnectionError,
@@ -208,6 +208,7 @@ class Transport:
         if client.closed:
             raise ConfigurationError("the aiohttp session handed in as http= is closed")
         failure: EvolinkError
+        response: aiohttp.ClientResponse | None
         with hold(self._clock):
             sent_at = self._clock.now()
             if submit is not None:
@@ -234,13 +235,18 @@ class Transport:
                         response.headers,
                         self._key,
                     )
-            except Exception as exc:  # noqa: BLE001 - a tracer of the caller may raise anything
+            except asyncio.CancelledError as exc:
+                if (task := asyncio.current_task()) is None or task.cancelling():
+                    raise
+                failure = self._translate(exc)  # a tracer of the caller raised it
+            except Exception as exc:  # noqa: BLE001 - as may anything else
                 failure = self._translate(exc)
             finally:
                 if submit is not None:
                     submit.sending = False
         # Raised out here: aiohttp's frames and request objects hold the headers, and with
         # them the key, so neither its traceback nor the exception itself goes further.
+        response = None
         raise failure
 
     def _headers(self, submit: Submission | None) -> dict[str, str]:
@@ -254,13 +260,13 @@ class Transport:
             headers["Idempotency-Key"] = submit.idempotency_key
         return headers
 
-    def _translate(self, exc: Exception) -> EvolinkError:
+    def _translate(self, exc: BaseException) -> EvolinkError:
         if isinstance(exc, _TooLargeError):
             return InvalidResponseError("the answer is larger than any the API gives")
         said = (
             f"{exc.status} {exc.message}" if isinstance(exc, aiohttp.ClientResponseError) else exc
         )
-        why = self._key.redact(printable(str(said) or type(exc).__name__, 200))
+        why = printable(self._key.redact(str(said) or type(exc).__name__), 200)
         kind = type(exc).__name__
         never_sent = isinstance(
             exc,
@@ -335,7 +341,9 @@ class Transport:
             snapshot = await self._post(submission)
         except EvolinkError as exc:
             fate = protocol.rule_of(exc)[1]
-            if fate is protocol.Submit.UNCERTAIN:
+            if exc is submission.objection:
+                pass
+            elif fate is protocol.Submit.UNCERTAIN:
                 submission.doubt = submission.doubt or exc
             elif fate is protocol.Submit.RESEND and getattr(exc, "replayed", False):
                 # The stored answer to the first POST under this key: it was refused.
@@ -347,7 +355,8 @@ class Transport:
 
     def _may_resend(self, submission: Submission, exc: EvolinkError) -> bool:
         fate = protocol.rule_of(exc)[1]
-        if self.closing or fate is protocol.Submit.REFUSED or _too_patient(exc):
+        final = fate is protocol.Submit.REFUSED or exc is submission.objection
+        if self.closing or final or _too_patient(exc):
             return False
         if fate is protocol.Submit.UNCERTAIN or submission.doubt is not None:
             return self._policy.resend_uncertain
@@ -363,7 +372,9 @@ class Transport:
                 raise SessionClosedError(NOT_SENT)
             if submission.before_send is not None:
                 with hold(self._clock):
-                    await submission.before_send(submission.idempotency_key)
+                    await self._ask_hook(submission, submission.before_send)
+                if self.closing:  # meanwhile
+                    raise SessionClosedError(NOT_SENT)
                 if submission.abandoned:  # and the hook swallowed the cancellation
                     raise asyncio.CancelledError
             self.counters.submits += 1
@@ -375,6 +386,13 @@ class Transport:
         value = self._decipher(answer, request.model)
         submission.replayed = answer.is_replayed
         return TaskSnapshot.from_json(value, body=answer.body, status="pending")
+
+    async def _ask_hook(self, submission: Submission, hook: BeforeSend) -> None:
+        try:
+            await hook(submission.idempotency_key)
+        except Exception as exc:
+            submission.objection = exc  # whatever its type: it says nothing of an answer
+            raise
 
     # -- reads ----------------------------------------------------------------------------
 
@@ -540,6 +558,8 @@ async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
 
 def _unescaped(body: bytes) -> bytes:
     """*body* with its JSON escapes spelled our way, so that a key cannot hide behind them."""
+    if b"\0" in body:  # nor in UTF-16 or UTF-32; JSON is UTF-8, and what is none stays none
+        return b"\xff" + body.replace(b"\0", b"")
     if b"\\" not in body:
         return body
     try:

@@ -113,7 +113,7 @@ class Watcher:
         policy: PollPolicy,
         ready_at: Callable[[], float],
         max_reads: int,
-        paced: bool = False,
+        contended: Callable[[], bool] | None = None,
         wall: Callable[[], float] | None = None,
     ) -> None:
         """A watcher on the running loop.
@@ -124,7 +124,8 @@ class Watcher:
             policy: When to look.
             ready_at: When cool-down and rate allow the next request.
             max_reads: Readings in the air at once.
-            paced: True if *ready_at* knows a request rate.
+            contended: Where there is a request rate, whether a read must wait for its turn
+                among submits; None where there is no rate.
             wall: The time of day in seconds, to notice that the machine was suspended;
                 None not to.
         """
@@ -134,7 +135,8 @@ class Watcher:
         self._pacer = Pacer(policy)
         self._ready_at = ready_at
         self._max_reads = max_reads
-        self._paced = paced
+        self._contended = contended
+        self._stopping = False
         self._live: dict[str, Watch] = {}
         # Of tasks that share readings, and of those that must be read singly.
         self._shared, self._single = DueQueue(), DueQueue()
@@ -342,6 +344,7 @@ class Watcher:
         Returns the ids of running tasks that were submitted here: who attached to others
         has theirs.
         """
+        self._stopping = True
         pending = [task for task in (self._loop, *self._readings) if task is not None]
         for task in pending:
             task.cancel()
@@ -436,8 +439,8 @@ class Watcher:
                 task = asyncio.get_running_loop().create_task(self._read(groups))
                 self._readings.add(task)
                 task.add_done_callback(self._reading_ended)
-                if self._paced:  # let it take its token, or others would queue behind it
-                    await asyncio.sleep(0)
+                if self._contended is not None:
+                    await asyncio.sleep(0)  # let it take its token, or others would queue behind it
             elif (at := self._next_event()) > now:
                 if logger.isEnabledFor(logging.DEBUG):
                     self._log_wait(now)
@@ -469,7 +472,9 @@ class Watcher:
         return max(self._first_deadline, self._swept_at + min(self._policy.min_interval, _SWEEP))
 
     def _may_read(self, now: float) -> bool:
-        return len(self._readings) < self._max_reads and self._ready_at() <= now
+        if len(self._readings) >= self._max_reads:
+            return False
+        return self._ready_at() <= now or (self._contended is not None and self._contended())
 
     def _give_up_late(self, now: float) -> None:
         """End what is past its deadline, be it queued, in the air or held up."""
@@ -586,7 +591,7 @@ class Watcher:
     def _apply(self, watch: Watch, reading: _Reading, price: float) -> None:
         answer = reading.answers.get(watch.id)
         if answer is None and reading.page is not None and watch.id not in reading.answers:
-            answer = reading.page.snapshot(watch.id)
+            answer = _on_page(reading.page, watch.id)
         if isinstance(answer, TaskSnapshot):
             self._store(watch, answer, reading, price)
         elif answer is not None:
@@ -619,7 +624,7 @@ class Watcher:
         self._look_again(watch)
 
     def _store(self, watch: Watch, snapshot: TaskSnapshot, reading: _Reading, price: float) -> None:
-        news = watch.listeners is not None and differs(watch.snapshot, snapshot)
+        news = watch.listeners is not None and differs(_last_seen(watch), snapshot)
         group = watch.leave()
         watch.seen, group.page, group.own = snapshot, None, True
         watch.trouble = None
@@ -724,7 +729,7 @@ class Watcher:
                 f"task {watch.id} did not end within {seconds:g} s (PollPolicy.deadline){last}. "
                 f"It may still be running: session.task({watch.id!r}) picks it up again",
                 task_id=watch.id,
-                snapshot=watch.snapshot,
+                snapshot=_last_seen(watch),
             ),
         )
 
@@ -775,7 +780,7 @@ class Watcher:
         if len(self._readings) >= self._max_reads or not self._live:
             self._wake.set()  # the others waited for this one, or there are none
         self._readings.discard(task)
-        crash = None if task.cancelled() else task.exception()
+        crash = self._crash_of(task)
         if crash is None:
             try:
                 self._notice_resume(self._clock.now())
@@ -786,12 +791,21 @@ class Watcher:
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
         self._loop = None
-        if not task.cancelled() and (crash := task.exception()) is not None:
+        if (crash := self._crash_of(task)) is not None:
             self._crash(crash)
+
+    def _crash_of(self, task: asyncio.Task[None]) -> BaseException | None:
+        """Why *task* ended that should not have; cancelled by anybody else is a reason, too."""
+        if task.cancelled():
+            return None if self._stopping else asyncio.CancelledError("cancelled by others")
+        return task.exception()
 
     def _crash(self, crash: BaseException) -> None:
         """An unexpected error reaches every waiter: it must not die silently."""
-        logger.error("the watcher failed", exc_info=crash)
+        if isinstance(crash, asyncio.CancelledError):
+            logger.warning("the watcher was cancelled by others; nothing is watched any more")
+        else:
+            logger.error("the watcher failed", exc_info=crash)
         for watch in self.watches:
             reason = EvolinkError(
                 f"watching task {watch.id} stopped by an internal error ({crash!r}); "
@@ -860,6 +874,22 @@ class Alarm:
 def differs(seen: TaskSnapshot | None, new: TaskSnapshot) -> bool:
     """True if *new* is news to who has *seen* the other: its status or progress."""
     return seen is None or (seen.status, seen.progress) != (new.status, new.progress)
+
+
+def _last_seen(watch: Watch) -> TaskSnapshot | None:
+    """What was last read of a task, None also if it cannot be read any more."""
+    try:
+        return watch.snapshot
+    except EvolinkError:
+        return None
+
+
+def _on_page(page: Page, task_id: str) -> TaskSnapshot | EvolinkError:
+    """What *page* says of a task that goes on, or why it cannot be read."""
+    try:
+        return page.snapshot(task_id)
+    except EvolinkError as exc:
+        return exc
 
 
 def _plan(watch: Watch, now: float) -> str:

@@ -546,3 +546,39 @@ async def test_closing_leaves_nothing_running(crowd_at: MakeCrowd) -> None:
     await crowd.gate.aclose()
     await crowd.gate.aclose()
     assert len(asyncio.all_tasks()) == 1
+
+
+# -- closing and taking turns ------------------------------------------------------------------
+
+
+async def test_who_was_turned_away_has_no_seat_to_give_back(crowd_at: MakeCrowd) -> None:
+    """Cancelled in the same breath, a submit that was told of the closing had none."""
+    crowd = crowd_at(1)
+    await crowd.come("s0", "s1")
+    crowd.gate.turn_away()
+    await crowd.cancel("s1")
+    assert crowd.entered == ["s0"]
+    assert not crowd.gate.find_seat(submit=True)
+    await crowd.leave("s0")
+    assert crowd.gate.find_seat(submit=True)
+    assert not crowd.gate.find_seat(submit=True)
+
+
+async def test_reads_and_submits_take_turns_at_a_rate(crowd_at: MakeCrowd) -> None:
+    """However many submits wait for their tokens, every second one is a read's if one waits."""
+    crowd = crowd_at(16, rate=1.0)
+    await crowd.come(*names("s", 6))
+    alone = crowd.gate.is_contended
+    await crowd.come("r0")
+    assert (alone, crowd.gate.is_contended) == (True, False)
+    await crowd.clock.advance(1)
+    await crowd.come("r1")
+    await crowd.clock.advance(4)
+    assert crowd.entered == ["s0", "r0", "s1", "r1", "s2", "s3"]
+
+
+async def test_without_a_rate_nobody_has_to_queue(crowd_at: MakeCrowd) -> None:
+    """Reads have seats of their own there."""
+    crowd = crowd_at(4)
+    await crowd.come(*names("s", 6))
+    assert not crowd.gate.is_contended

@@ -325,6 +325,19 @@ async def echo_as_task(request: Received, wire: Wire) -> None:
     await wire.send(http(200, json.dumps(value).encode()))
 
 
+async def echo_in_utf_16(request: Received, wire: Wire) -> None:
+    """Answer 400 in an encoding that JSON may not have."""
+    told = {"code": 400, "message": f"bad {request.headers['Authorization']}"}
+    await wire.send(http(400, json.dumps({"error": told}).encode("utf-16")))
+
+
+async def echo_and_break_off(request: Received, wire: Wire) -> None:
+    """Quote the key in a header of an answer that is cut short."""
+    headers = {"X-Request-Id": request.headers["Authorization"]}
+    await wire.send(http(200, b"{" + b" " * 500, headers)[:-100])
+    wire.reset()
+
+
 async def break_off(_: Received, wire: Wire) -> None:
     wire.reset()
 
@@ -335,12 +348,24 @@ async def break_off(_: Received, wire: Wire) -> None:
         echo,
         echo_as_page,
         echo_as_task,
+        echo_in_utf_16,
+        echo_and_break_off,
         break_off,
         answer(200, b"<html>"),
         answer(302, b"", {"Location": "http://127.0.0.1:9/"}),
         streamed("Content-Length: 500", b"", 100, pause=0.02),
     ],
-    ids=["echo", "page", "task", "reset", "html", "redirect", "silence"],
+    ids=[
+        "echo",
+        "page",
+        "task",
+        "utf-16",
+        "broken",
+        "reset",
+        "html",
+        "redirect",
+        "silence",
+    ],
 )
 async def test_the_key_shows_nowhere(
     behaviour: Behaviour, clock: ManualClock, caplog: pytest.LogCaptureFixture
@@ -370,11 +395,27 @@ async def test_the_key_shows_nowhere(
             ]
     assert errors
     assert any("Bearer" in text or "[API key]" in text for text in shown) is (
-        behaviour in {echo, echo_as_page, echo_as_task}
+        behaviour in {echo, echo_as_page, echo_as_task, echo_in_utf_16}
     )
     text = "\n".join([*shown, caplog.text])
     assert KEY not in text
     assert all(post.headers["Authorization"] == f"Bearer {KEY}" for post in server.posts)
+
+
+@pytest.mark.parametrize("before", range(100, 141, 8))
+async def test_a_key_where_a_message_is_cut(clock: ManualClock, before: int) -> None:
+    """Also a part of the key is none of a message's business."""
+
+    async def no_http(request: Received, wire: Wire) -> None:
+        await wire.send(b"X" * before + request.headers["Authorization"].encode() + b"\r\n\r\n")
+
+    async with (
+        HostileServer(script=[no_http]) as server,
+        connect(server, clock) as session,
+    ):
+        with pytest.raises(SubmitUncertainError) as caught:
+            await session.submit("A lake")
+    assert KEY[:6] not in str(caught.value)
 
 
 def test_a_session_is_not_pickled() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import json
 import logging
 import pickle
+import sys
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +23,7 @@ from evolink_async import (
     APIConnectionError,
     ConfigurationError,
     EvolinkError,
+    InvalidResponseError,
     NotFoundError,
     PollPolicy,
     RetryPolicy,
@@ -28,8 +32,9 @@ from evolink_async import (
     TaskSnapshot,
     TaskTimeoutError,
     Timeout,
+    _protocol,
 )
-from evolink_async._models import Page
+from evolink_async._models import Page, PageIndex
 from evolink_async._protocol import read_tasks
 from evolink_async._watcher import Watcher
 from evolink_async.emulator import Emulator, ManualClock, faults
@@ -424,6 +429,40 @@ def test_tasks_that_go_on_are_on_the_page(order: str) -> None:
         assert seen == TaskSnapshot.from_json(tasks[k])
 
 
+def test_a_task_that_cannot_be_held_is_an_error_of_ours_alone() -> None:
+    """Nested as deep as Python goes, or with absurd numbers, a task fails by itself and again."""
+    ids = tuple(f"task-{k:04}" for k in range(6))
+    rows = [json.dumps(snapshot(id=task_id, status="processing")) for task_id in ids]
+    rows[2] = rows[2][:-1] + ', "x": ' + "1" * 5_000 + "}"
+    body = f'{{"data": [{",".join(rows)}]}}'.encode()
+    page, others = (None, {}) if find_spec("msgspec") is None else read_tasks(body, ids)
+    assert not others
+    if page is not None:
+        assert page.snapshot(ids[3]).model
+        with pytest.raises(InvalidResponseError):
+            _ = page.snapshot(ids[2]).raw
+
+
+@pytest.mark.parametrize("parse", [_protocol._skimmed_index, _protocol._parsed_index])
+def test_a_page_that_cannot_be_looked_into_here_can_be_elsewhere(
+    parse: Callable[[bytes], PageIndex],
+) -> None:
+    """A stack too deep for it is an error of ours, and is not remembered."""
+    body = json.dumps({"data": [snapshot(id="task-0001", status="processing")]}).encode()
+    nested = body[:-3] + b', "x": ' + b"[" * 400 + b"]" * 400 + b"}]}"
+    page = Page(nested, parse)
+
+    def dig(levels: int) -> None:
+        if levels:
+            dig(levels - 1)
+        else:
+            page.snapshot("task-0001")
+
+    with pytest.raises(InvalidResponseError):
+        dig(sys.getrecursionlimit() - len(inspect.stack(0)) - 100)
+    assert page.snapshot("task-0001").status == "processing"
+
+
 def test_many_pages_are_kept_compressed() -> None:
     """Beyond three megabytes of batch answers, new ones take a fraction, and read the same."""
     tasks = [snapshot(id=f"task-{k:04}", status="pending", progress=k) for k in range(50)]
@@ -488,6 +527,16 @@ async def test_the_request_rate_is_kept(crowd: Emulator) -> None:
     for i, first in enumerate(times):
         for j in range(i, min(i + 60, len(times))):
             assert j - i + 1 <= rate + rate * (times[j] - first) + 1e-6
+
+
+async def test_submits_leave_tokens_of_the_rate_to_reads(crowd: Emulator) -> None:
+    """While hundreds wait to be submitted, those that run are looked at."""
+    async with connect(crowd, max_in_flight=300, max_requests_per_second=2) as session:
+        start = crowd.clock.now()
+        tasks = [asyncio.create_task(session.generate(f"lake {i}")) for i in range(300)]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        assert crowd.clock.now() - start <= 60
+        await asyncio.gather(*tasks)
 
 
 async def test_a_request_rate_in_real_time() -> None:

@@ -28,17 +28,20 @@ from hostile import (
 
 from evolink_async import (
     APIConnectionError,
+    APIStatusError,
     AuthenticationError,
     ConfigurationError,
     EvolinkError,
     InsufficientCreditsError,
     InvalidRequestError,
+    InvalidResponseError,
     NotFoundError,
     PermissionDeniedError,
     RateLimitError,
     RequestTooLargeError,
     RequestValidationError,
     RetryPolicy,
+    ServerError,
     Session,
     SessionClosedError,
     SubmitUncertainError,
@@ -326,6 +329,98 @@ async def test_before_send_that_raises_sends_nothing(
             await session.submit("A lake", before_send=refuse)
         assert server.posts == []
         await session.submit("A lake")
+
+
+@pytest.mark.parametrize(
+    "kind", [ServerError, RateLimitError, InvalidResponseError, APIConnectionError]
+)
+async def test_errors_of_before_send_are_not_the_apis(
+    server: HostileServer, clock: ManualClock, kind: type[EvolinkError]
+) -> None:
+    """Whatever it raises, the hook is asked once, nothing is sent and nothing is uncertain."""
+    asked: list[str] = []
+    details: dict[str, Any] = {"status": 500} if issubclass(kind, APIStatusError) else {}
+
+    async def refuse(key: str) -> None:
+        asked.append(key)
+        raise kind("of its own", **details)
+
+    async with connect(server, clock) as session:
+        with pytest.raises(kind, match="of its own"):
+            await session.submit("A lake", before_send=refuse)
+    assert (len(asked), server.posts) == (1, [])
+
+
+async def test_a_hook_that_outlives_the_closing_sends_nothing(
+    server: HostileServer, clock: ManualClock
+) -> None:
+    """No POST starts once closing has begun, also if the hook swallows its cancellation."""
+    reached = asyncio.Event()
+
+    async def swallow(_: str) -> None:
+        reached.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            return
+
+    session = connect(server, clock)
+    submit = asyncio.create_task(session.submit("A lake", before_send=swallow))
+    await reached.wait()
+    await session.aclose()
+    with pytest.raises(SessionClosedError, match="nothing was sent"):
+        await submit
+    assert server.posts == []
+
+
+async def test_task_factories_of_the_loop(server: HostileServer, clock: ManualClock) -> None:
+    """One that takes nothing but a coroutine will do, and one that fails costs no slot."""
+    loop = asyncio.get_running_loop()
+    fail = False
+
+    def factory(loop: asyncio.AbstractEventLoop, coroutine: Any) -> asyncio.Task[Any]:
+        if fail:
+            raise LookupError("no more tasks")
+        return asyncio.Task(coroutine, loop=loop)
+
+    async with connect(server, clock, max_in_flight=1, max_connections=1) as session:
+        loop.set_task_factory(factory)
+        try:
+            await session.generate("A lake")
+            fail = True
+            for _ in range(3):
+                with pytest.raises(LookupError):
+                    await session.submit("A lake")
+            fail = False
+            await session.generate("A lake")
+        finally:
+            loop.set_task_factory(None)
+    assert len(server.posts) == 2
+
+
+async def test_a_submit_that_is_closed_while_it_waits_sends_nothing(
+    server: HostileServer, clock: ManualClock
+) -> None:
+    """Also where it is driven by hand, and not as an asyncio task that could be cancelled."""
+    arrived, go = asyncio.Event(), asyncio.Event()
+
+    async def slowly(request: Received, wire: Wire) -> None:
+        arrived.set()
+        await go.wait()
+        await OK(request, wire)
+
+    server.script = [slowly, OK]
+    async with connect(server, clock, max_connections=1) as session:
+        first = asyncio.create_task(session.submit("A lake"))
+        await arrived.wait()
+        waiting = session.submit("Another lake")
+        waiting.send(None)
+        waiting.close()
+        go.set()
+        await first
+        assert session.unsent == frozenset()
+        await session.submit("A third")
+    assert [post.json["prompt"] for post in server.posts] == ["A lake", "A third"]
 
 
 # -- cancellation ------------------------------------------------------------------------------

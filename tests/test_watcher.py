@@ -461,6 +461,27 @@ async def test_a_clock_that_fails_reaches_every_waiter(
     assert not [r for r in caplog.records if r.name == "asyncio"]
 
 
+@pytest.mark.parametrize("which", ["_loop", "_readings"])
+async def test_being_cancelled_by_others_reaches_every_waiter(
+    make: Make, reader: Reader, which: str
+) -> None:
+    """Who cancels all asyncio tasks there are leaves nobody waiting for ever."""
+    reader.gate = asyncio.Event()
+    watcher = make(deadline=None)
+    watches = [watcher.attach(f"task-{k}") for k in range(3)]
+    for _ in range(20):
+        await asyncio.sleep(0)
+    found = getattr(watcher, which)
+    for each in [found] if which == "_loop" else tuple(found):
+        each.cancel()
+    await asyncio.gather(*(watcher.until_ended(watch) for watch in watches))
+    assert all("picks it up again" in str(watch.reason) for watch in watches)
+    reader.gate.set()
+    reader.say = lambda i: task(i, "completed")
+    await watcher.until_ended(again := watcher.attach("task-1"))
+    assert again.reason is None
+
+
 async def test_a_clock_may_say_anything() -> None:
     """Only differences of a clock mean something: below zero, a look is still at once."""
     clock = ManualClock(start=-1e6)
