@@ -47,7 +47,7 @@ class Cohort:
     unread: Group | None = None
 
 
-@define(eq=False)
+@define(eq=False, weakref_slot=False)  # with many tasks running there are many of them
 class Group:
     """Tasks of one cohort that were last looked at together, and are due together.
 
