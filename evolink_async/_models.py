@@ -221,15 +221,17 @@ class ImageRequest:
         """Where it is POSTed to."""
         return IMAGES_PATH
 
+    def _given(self) -> dict[str, Any]:
+        """The page's fields that are not left to the API."""
+        return {name: value for name in _BODY_FIELDS if (value := getattr(self, name)) is not None}
+
     def body(self) -> dict[str, Any]:
         """The JSON object that is sent: the fields given, and nothing else."""
-        given = {name: getattr(self, name) for name in _BODY_FIELDS}
-        return {k: v for k, v in given.items() if v is not None} | dict(self.extra)
+        return {**self._given(), **self.extra}
 
     def to_json(self) -> dict[str, Any]:
         """This request as a JSON object that `from_json` reads back."""
-        stored = {name: getattr(self, name) for name in _BODY_FIELDS}
-        stored = {k: v for k, v in stored.items() if v is not None}
+        stored = self._given()
         if self.extra:
             stored["extra"] = dict(self.extra)
         if not self.validate:

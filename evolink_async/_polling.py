@@ -61,6 +61,8 @@ MEMORY: Final = 50
 ENDS_PER_LEARNING: Final = 2
 CROWD_PER_LEARNING: Final = 2
 """The hazard is computed anew after so many ends: in a crowd half of those running."""
+KNOWN_PER_LEARNING: Final = 25
+"""But not for less than one in so many of the ends it is known from."""
 LOOKS_PER_LEARNING: Final = 100
 ROUNDS_PER_LEARNING: Final = 8
 """Or after so many looks at each running task, if that is more."""
@@ -421,7 +423,8 @@ class DurationModel:
         spans = [1.0] * (last - first + 1)
         spans[0] -= lo - first
         spans[-1] -= last + 1 - hi
-        chances = [0.0] * (last - first) + [1.0] if exactly else self._chances(first, spans)
+        certain = exactly or first == last
+        chances = [0.0] * (last - first) + [1.0] if certain else self._chances(first, spans)
         left = 1.0
         for k, span, chance in zip(range(first, last + 1), spans, chances, strict=True):
             left -= chance
@@ -505,7 +508,8 @@ class DurationModel:
         self._fresh = self._looks = 0
         crowd = self._running // CROWD_PER_LEARNING
         # After each of the first ends, but not in a crowd.
-        self._enough_ends = max(ENDS_PER_LEARNING, crowd) if self._seen > 20 else max(1, crowd // 4)
+        enough = max(ENDS_PER_LEARNING, crowd) if self._seen > 20 else max(1, crowd // 4)
+        self._enough_ends = max(enough, sum(self._ends) / KNOWN_PER_LEARNING)
         self._enough_looks = max(LOOKS_PER_LEARNING, ROUNDS_PER_LEARNING * self._running)
 
     def _move_prior(self) -> None:

@@ -468,8 +468,7 @@ class Session:
         try:
             return await answer
         except BaseException as exc:
-            if not answer.cancel() and not answer.cancelled():
-                answer.exception()  # or its being unread is logged
+            answer.cancel()  # if it is there already, its being unread is nothing to log
             post = submission.post
             if post is None:
                 self._queued.discard(submission)

@@ -158,6 +158,7 @@ class Transport:
         client = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=keep_alive),
             cookie_jar=aiohttp.DummyCookieJar(),
+            headers=self._common_headers(),
         )
         self._own.append(client)
         return client
@@ -250,15 +251,19 @@ class Transport:
         raise failure
 
     def _headers(self, submit: Submission | None) -> dict[str, str]:
-        headers = {
+        """What a request says beside what our own clients always do."""
+        headers = self._common_headers() if self._http is not None else {}
+        if submit is not None:
+            headers["Idempotency-Key"] = submit.idempotency_key
+        return headers
+
+    def _common_headers(self) -> dict[str, str]:
+        return {
             "Authorization": f"Bearer {self._key.reveal()}",
             "Accept": "application/json",
             "Content-Type": "application/json",
             "User-Agent": self._user_agent,
         }
-        if submit is not None:
-            headers["Idempotency-Key"] = submit.idempotency_key
-        return headers
 
     def _translate(self, exc: BaseException) -> EvolinkError:
         if isinstance(exc, _TooLargeError):

@@ -142,9 +142,7 @@ class Watcher:
         self._shared, self._single = DueQueue(), DueQueue()
         # Cohorts that further tasks may join.
         self._open: dict[Schedule, Cohort] = {}
-        self._wake = asyncio.Event()
-        self._alarm = Alarm(clock, self._wake.set, self._crash)
-        self._loop: asyncio.Task[None] | None = None
+        self._alarm = Alarm(clock, self._go_on, self._crash)
         self._readings: set[asyncio.Task[None]] = set()
         # When the last batch read was sent that was answered.
         self._batch_worked_at = -math.inf
@@ -223,7 +221,9 @@ class Watcher:
         elif len(group.watches) == 1:
             self._queue_first(watch)
         self._start(watch)
-        logger.debug("task %s: first look in %.2f s", watch.id, group.due - self._clock.now())
+        if logger.isEnabledFor(logging.DEBUG):
+            wait = group.due - self._clock.now()
+            logger.debug("task %s: first look in %.2f s", watch.id, wait)
         return watch
 
     def _unknown_age(self, now: float) -> Group:
@@ -345,7 +345,7 @@ class Watcher:
         has theirs.
         """
         self._stopping = True
-        pending = [task for task in (self._loop, *self._readings) if task is not None]
+        pending = tuple(self._readings)
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
@@ -406,7 +406,7 @@ class Watcher:
     def _push(self, queue: DueQueue, group: Group, due: float) -> None:
         queue.push(group, due)
         if due < self._alarm.at:
-            self._wake.set()
+            self._alarm.set(due)
 
     def _hurry(self, watch: Watch, due: float) -> None:
         """Look at *watch* at *due* at the latest, but after the read that is in the air."""
@@ -423,14 +423,20 @@ class Watcher:
     def _start(self, watch: Watch) -> None:
         if watch.deadline < self._first_deadline:
             self._first_deadline = watch.deadline
-            self._wake.set()
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop().create_task(self._run())
-            self._loop.add_done_callback(self._loop_ended)
+            self._alarm.set(watch.deadline)
 
-    async def _run(self) -> None:
+    def _go_on(self) -> None:
+        """Do what there is to do now, and set the alarm for what comes next."""
+        if self._stopping:
+            return
+        try:
+            self._alarm.set(self._do_what_is_due())
+        except Exception as exc:  # noqa: BLE001 - it must not die silently
+            self._crash(exc)
+
+    def _do_what_is_due(self) -> float:
+        """Send the reads that are due; returns when there is more to do."""
         while True:
-            self._wake.clear()
             now = self._clock.now()
             self._notice_resume(now)
             if self._next_deadline() <= now:
@@ -440,12 +446,11 @@ class Watcher:
                 self._readings.add(task)
                 task.add_done_callback(self._reading_ended)
                 if self._contended is not None:
-                    await asyncio.sleep(0)  # let it take its token, or others would queue behind it
+                    return _AT_ONCE  # let it take its token, or others would queue behind it
             elif (at := self._next_event()) > now:
                 if logger.isEnabledFor(logging.DEBUG):
                     self._log_wait(now)
-                self._alarm.set(at)
-                await self._wake.wait()
+                return at
 
     def _next_event(self) -> float:
         """When the loop has something to do, infinity if only others can say."""
@@ -778,7 +783,7 @@ class Watcher:
 
     def _reading_ended(self, task: asyncio.Task[None]) -> None:
         if len(self._readings) >= self._max_reads or not self._live:
-            self._wake.set()  # the others waited for this one, or there are none
+            self._alarm.set(_AT_ONCE)  # the others waited for this one, or there are none
         self._readings.discard(task)
         crash = self._crash_of(task)
         if crash is None:
@@ -787,11 +792,6 @@ class Watcher:
             except Exception as exc:  # noqa: BLE001 - a clock of the caller's
                 crash = exc
         if crash is not None:
-            self._crash(crash)
-
-    def _loop_ended(self, task: asyncio.Task[None]) -> None:
-        self._loop = None
-        if (crash := self._crash_of(task)) is not None:
             self._crash(crash)
 
     def _crash_of(self, task: asyncio.Task[None]) -> BaseException | None:
@@ -859,9 +859,11 @@ class Alarm:
         await self._clock.sleep_until(at)
 
     def _woke(self, sleeper: asyncio.Task[None]) -> None:
-        if sleeper.cancelled() or sleeper is not self._sleeper:
+        if sleeper is not self._sleeper:
             return
-        if (crash := sleeper.exception()) is not None:
+        if sleeper.cancelled():
+            self._crash(asyncio.CancelledError("cancelled by others"))
+        elif (crash := sleeper.exception()) is not None:
             self._crash(crash)
         self._rung()
 

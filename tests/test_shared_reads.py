@@ -335,6 +335,35 @@ async def test_a_task_that_spoils_batch_reads_among_many(crowd: Emulator, spoil:
     assert len(crowd.books.requests("read")) < 500
 
 
+async def test_a_task_nested_too_deep_among_many(clock: ManualClock) -> None:
+    """While nobody can read an answer with it, the others are; and so is it once it can be."""
+    served = Counter[str]()
+    odd = "task-0003"
+
+    def text_of(task_id: str) -> str:
+        served[task_id] += 1
+        status = "completed" if served[task_id] > 6 else "processing"
+        text = json.dumps(snapshot(id=task_id, status=status))
+        deep = task_id == odd and served[odd] < 12
+        return text[:-1] + ', "x": ' + "[" * 50_000 + "]" * 50_000 + "}" if deep else text
+
+    async def serve(request: Received, wire: Wire) -> None:
+        if request.method == "GET":
+            text = text_of(request.path.rsplit("/", 1)[1])
+        else:
+            text = f'{{"data": [{",".join(map(text_of, request.json["task_ids"]))}]}}'
+        await wire.send(http(200, text.encode()))
+
+    async with HostileServer(reads=[serve]) as server:
+        server.script = [answer(200, snapshot(id=f"task-{i:04}")) for i in range(12)]
+        server.script.append(answer(500, b""))
+        async with Session("k" * 20, base_url=server.base_url, clock=clock) as session:
+            tasks = [await session.submit(f"lake {i}") for i in range(12)]
+            results = await asyncio.gather(*tasks)
+    assert [r.task_id for r in results] == [f"task-{i:04}" for i in range(12)]
+    assert served[odd] == 12
+
+
 async def test_strange_tasks_among_many_are_not_noticed_by_the_others(crowd: Emulator) -> None:
     """One id that is gone, one that never ends, garbage between: 497 others end in time."""
     crowd.faults.add(faults.TaskVanishes(prompt="gone"))

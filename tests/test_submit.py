@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 from collections.abc import AsyncIterator
@@ -674,6 +675,49 @@ async def test_a_tracer_that_raises_leaves_the_submit_uncertain(
         with pytest.raises(SubmitUncertainError) as caught:
             await session.submit("A lake")
         assert caught.value.idempotency_key == server.posts[0].headers["Idempotency-Key"]
+
+
+async def test_a_tracer_that_raises_cancellation_fails_one_read(
+    server: HostileServer, clock: ManualClock
+) -> None:
+    """Nobody was cancelled: the read failed, and the watch goes on."""
+    bugs = ["a bug of theirs"]
+
+    async def explode(*_: object) -> None:
+        if bugs:
+            raise asyncio.CancelledError(bugs.pop())
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_start.append(explode)
+    server.reads = [answer(200, snapshot(id="task-1", status="completed"))]
+    async with (
+        aiohttp.ClientSession(trace_configs=[trace]) as http,
+        connect(server, clock, http=http) as session,
+    ):
+        task = session.task("task-1")
+        with pytest.raises(APIConnectionError, match="a bug of theirs"):
+            await task.refresh()
+        assert (await task).task_id == "task-1"
+
+
+async def test_a_caller_that_is_dropped_leaves_no_unread_error(
+    server: HostileServer, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What its submit failed of is nothing for asyncio to complain of."""
+
+    async def refuse(_: str) -> None:
+        raise LookupError("no money")
+
+    async with connect(server, clock) as session:
+        caller = session.submit("A lake", before_send=refuse)
+        answer = caller.send(None)
+        while not answer.done():  # noqa: ASYNC110 - nobody else may wait for it
+            await asyncio.sleep(0)
+        caller.close()
+        del answer
+        gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+    assert server.posts == []
 
 
 async def test_closing_starts_no_new_post() -> None:

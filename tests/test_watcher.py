@@ -461,18 +461,23 @@ async def test_a_clock_that_fails_reaches_every_waiter(
     assert not [r for r in caplog.records if r.name == "asyncio"]
 
 
-@pytest.mark.parametrize("which", ["_loop", "_readings"])
+@pytest.mark.parametrize("reading", [False, True])
 async def test_being_cancelled_by_others_reaches_every_waiter(
-    make: Make, reader: Reader, which: str
+    make: Make, reader: Reader, clock: ManualClock, *, reading: bool
 ) -> None:
     """Who cancels all asyncio tasks there are leaves nobody waiting for ever."""
     reader.gate = asyncio.Event()
+    others = asyncio.all_tasks()
     watcher = make(deadline=None)
-    watches = [watcher.attach(f"task-{k}") for k in range(3)]
-    for _ in range(20):
+    watches = [
+        watcher.attach(f"task-{k}") if reading else submit(watcher, clock, f"task-{k}")
+        for k in range(3)
+    ]
+    for _ in range(3):
         await asyncio.sleep(0)
-    found = getattr(watcher, which)
-    for each in [found] if which == "_loop" else tuple(found):
+    ours = asyncio.all_tasks() - others
+    assert len(ours) == (3 if reading else 1)
+    for each in ours:
         each.cancel()
     await asyncio.gather(*(watcher.until_ended(watch) for watch in watches))
     assert all("picks it up again" in str(watch.reason) for watch in watches)
