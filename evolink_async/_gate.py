@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from attrs import define
+from attrs import define, field
 
 from evolink_async._clock import Clock
 from evolink_async._retry import MAX_RETRY_AFTER
@@ -29,17 +29,23 @@ _CHANNEL: Final = "no_available_channel"
 
 @define
 class _CoolDown:
-    """One cool-down, of the session or of the submits of one model.
+    """One cool-down, of the session or of the submits of one model, and its slow start.
 
     Attributes:
         until: When it ends, on the session's clock.
         since: When it was last begun.
         streak: How often it was begun in a row without a number of seconds.
+        window: Requests that may be in the air after it.
+        in_air: Those that were let in since it was last begun.
+        waiting: Who waits for the window, where that is not the gate's queue.
     """
 
     until: float = float("-inf")
     since: float = float("-inf")
     streak: int = 0
+    window: float = float("inf")
+    in_air: int = 0
+    waiting: list[asyncio.Future[None]] = field(factory=list)
 
     def extend(self, retry_after: float | None, *, sent_at: float, now: float) -> bool:
         """Obey one more answer; False if it says nothing new.
@@ -57,9 +63,42 @@ class _CoolDown:
         # Synchronised clients are what a cool-down must not create: always a little late.
         late = random.uniform(1.0, 1.1)  # noqa: S311 - jitter
         self.until = max(self.until, now + min(delay, MAX_RETRY_AFTER) * late)
+        self.window = 1
         if news:
-            self.since = now
+            self.since, self.in_air = now, 0
         return True
+
+    def allows(self, now: float) -> bool:
+        """Whether one more request may be sent *now*."""
+        return self.until <= now and self.in_air < self.window
+
+    def left(self, entered: float) -> None:
+        """A request let in when it *entered* is over; what was in the air before does not count."""
+        if entered > self.since:
+            self.in_air = max(0, self.in_air - 1)
+        if self.waiting:
+            self._wake()
+
+    def widen(self, enough: int) -> bool:
+        """One request after it succeeded; True once *enough* have."""
+        self.streak = 0
+        self.window += 1
+        if self.window >= enough:
+            self.window = float("inf")
+        self._wake()
+        return self.window == float("inf")
+
+    def _wake(self) -> None:
+        for future in self.waiting:
+            if not future.done():
+                future.set_result(None)
+        self.waiting.clear()
+
+    async def changes(self) -> None:
+        """Return when the window may have room."""
+        future = asyncio.get_running_loop().create_future()
+        self.waiting.append(future)
+        await future
 
 
 _Entry = tuple[int, "asyncio.Future[Any]", Callable[[], object]]
@@ -95,7 +134,6 @@ class Gate:
         self._filled_at = 0.0
         self._closed = _CoolDown()
         self._held: dict[str, _CoolDown] = {}
-        self._window = float("inf")
         self._alarm: asyncio.Task[None] | None = None
         self.cool_downs = 0
 
@@ -129,16 +167,25 @@ class Gate:
         while True:
             if not seated:
                 await self.take_seat(submit=submit)
-            if not (submit and self.is_held(model)):
+            if not submit or self.admit(model):
                 return
             seated = False
             self.decline(submit=submit)
-            await self._clock.sleep_until(self._held[model].until)
+            while (held := self._held.get(model)) and not held.allows(self._clock.now()):
+                if held.until > self._clock.now():
+                    await self._clock.sleep_until(held.until)
+                else:
+                    await held.changes()
 
-    def is_held(self, model: str) -> bool:
-        """Whether submits of *model* wait for a cool-down of its own."""
+    def admit(self, model: str) -> bool:
+        """Whether a submit of *model* with a seat need not wait for a cool-down of its model."""
         held = self._held.get(model)
-        return held is not None and held.until > self._clock.now()
+        if held is None:
+            return True
+        if not held.allows(self._clock.now()):
+            return False
+        held.in_air += 1
+        return True
 
     async def take_seat(self, *, submit: bool) -> None:
         """Wait for a seat, whatever the model."""
@@ -172,12 +219,23 @@ class Gate:
         self._tokens += 1
         self.leave(submit=submit)
 
-    def leave(self, *, submit: bool = False) -> None:
-        """Give a seat back."""
+    def leave(
+        self, *, submit: bool = False, model: str = "", entered: float = float("inf")
+    ) -> None:
+        """Give a seat back.
+
+        Args:
+            submit: Whether it was a submit's.
+            model: Its model.
+            entered: When it was taken; by default after whatever cool-down there was.
+        """
         if submit:
             self._submits -= 1
         else:
             self._reads -= 1
+        if (held := self._held.get(model)) is not None:
+            held.left(entered)
+        self._closed.left(entered)
         self._pump()
 
     def turn_away(self) -> None:
@@ -194,15 +252,11 @@ class Gate:
             sent_at: When its request was sent; from before a cool-down it says nothing.
             model: The model of the submit it answers.
         """
-        if (held := self._held.get(model)) is not None and sent_at > held.since:
+        held = self._held.get(model)
+        if held is not None and sent_at > held.since and held.widen(self._seats):
             del self._held[model]
-        if sent_at <= self._closed.since:
-            return
-        self._closed.streak = 0
-        if self._window != float("inf"):
-            self._window += 1
-            if self._window >= self._seats:
-                self._window = float("inf")
+        if sent_at > self._closed.since:
+            self._closed.widen(self._seats)
             self._pump()
 
     def cool_down(self, error: APIStatusError, *, sent_at: float, model: str = "") -> None:
@@ -222,7 +276,6 @@ class Gate:
         news = sent_at > self._closed.since
         if not self._closed.extend(error.retry_after, sent_at=sent_at, now=now):
             return
-        self._window = 1
         if news:
             self.cool_downs += 1
             logger.warning("cooling down for %.1f s: %s", self._closed.until - now, error)
@@ -238,13 +291,14 @@ class Gate:
             self._submits += 1
         else:
             self._reads += 1
+        self._closed.in_air += 1
         return True
 
     def _has_seat(self, *, submit: bool) -> bool:
         in_air = self._reads + self._submits
         return (
             in_air < self._seats
-            and in_air < self._window
+            and self._closed.in_air < self._closed.window
             and not (submit and self._submits >= self._submit_seats)
         )
 

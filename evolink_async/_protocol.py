@@ -56,6 +56,7 @@ __all__ = [
     "encode_ids",
     "is_quota",
     "is_replayed",
+    "is_throttle",
     "new_idempotency_key",
     "read_task",
     "read_tasks",
@@ -206,6 +207,15 @@ def rule_of(error: EvolinkError) -> tuple[bool, Submit]:
 def is_quota(*words: str | None) -> bool:
     """True if a code or type means "nothing left to spend" rather than "too fast"."""
     return any("quota" in word for word in words if word is not None)
+
+
+def is_throttle(error: BaseException | None) -> bool:
+    """True for the answers that ask the whole session for patience: 429 and 503."""
+    return (
+        isinstance(error, APIStatusError)
+        and error.status in {429, 503}
+        and not is_quota(error.code, error.type)
+    )
 
 
 # ---------------------------------------------------------------------------------------------

@@ -19,11 +19,11 @@ from tenacity import (
 from tenacity.wait import wait_base
 
 from evolink_async._clock import Clock
-from evolink_async._protocol import is_quota
+from evolink_async._protocol import is_throttle
 from evolink_async._text import shown
-from evolink_async.errors import APIStatusError, APITimeoutError, ConfigurationError, EvolinkError
+from evolink_async.errors import APITimeoutError, ConfigurationError, EvolinkError
 
-__all__ = ["MAX_RETRY_AFTER", "RetryBudget", "RetryPolicy", "is_throttle", "run"]
+__all__ = ["MAX_RETRY_AFTER", "RetryBudget", "RetryPolicy", "run"]
 
 T = TypeVar("T")
 
@@ -113,15 +113,6 @@ class RetryBudget:
     def give(self) -> None:
         """One exchange succeeded."""
         self.level = min(self.capacity, self.level + 1)
-
-
-def is_throttle(error: BaseException | None) -> bool:
-    """True for the answers that ask the whole session for patience: 429 and 503."""
-    return (
-        isinstance(error, APIStatusError)
-        and error.status in {429, 503}
-        and not is_quota(error.code, error.type)
-    )
 
 
 async def run(

@@ -51,7 +51,7 @@ from evolink_async._submission import BeforeSend, Submission
 from evolink_async._task import Task
 from evolink_async._text import shown
 from evolink_async._watch import Watch
-from evolink_async._watcher import Watcher
+from evolink_async._watcher import IDS_PER_LINE, Watcher
 from evolink_async.errors import (
     ConfigurationError,
     EvolinkError,
@@ -72,7 +72,6 @@ T = TypeVar("T")
 
 DEFAULT_BASE_URL: Final = "https://api.evolink.ai"
 _PAGE: Final = 50
-_IDS_PER_LINE: Final = 50
 _LARGEST: Final = {"image": 64 << 20, "audio": 1 << 30, "video": 8 << 30}
 """Bytes one result may have, by the task's type."""
 
@@ -337,7 +336,7 @@ class Session:
                 task_id=task_id,
             )
         )
-        for some in batched(running, _IDS_PER_LINE):
+        for some in batched(running, IDS_PER_LINE):
             logger.warning("session closed with tasks still running: %s", ", ".join(some))
             await asyncio.sleep(0)
         await self._transport.aclose()
@@ -862,7 +861,7 @@ def batched(ids: Sequence[str], size: int) -> Iterator[Sequence[str]]:
 
 
 def _log_left(ids: list[str]) -> None:
-    for some in batched(ids, _IDS_PER_LINE):
+    for some in batched(ids, IDS_PER_LINE):
         logger.warning("map was left before the outcome of these tasks: %s", ", ".join(some))
 
 

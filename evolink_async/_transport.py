@@ -51,7 +51,7 @@ _BATCH_REST: Final = 300.0
 _REFUSALS: Final = 3
 """Refused batch reads in a row after which it is; never to have worked counts as all but one."""
 _BATCH_PAUSE: Final = 30.0
-"""Seconds a batch endpoint is left alone that fails while single reads work."""
+"""Seconds a batch endpoint is left alone at first that fails while single reads work."""
 _PROBE_AFTER: Final = 3
 """Failed batch reads in a row after which a single read tells whether only they fail."""
 
@@ -147,7 +147,14 @@ class Transport:
         self._read_http = http or self._client(_READ_KEEP_ALIVE)
         self.closing = False
         self.counters = Counters()
+        # The batch endpoint is left alone until then; for how long, 0 once it has worked again;
+        # whether one read is finding out.
         self._no_batch_until = -math.inf
+        self._rest = 0.0
+        self._probing = False
+        # Whether it ever worked; when last, or how long it has had the benefit of the doubt.
+        self._batch_known = False
+        self._batch_worked_at = clock.now()
         # Batch reads that failed in a row; when a single one after them did not.
         self._batch_failures = 0
         self._single_worked_at = math.inf
@@ -308,7 +315,7 @@ class Transport:
         try:
             protocol.decipher(answer.status, answer.headers, answer.body)
         except APIStatusError as exc:
-            if retry.is_throttle(exc):
+            if protocol.is_throttle(exc):
                 self._gate.cool_down(exc, sent_at=answer.sent_at, model=model)
             else:  # no success, but no request for patience either
                 self._gate.succeeded(sent_at=answer.sent_at)
@@ -370,8 +377,9 @@ class Transport:
     async def _post(self, submission: Submission) -> TaskSnapshot:
         request = submission.request
         seated, submission.seated = submission.seated, False
-        if not seated or self._gate.is_held(request.model):
+        if not (seated and self._gate.admit(request.model)):
             await self._gate.enter(submit=True, model=request.model, seated=seated)
+        entered = self._clock.now()
         try:
             if self.closing:
                 raise SessionClosedError(NOT_SENT)
@@ -386,9 +394,9 @@ class Transport:
             answer = await self._exchange(
                 "POST", request.path, body=protocol.encode(request.body()), submit=submission
             )
+            value = self._decipher(answer, request.model)  # before others are let in
         finally:
-            self._gate.leave(submit=True)
-        value = self._decipher(answer, request.model)
+            self._gate.leave(submit=True, model=request.model, entered=entered)
         submission.replayed = answer.is_replayed
         return TaskSnapshot.from_json(value, body=answer.body, status="pending")
 
@@ -404,15 +412,18 @@ class Transport:
     @property
     def read_limit(self) -> int:
         """Tasks one reading can ask for: one where the batch endpoint is not to be had."""
-        absent = self._clock.now() < self._no_batch_until or self._batch_failures >= _PROBE_AFTER
-        return 1 if absent else protocol.BATCH_LIMIT
+        resting = self._clock.now() < self._no_batch_until or self._probing
+        failing = self._batch_failures >= _PROBE_AFTER
+        return 1 if resting or failing else protocol.BATCH_LIMIT
 
     async def fetch(self, ids: tuple[str, ...]) -> Reading:
         """Read tasks once. Never raises for an id: what went wrong is its answer."""
         single = len(ids) == 1
         if not self._gate.find_seat(submit=False):
             await self._gate.enter()
-        sent_at = self._clock.now()
+        entered = sent_at = self._clock.now()
+        probe = not single and self._rest > 0
+        self._probing = self._probing or probe
         answers: Mapping[str, TaskSnapshot | EvolinkError | None]
         page: Page | None = None
         failure: EvolinkError | None = None
@@ -431,11 +442,15 @@ class Transport:
                     failure = InvalidResponseError("the batch answer has none of the tasks")
         except EvolinkError as exc:
             failure = exc
-            paid = retry.is_throttle(exc) or self._budget.take(exc)
+            paid = protocol.is_throttle(exc) or self._budget.take(exc)
             answers = dict.fromkeys(ids, exc if single else self._batch_failed(exc))
         finally:
-            self._gate.leave()
-        self._judge_batch(failure, single=single, sent_at=sent_at)
+            self._gate.leave(entered=entered)
+            self._probing = self._probing and not probe
+        if single:
+            self._judge_single(failure)
+        else:
+            self._judge_batch(failure, sent_at=sent_at, probe=probe)
         return Reading(
             sent_at=sent_at,
             received_at=self._clock.now(),
@@ -458,8 +473,9 @@ class Transport:
         nonsense is left alone for a while; but not at once where it has worked, for then one
         of the tasks may be what it cannot deal with.
         """
-        status = error.status if isinstance(error, APIStatusError) else None
-        if status in {404, 405, 501}:
+        absent = isinstance(error, APIStatusError) and error.status in {404, 405, 501}
+        # Where it has worked, a page that is not the API's is a proxy that lost its way for once.
+        if absent and not (self._batch_known and not getattr(error, "from_api", True)):
             self._leave_batch(math.inf, error)
             return None
         if protocol.rule_of(error)[0] and not isinstance(error, InvalidResponseError):
@@ -471,39 +487,48 @@ class Transport:
         return None
 
     def _leave_batch(self, rest: float, why: EvolinkError) -> None:
-        self._no_batch_until = max(self._no_batch_until, self._clock.now() + rest)
-        logger.info("reading tasks one by one for %s s: %s", rest, why)
+        now = self._clock.now()
+        if now + rest > self._no_batch_until:
+            self._no_batch_until, self._rest = now + rest, rest
+            logger.info("reading tasks one by one for %s s: %s", rest, why)
 
-    def _judge_batch(self, failure: EvolinkError | None, *, single: bool, sent_at: float) -> None:
+    def _judge_batch(self, failure: EvolinkError | None, *, sent_at: float, probe: bool) -> None:
         """Tell a batch endpoint that fails by itself from an outage.
 
         After some failures in a row a single read is tried. If it works and the next batch
-        read fails all the same, it is the endpoint.
+        read fails all the same, it is the endpoint. It is left alone, then tried by one read.
         """
-        if single:
-            if self._batch_failures >= _PROBE_AFTER:
-                self._batch_failures = 0
-                self._single_worked_at = math.inf if failure else self._clock.now()
-        elif failure is None:
+        if failure is None:
             self._batch_failures, self._single_worked_at = 0, math.inf
             self._batch_refusals = 0
+            self._batch_known, self._batch_worked_at = True, sent_at
+            self._rest = 0.0
+        elif protocol.is_throttle(failure) and sent_at < self._batch_worked_at + _BATCH_PAUSE:
+            pass  # that is said of all requests, and has its price
+        elif probe:
+            self._leave_batch(min(2 * self._rest, _BATCH_REST), failure)
         elif sent_at >= self._single_worked_at:
             self._single_worked_at = math.inf
             self._leave_batch(_BATCH_PAUSE, failure)
         else:
             self._batch_failures += 1
 
+    def _judge_single(self, failure: EvolinkError | None) -> None:
+        if self._batch_failures >= _PROBE_AFTER:
+            self._batch_failures = 0
+            self._single_worked_at = math.inf if failure else self._clock.now()
+
     async def get(self, path: str, params: Mapping[str, str] | None = None) -> Any:
         """Read anything else, trying again as the policy says."""
 
         async def attempt() -> Any:
             await self._gate.enter()
+            entered = self._clock.now()
             try:
                 self.counters.reads += 1
-                answer = await self._exchange("GET", path, params=params)
+                return self._decipher(await self._exchange("GET", path, params=params))
             finally:
-                self._gate.leave()
-            return self._decipher(answer)
+                self._gate.leave(entered=entered)
 
         return await self._retrying(
             attempt, lambda exc: not self.closing and protocol.rule_of(exc)[0]

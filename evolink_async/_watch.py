@@ -221,6 +221,7 @@ class Trouble:
         error: The last one.
         since: When the first was sent.
         failures: How many.
+        throttled: How many of them only asked for patience.
         strikes: How many of them were the same final refusal.
         struck_at: When the first of these was.
     """
@@ -228,6 +229,7 @@ class Trouble:
     error: EvolinkError
     since: float
     failures: int = 0
+    throttled: int = 0
     strikes: int = 0
     struck_at: float = 0.0
 

@@ -22,7 +22,7 @@ from evolink_async._models import (
     TaskSnapshot,
 )
 from evolink_async._polling import Pacer, PollPolicy, Schedule
-from evolink_async._protocol import rule_of
+from evolink_async._protocol import is_throttle, rule_of
 from evolink_async._text import printable
 from evolink_async._watch import READING, Cohort, DueQueue, Futures, Group, Trouble, Watch
 from evolink_async.errors import (
@@ -35,7 +35,7 @@ from evolink_async.errors import (
     TaskTimeoutError,
 )
 
-__all__ = ["Watcher", "differs"]
+__all__ = ["IDS_PER_LINE", "Watcher", "differs"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,11 @@ _STRIKES: Final = 2
 _OTHER_STRIKES: Final = 3
 _MISSING: Final = 4
 """Batch answers in a row that leave a task out before a replica that lags is no excuse."""
-_SPOILED: Final = 3
-"""Batch reads in a row that fail with a task, while others work, before it is read singly."""
+_SPOILED: Final = (3, 6)
+"""Batch reads in a row that fail with a task, while others work, before it is read singly: so
+many that chance makes it less than `_CHANCE`."""
+_CHANCE: Final = 0.005
+_FAILING_RATE: Final = 0.05
 _SUSPENDED: Final = 30.0
 """Seconds the time of day must run ahead of the clock to mean that the machine slept."""
 _ATTACHED: Final = "attached"
@@ -67,6 +70,8 @@ _WIDTH: Final = 0.5
 """Shortest intervals between the submits of a cohort's first and last task."""
 _MOST: Final = 50
 """Tasks that wait for their first look together."""
+IDS_PER_LINE: Final = 50
+"""Tasks that one line of the log names."""
 _ENDS_AT_ONCE: Final = 500
 """Tasks that closing ends before others may run."""
 _SWEEP: Final = 0.25
@@ -144,8 +149,9 @@ class Watcher:
         self._open: dict[Schedule, Cohort] = {}
         self._alarm = Alarm(clock, self._go_on, self._crash)
         self._readings: set[asyncio.Task[None]] = set()
-        # When the last batch read was sent that was answered.
+        # When the last batch read was sent that was answered; how many of late are not.
         self._batch_worked_at = -math.inf
+        self._batch_failing = 0.0
         # No deadline is before this; when deadlines were last gone through.
         self._first_deadline = math.inf
         self._swept_at = -math.inf
@@ -192,6 +198,8 @@ class Watcher:
         """
         watch = self._live.get(snapshot.id)
         if watch is not None:  # an idempotent repeat of a submit whose task is watched already
+            if watch.request is None:
+                watch.request, watch.idempotency_key = request, idempotency_key
             on_end()
             return watch
         if replayed:
@@ -534,8 +542,8 @@ class Watcher:
             return
         self._fresh_start = False
         failed = [a for a in reading.answers.values() if isinstance(a, EvolinkError)]
-        if len(failed) < len(ids) > 1:
-            self._batch_worked_at = reading.sent_at
+        if len(ids) > 1:
+            self._note_batch(reading, failing=len(failed) == len(ids) and failed[0])
         if failed:
             logger.warning("a read failed for %d of %d tasks: %s", len(failed), len(ids), failed[0])
         price = self._pacer.shared.price(len(self._live))
@@ -704,21 +712,37 @@ class Watcher:
         now = self._clock.now()
         trouble = watch.trouble = watch.trouble or Trouble(error, reading.sent_at)
         trouble.failures += 1
+        throttled = is_throttle(error)
+        trouble.throttled += throttled
         if reading.single and _strike(watch, trouble, error, now):
             self._end(watch, error)
             return
         trouble.error = error
-        if not reading.single and self._batch_worked_at > trouble.since:
+        if not (reading.single or throttled) and self._batch_worked_at > trouble.since:
             self._suspect(watch, trouble)
         wait = self._reader.wait_after(trouble.failures, paid=reading.paid)
-        wait = max(wait, self._policy.min_interval)
-        again = max(wait, self._ready_at() - now)
-        logger.debug("reading task %s failed, again in %.2f s: %s", watch.id, again, error)
-        self._queue(watch, now + wait)
+        self._queue(watch, now + max(wait, self._policy.min_interval))
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug(
+                "reading task %s failed, %s: %s",
+                watch.id,
+                _plan(watch, now, self._ready_at()),
+                error,
+            )
+
+    def _note_batch(self, reading: _Reading, *, failing: EvolinkError | bool) -> None:
+        """Note whether a batch read worked."""
+        if not failing:
+            self._batch_worked_at = reading.sent_at
+        if not (isinstance(failing, EvolinkError) and is_throttle(failing)):
+            self._batch_failing += _FAILING_RATE * (bool(failing) - self._batch_failing)
 
     def _suspect(self, watch: Watch, trouble: Trouble) -> None:
         """Batch reads with it fail while others work: it may be what they fail of."""
-        if trouble.failures + watch.spoiled >= _SPOILED:
+        few, many = _SPOILED
+        enough = math.log(_CHANCE) / math.log(min(max(self._batch_failing, 0.01), 0.99))
+        failures = trouble.failures - trouble.throttled + watch.spoiled
+        if failures >= min(max(few, enough), many):
             watch.spoiled += 1
             watch.alone = True
             logger.debug("task %s: read singly, batch reads with it fail", watch.id)
@@ -806,6 +830,9 @@ class Watcher:
             logger.warning("the watcher was cancelled by others; nothing is watched any more")
         else:
             logger.error("the watcher failed", exc_info=crash)
+        ours = [watch.id for watch in self.watches if watch.request is not None]
+        for k in range(0, len(ours), IDS_PER_LINE):
+            logger.warning("tasks still running: %s", ", ".join(ours[k : k + IDS_PER_LINE]))
         for watch in self.watches:
             reason = EvolinkError(
                 f"watching task {watch.id} stopped by an internal error ({crash!r}); "
@@ -894,10 +921,10 @@ def _on_page(page: Page, task_id: str) -> TaskSnapshot | EvolinkError:
         return exc
 
 
-def _plan(watch: Watch, now: float) -> str:
+def _plan(watch: Watch, now: float, ready_at: float = -math.inf) -> str:
     """What comes next for a task that was just looked at, in words."""
     if watch.group.due < watch.deadline:
-        return f"next look in {watch.group.due - now:.2f} s"
+        return f"next look in {max(watch.group.due, ready_at) - now:.2f} s"
     return f"no look before its deadline in {watch.deadline - now:.2f} s"
 
 

@@ -357,6 +357,31 @@ async def test_after_a_cool_down_the_gate_opens_slowly(crowd_at: MakeCrowd) -> N
         assert len(crowd.entered) - (left + 1) == in_air
 
 
+async def test_what_hangs_since_before_a_cool_down_does_not_slow_the_start(
+    crowd_at: MakeCrowd,
+) -> None:
+    """The slow start counts what was let in after the cool-down; seats count everything."""
+    crowd = crowd_at(8)
+    await crowd.come(*names("r", 4))
+    crowd.gate.cool_down(throttle(1), sent_at=START)
+    await crowd.come(*names("r1", 8))
+    await crowd.clock.advance(1)
+    assert crowd.entered[4:] == ["r10"]
+    now = crowd.clock.now()
+    for let_in in (7, 9):
+        crowd.gate.succeeded(sent_at=now)
+        crowd.gate.leave(entered=now)
+        await settle()
+        assert len(crowd.entered) == let_in
+    crowd.gate.leave(entered=START)  # one of those that hung, for which the window has no room
+    await settle()
+    assert len(crowd.entered) == 9
+    for _ in range(8):
+        crowd.gate.succeeded(sent_at=now)
+    await settle()
+    assert len(crowd.entered) == 9 + 2  # three that hang and three from after it had two seats left
+
+
 async def test_a_refusal_during_the_slow_start_starts_it_over(crowd_at: MakeCrowd) -> None:
     """The next cool-down opens one at a time again."""
     crowd = crowd_at(4)
@@ -401,8 +426,36 @@ async def test_no_channel_holds_back_that_models_submits_only(crowd_at: MakeCrow
     assert crowd.gate.cool_downs == 0
     await crowd.clock.advance(10)
     assert crowd.entered[-1] == "s0"
+    crowd.gate.succeeded(sent_at=crowd.clock.now(), model="busy")
     await crowd.come("s2", model="busy")
     assert crowd.entered[-1] == "s2"
+
+
+async def test_a_model_comes_back_slowly(crowd_at: MakeCrowd) -> None:
+    """One submit tries it, each success lets one more in; other models go on meanwhile."""
+    crowd = crowd_at()
+    gate = crowd.gate
+    await crowd.come("s0", model="busy")
+    gate.cool_down(throttle(10, code=NO_CHANNEL), sent_at=START, model="busy")
+    await crowd.come(*names("s1", 8), model="busy")
+    await crowd.clock.advance(10)
+    assert crowd.entered == ["s0", "s10"]
+    gate.leave(submit=True, model="busy", entered=START)  # s0, which is from before
+    await crowd.clock.advance(1)
+    await crowd.come("s2", model="other")
+    assert crowd.entered == ["s0", "s10", "s2"]
+    now = crowd.clock.now()
+    gate.cool_down(throttle(10, code=NO_CHANNEL), sent_at=now, model="busy")
+    gate.leave(submit=True, model="busy", entered=START + 10)
+    await crowd.clock.advance(9)
+    assert len(crowd.entered) == 3
+    await crowd.clock.advance(1)
+    for let_in in (1, 2, 3, 4):
+        assert len(crowd.entered) == 2 + 2 * let_in
+        entered = crowd.clock.now()
+        gate.succeeded(sent_at=entered, model="busy")
+        gate.leave(submit=True, model="busy", entered=entered)
+        await crowd.clock.advance(0)
 
 
 async def test_no_channel_without_a_model_cools_the_session(crowd_at: MakeCrowd) -> None:

@@ -23,7 +23,8 @@ from evolink_async import (
     RetryPolicy,
     ServerError,
 )
-from evolink_async._retry import MAX_RETRY_AFTER, RetryBudget, is_throttle, run
+from evolink_async._protocol import is_throttle
+from evolink_async._retry import MAX_RETRY_AFTER, RetryBudget, run
 
 PLAIN = RetryPolicy(wait_jitter=0)
 BROKEN = APIConnectionError("broken", sent=True)

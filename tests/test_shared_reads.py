@@ -260,6 +260,34 @@ async def test_a_batch_endpoint_that_fails_is_left_for_a_while(crowd: Emulator, 
     assert routes["batch"] <= 8
 
 
+async def test_a_batch_endpoint_that_fails_is_tried_by_one_read_now_and_then(
+    clock: ManualClock,
+) -> None:
+    """After 30 s, after a minute more, then two; the tasks are read singly meanwhile."""
+    async with Emulator(
+        clock=clock, duration=(250, 260), pictures="tiny", credits=1000
+    ) as emulator:
+        emulator.faults.add(faults.Status(500, route="batch"))
+        async with connect(emulator, max_in_flight=200) as session:
+            await asyncio.gather(*(session.generate(f"lake {i}") for i in range(200)))
+        tries = [r.time for r in emulator.books.requests("batch")]
+    first = [time for time in tries if time < tries[0] + 25]
+    gaps = [b - a for a, b in pairwise([first[-1], *tries[len(first) :]])]
+    assert len(first) <= 16
+    assert [round(gap / 30) for gap in gaps] == [1, 2, 4]
+
+
+async def test_a_proxy_that_loses_its_way_once_is_not_the_batch_endpoint(crowd: Emulator) -> None:
+    """A 404 that is not the API's says nothing of an endpoint that has worked."""
+    crowd.faults.add(faults.Status(404, body="<html>no upstream</html>", route="batch", nth=5))
+    async with connect(crowd, max_in_flight=100) as session:
+        await asyncio.gather(*(session.generate(f"lake {i}") for i in range(100)))
+        assert session._transport.read_limit == 50
+    routes = Counter(r.route for r in crowd.books.requests())
+    assert routes["batch"] > 20
+    assert routes["read"] <= 20
+
+
 async def test_a_refusal_is_not_cut_short_by_a_failure(crowd: Emulator) -> None:
     """A batch endpoint that refuses again after its rest is left alone for as long again."""
     async with connect(crowd, max_in_flight=4) as session:
@@ -333,6 +361,15 @@ async def test_a_task_that_spoils_batch_reads_among_many(crowd: Emulator, spoil:
     assert sum(seconds > 5 for seconds in late[1:]) <= 5
     assert late[0] <= 15
     assert len(crowd.books.requests("read")) < 500
+
+
+async def test_a_gateway_that_often_fails_is_not_blamed_on_tasks(crowd: Emulator) -> None:
+    """Where three in ten reads fail, hardly any task is suspected of it."""
+    crowd.faults.add(faults.Status(502, route="batch", rate=0.3))
+    async with connect(crowd, max_in_flight=500) as session:
+        await asyncio.gather(*(session.generate(f"lake {i}") for i in range(500)))
+    routes = Counter(r.route for r in crowd.books.requests())
+    assert routes["read"] <= 60, routes
 
 
 async def test_a_task_nested_too_deep_among_many(clock: ManualClock) -> None:
@@ -532,6 +569,20 @@ async def test_a_cool_down_is_everybodys(crowd: Emulator) -> None:
     assert after[0] - refused.time <= 67
     first_second = [t for t in after if t < after[0] + 0.5]
     assert len(first_second) < 60
+
+
+@pytest.mark.parametrize("told", [False, True])
+async def test_a_server_that_limits_reads_is_asked_for_many_at_once(
+    crowd: Emulator, *, told: bool
+) -> None:
+    """A 429 is no reason to read tasks singly, which would ask for more."""
+    limit = faults.RateLimit(1, per=0.5, retry_after=told, route=("batch", "read"))
+    async with connect(crowd, max_in_flight=500) as session:
+        tasks = await asyncio.gather(*(session.submit(f"lake {i}") for i in range(500)))
+        crowd.faults.add(limit)
+        await asyncio.gather(*tasks)
+    seen = Counter(r.route for r in crowd.books.requests() if r.route in {"batch", "read"})
+    assert seen["read"] <= 20, seen
 
 
 async def test_an_outage_is_not_answered_with_a_storm(crowd: Emulator) -> None:
@@ -852,4 +903,4 @@ async def test_debug_logs_say_when_it_looks_next(
         await task
     assert f"task {task.id} is processing" in caplog.text
     assert "next look in" in caplog.text
-    assert "again in" in caplog.text
+    assert "failed, next look in" in caplog.text

@@ -487,6 +487,36 @@ async def test_being_cancelled_by_others_reaches_every_waiter(
     assert again.reason is None
 
 
+async def test_a_watcher_that_stops_names_what_still_runs(
+    make: Make, reader: Reader, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever cancelled all tasks may have cancelled everybody who would be told, too."""
+    watcher = make(deadline=None)
+    paid = [submit(watcher, clock, f"task-{k}") for k in range(60)]
+    watcher.attach("task-of-others")
+
+    def explode(_: str) -> TaskSnapshot:
+        raise ZeroDivisionError
+
+    reader.say = explode
+    await watcher.until_ended(paid[0])
+    lines = [r.getMessage() for r in caplog.records if "still running" in r.getMessage()]
+    assert len(lines) == 2
+    assert all(any(f"{watch.id}," in f"{line}," for line in lines) for watch in paid)
+    assert "task-of-others" not in " ".join(lines)
+
+
+async def test_a_task_that_is_watched_already_learns_who_submitted_it(
+    make: Make, clock: ManualClock
+) -> None:
+    """Picked up by its id and then submitted again with its key: it has request and key."""
+    watcher = make()
+    attached = watcher.attach("task-1")
+    watch = submit(watcher, clock, "task-1")
+    assert watch is attached
+    assert (watch.request, watch.idempotency_key) == (REQUEST, "k" * 32)
+
+
 async def test_a_clock_may_say_anything() -> None:
     """Only differences of a clock mean something: below zero, a look is still at once."""
     clock = ManualClock(start=-1e6)
