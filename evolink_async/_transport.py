@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, Final, Self, TypeVar
@@ -18,6 +17,7 @@ from attrs import define, field, frozen
 
 from evolink_async import _protocol as protocol
 from evolink_async import _retry as retry
+from evolink_async._batch_endpoint import BatchEndpoint
 from evolink_async._clock import Clock, hold
 from evolink_async._gate import NOT_SENT, Gate
 from evolink_async._models import Page, TaskSnapshot, Timeout
@@ -46,14 +46,6 @@ _SUBMIT_KEEP_ALIVE: Final = 2.0
 """Seconds a submit's connection may idle: a server that closes it under a POST leaves the
 outcome unknown, and aiohttp (rightly) does not resend a POST."""
 _READ_KEEP_ALIVE: Final = 15.0
-_BATCH_REST: Final = 300.0
-"""Seconds a batch endpoint that refuses is left alone."""
-_REFUSALS: Final = 3
-"""Refused batch reads in a row after which it is; never to have worked counts as all but one."""
-_BATCH_PAUSE: Final = 30.0
-"""Seconds a batch endpoint is left alone at first that fails while single reads work."""
-_PROBE_AFTER: Final = 3
-"""Failed batch reads in a row after which a single read tells whether only they fail."""
 
 
 @define
@@ -147,18 +139,7 @@ class Transport:
         self._read_http = http or self._client(_READ_KEEP_ALIVE)
         self.closing = False
         self.counters = Counters()
-        # The batch endpoint is left alone until then; for how long, 0 once it has worked again;
-        # whether one read is finding out.
-        self._no_batch_until = -math.inf
-        self._rest = 0.0
-        self._probing = False
-        # Whether it ever worked; when last, or how long it has had the benefit of the doubt.
-        self._batch_known = False
-        self._batch_worked_at = clock.now()
-        # Batch reads that failed in a row; when a single one after them did not.
-        self._batch_failures = 0
-        self._single_worked_at = math.inf
-        self._batch_refusals = _REFUSALS - 1
+        self._batch = BatchEndpoint(clock)
 
     def _client(self, keep_alive: float) -> aiohttp.ClientSession:
         # limit=0: the gate is the limit; aiohttp's pool must never queue (see Gate).
@@ -412,9 +393,7 @@ class Transport:
     @property
     def read_limit(self) -> int:
         """Tasks one reading can ask for: one where the batch endpoint is not to be had."""
-        resting = self._clock.now() < self._no_batch_until or self._probing
-        failing = self._batch_failures >= _PROBE_AFTER
-        return 1 if resting or failing else protocol.BATCH_LIMIT
+        return protocol.BATCH_LIMIT if self._batch.is_usable() else 1
 
     async def fetch(self, ids: tuple[str, ...]) -> Reading:
         """Read tasks once. Never raises for an id: what went wrong is its answer."""
@@ -422,8 +401,7 @@ class Transport:
         if not self._gate.find_seat(submit=False):
             await self._gate.enter()
         entered = sent_at = self._clock.now()
-        probe = not single and self._rest > 0
-        self._probing = self._probing or probe
+        probe = not single and self._batch.begin()
         answers: Mapping[str, TaskSnapshot | EvolinkError | None]
         page: Page | None = None
         failure: EvolinkError | None = None
@@ -443,14 +421,15 @@ class Transport:
         except EvolinkError as exc:
             failure = exc
             paid = protocol.is_throttle(exc) or self._budget.take(exc)
-            answers = dict.fromkeys(ids, exc if single else self._batch_failed(exc))
+            answers = dict.fromkeys(ids, exc if single else self._batch.meaning(exc))
         finally:
             self._gate.leave(entered=entered)
-            self._probing = self._probing and not probe
+            if probe:
+                self._batch.probed()
         if single:
-            self._judge_single(failure)
+            self._batch.judge_by_single(failure)
         else:
-            self._judge_batch(failure, sent_at=sent_at, probe=probe)
+            self._batch.judge(failure, sent_at=sent_at, probe=probe)
         return Reading(
             sent_at=sent_at,
             received_at=self._clock.now(),
@@ -465,58 +444,6 @@ class Transport:
 
     async def _get_many(self, ids: tuple[str, ...]) -> Answer:
         return await self._exchange("POST", protocol.BATCH_PATH, body=protocol.encode_ids(ids))
-
-    def _batch_failed(self, error: EvolinkError) -> EvolinkError | None:
-        """What a failed batch read says of each task: None, read it singly, if it says nothing.
-
-        The endpoint is undocumented: what is not there stays away, what refuses or talks
-        nonsense is left alone for a while; but not at once where it has worked, for then one
-        of the tasks may be what it cannot deal with.
-        """
-        absent = isinstance(error, APIStatusError) and error.status in {404, 405, 501}
-        # Where it has worked, a page that is not the API's is a proxy that lost its way for once.
-        if absent and not (self._batch_known and not getattr(error, "from_api", True)):
-            self._leave_batch(math.inf, error)
-            return None
-        if protocol.rule_of(error)[0] and not isinstance(error, InvalidResponseError):
-            return error
-        self._batch_refusals += 1
-        if self._batch_refusals < _REFUSALS:
-            return error
-        self._leave_batch(_BATCH_REST, error)
-        return None
-
-    def _leave_batch(self, rest: float, why: EvolinkError) -> None:
-        now = self._clock.now()
-        if now + rest > self._no_batch_until:
-            self._no_batch_until, self._rest = now + rest, rest
-            logger.info("reading tasks one by one for %s s: %s", rest, why)
-
-    def _judge_batch(self, failure: EvolinkError | None, *, sent_at: float, probe: bool) -> None:
-        """Tell a batch endpoint that fails by itself from an outage.
-
-        After some failures in a row a single read is tried. If it works and the next batch
-        read fails all the same, it is the endpoint. It is left alone, then tried by one read.
-        """
-        if failure is None:
-            self._batch_failures, self._single_worked_at = 0, math.inf
-            self._batch_refusals = 0
-            self._batch_known, self._batch_worked_at = True, sent_at
-            self._rest = 0.0
-        elif protocol.is_throttle(failure) and sent_at < self._batch_worked_at + _BATCH_PAUSE:
-            pass  # that is said of all requests, and has its price
-        elif probe:
-            self._leave_batch(min(2 * self._rest, _BATCH_REST), failure)
-        elif sent_at >= self._single_worked_at:
-            self._single_worked_at = math.inf
-            self._leave_batch(_BATCH_PAUSE, failure)
-        else:
-            self._batch_failures += 1
-
-    def _judge_single(self, failure: EvolinkError | None) -> None:
-        if self._batch_failures >= _PROBE_AFTER:
-            self._batch_failures = 0
-            self._single_worked_at = math.inf if failure else self._clock.now()
 
     async def get(self, path: str, params: Mapping[str, str] | None = None) -> Any:
         """Read anything else, trying again as the policy says."""

@@ -33,7 +33,10 @@ FLOORS: dict[str, str] = {
     "_watch": "errors _models _polling",
     "_submission": "errors _models _watch",
     "_gate": "errors _text _clock _retry",
-    "_transport": f"errors _models _protocol _retry _gate _submission _proxy {PLAIN}",
+    "_batch_endpoint": "errors _protocol _clock",
+    "_transport": (
+        f"errors _models _protocol _retry _batch_endpoint _gate _submission _proxy {PLAIN}"
+    ),
     "_download": "errors _models _text _hosts",
     "_results": "errors _text _hosts _proxy _download",
     "_watcher": "errors _models _polling _protocol _watch _text _clock",
