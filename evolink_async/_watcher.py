@@ -543,7 +543,7 @@ class Watcher:
         self._fresh_start = False
         failed = [a for a in reading.answers.values() if isinstance(a, EvolinkError)]
         if len(ids) > 1:
-            self._note_batch(reading, failing=len(failed) == len(ids) and failed[0])
+            self._note_batch(reading, failed[0] if len(failed) == len(ids) else None)
         if failed:
             logger.warning("a read failed for %d of %d tasks: %s", len(failed), len(ids), failed[0])
         price = self._pacer.shared.price(len(self._live))
@@ -730,12 +730,12 @@ class Watcher:
                 error,
             )
 
-    def _note_batch(self, reading: _Reading, *, failing: EvolinkError | bool) -> None:
+    def _note_batch(self, reading: _Reading, failure: EvolinkError | None) -> None:
         """Note whether a batch read worked."""
-        if not failing:
+        if failure is None:
             self._batch_worked_at = reading.sent_at
-        if not (isinstance(failing, EvolinkError) and is_throttle(failing)):
-            self._batch_failing += _FAILING_RATE * (bool(failing) - self._batch_failing)
+        if not is_throttle(failure):
+            self._batch_failing += _FAILING_RATE * ((failure is not None) - self._batch_failing)
 
     def _suspect(self, watch: Watch, trouble: Trouble) -> None:
         """Batch reads with it fail while others work: it may be what they fail of."""
