@@ -1,7 +1,8 @@
-"""One background loop per session that watches every running task.
+"""Watches every running task of a session.
 
-A heap of due times, readings filled with the tasks due earliest, and the only place where
-the state of a task changes. It knows the network only as ``fetch(ids) -> Reading``.
+A heap of due times, one alarm for the earliest, readings filled with the tasks due first, and
+the only place where the state of a task changes. It knows the network only as
+``fetch(ids) -> Reading``.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ _OTHER_STRIKES: Final = 3
 _MISSING: Final = 4
 """Batch answers in a row that leave a task out before a replica that lags is no excuse."""
 _SPOILED: Final = (3, 6)
-"""Batch reads in a row that fail with a task, while others work, before it is read singly: so
-many that chance makes it less than `_CHANCE`."""
+"""Batch reads in a row that fail with a task, while others work, before it is read singly: at
+least, at most, and between them as many as chance makes less likely than `_CHANCE`."""
 _CHANCE: Final = 0.005
 _FAILING_RATE: Final = 0.05
+"""What one batch read weighs in the running share of those that fail."""
 _SUSPENDED: Final = 30.0
 """Seconds the time of day must run ahead of the clock to mean that the machine slept."""
 _ATTACHED: Final = "attached"
@@ -426,7 +428,7 @@ class Watcher:
                 self._shared.compact()
                 self._single.compact()
 
-    # -- the loop --------------------------------------------------------------------------
+    # -- reads -----------------------------------------------------------------------------
 
     def _start(self, watch: Watch) -> None:
         if watch.deadline < self._first_deadline:
@@ -461,7 +463,7 @@ class Watcher:
                 return at
 
     def _next_event(self) -> float:
-        """When the loop has something to do, infinity if only others can say."""
+        """When there is something to do, infinity if only others can say."""
         if len(self._readings) >= self._max_reads:
             return self._next_deadline()
         due = min(_due(self._shared), _due(self._single))
@@ -856,7 +858,7 @@ class Alarm:
         self._clock = clock
         self._ring = ring
         self._crash = crash
-        self._sleeper: asyncio.Task[None] | asyncio.TimerHandle | None = None
+        self._sleeper: asyncio.Task[None] | asyncio.Handle | None = None
         self.at = math.inf
 
     def set(self, at: float) -> None:
@@ -869,7 +871,9 @@ class Alarm:
         self.stop()
         self.at = at
         loop = asyncio.get_running_loop()
-        if isinstance(self._clock, LoopClock):  # the same, cheaper
+        if at == _AT_ONCE:
+            self._sleeper = loop.call_soon(self._rung)
+        elif isinstance(self._clock, LoopClock):  # the same as to sleep, cheaper
             self._sleeper = loop.call_later(at - self._clock.now(), self._rung)
         else:
             self._sleeper = loop.create_task(self._sleep(at))
