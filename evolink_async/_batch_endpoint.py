@@ -59,9 +59,14 @@ class BatchEndpoint:
         failing = self._failures >= _PROBE_AFTER
         return not (failing or self._probing or self._clock.now() < self._until)
 
+    @property
+    def on_trial(self) -> bool:
+        """Whether the next read of several tasks is to find out whether that works again."""
+        return self._rest > 0
+
     def begin(self) -> bool:
         """A read of several tasks is sent; True if it is to find out whether that works again."""
-        self._probing = self._rest > 0
+        self._probing = self.on_trial
         return self._probing
 
     def probed(self) -> None:
@@ -92,10 +97,12 @@ class BatchEndpoint:
         if failure is None:
             self._known, self._worked_at, self._rest = True, sent_at, 0.0
             self._failures, self._single_worked_at, self._refusals = 0, math.inf, 0
+        elif probe:
+            if self.on_trial and sent_at >= self._until:  # else another has told already
+                longer = self._rest if is_throttle(failure) else 2 * self._rest
+                self._leave(min(longer, _REFUSED_REST), failure)
         elif is_throttle(failure) and sent_at < self._worked_at + _FAILED_REST:
             pass  # that is said of all requests, and has its price
-        elif probe:
-            self._leave(min(2 * self._rest, _REFUSED_REST), failure)
         elif sent_at >= self._single_worked_at:
             self._single_worked_at = math.inf
             self._leave(_FAILED_REST, failure)

@@ -21,6 +21,8 @@ __all__ = ["NOT_SENT", "Gate"]
 
 logger = logging.getLogger(__name__)
 
+_SHORTEST_COOL_DOWN: Final = 0.001
+"""What any clock can tell from nothing."""
 _FIRST_COOL_DOWN: Final = 1.0
 _LONGEST_COOL_DOWN: Final = 60.0
 NOT_SENT: Final = "the session was closed before this submit; nothing was sent"
@@ -57,7 +59,9 @@ class _CoolDown:
         delay = retry_after or 0.0  # "at once" is no answer to how long: back off as without
         if not delay and not news:
             return False
-        if not delay:
+        if delay:
+            delay = max(delay, _SHORTEST_COOL_DOWN)
+        else:
             self.streak += 1
             delay = min(_LONGEST_COOL_DOWN, _FIRST_COOL_DOWN * 2.0 ** min(self.streak - 1, 10))
         # Synchronised clients are what a cool-down must not create: always a little late.

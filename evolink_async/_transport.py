@@ -146,7 +146,8 @@ class Transport:
         client = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=keep_alive),
             cookie_jar=aiohttp.DummyCookieJar(),
-            headers=self._common_headers(),
+            # Through a proxy they would go to the proxy, too, and with them the key.
+            headers=self._common_headers() if self._proxy is None else None,
         )
         self._own.append(client)
         return client
@@ -239,8 +240,9 @@ class Transport:
         raise failure
 
     def _headers(self, submit: Submission | None) -> dict[str, str]:
-        """What a request says beside what our own clients always do."""
-        headers = self._common_headers() if self._http is not None else {}
+        """What a request says beside what our own clients do by themselves."""
+        alone = self._http is None and self._proxy is None
+        headers = {} if alone else self._common_headers()
         if submit is not None:
             headers["Idempotency-Key"] = submit.idempotency_key
         return headers
@@ -395,13 +397,25 @@ class Transport:
         """Tasks one reading can ask for: one where the batch endpoint is not to be had."""
         return protocol.BATCH_LIMIT if self._batch.is_usable() else 1
 
+    @property
+    def on_trial(self) -> bool:
+        """Whether reads change `read_limit` as soon as they are begun."""
+        return self._batch.on_trial
+
     async def fetch(self, ids: tuple[str, ...]) -> Reading:
         """Read tasks once. Never raises for an id: what went wrong is its answer."""
+        probe = len(ids) > 1 and self._batch.begin()
+        try:
+            return await self._fetch(ids, probe=probe)
+        finally:
+            if probe:
+                self._batch.probed()
+
+    async def _fetch(self, ids: tuple[str, ...], *, probe: bool) -> Reading:
         single = len(ids) == 1
         if not self._gate.find_seat(submit=False):
             await self._gate.enter()
         entered = sent_at = self._clock.now()
-        probe = not single and self._batch.begin()
         answers: Mapping[str, TaskSnapshot | EvolinkError | None]
         page: Page | None = None
         failure: EvolinkError | None = None
@@ -424,8 +438,6 @@ class Transport:
             answers = dict.fromkeys(ids, exc if single else self._batch.meaning(exc))
         finally:
             self._gate.leave(entered=entered)
-            if probe:
-                self._batch.probed()
         if single:
             self._batch.judge_by_single(failure)
         else:

@@ -104,6 +104,8 @@ class _Reader(Protocol):
 
     @property
     def read_limit(self) -> int: ...
+    @property
+    def on_trial(self) -> bool: ...
     async def fetch(self, ids: tuple[str, ...]) -> _Reading: ...
     def wait_after(self, failures: int, *, paid: bool) -> float: ...
     def renew(self) -> None: ...
@@ -455,8 +457,8 @@ class Watcher:
                 task = asyncio.get_running_loop().create_task(self._read(groups))
                 self._readings.add(task)
                 task.add_done_callback(self._reading_ended)
-                if self._contended is not None:
-                    return _AT_ONCE  # let it take its token, or others would queue behind it
+                if self._contended is not None or self._reader.on_trial:
+                    return _AT_ONCE  # let it begin, which takes a token or changes the limit
             elif (at := self._next_event()) > now:
                 if logger.isEnabledFor(logging.DEBUG):
                     self._log_wait(now)
@@ -771,6 +773,8 @@ class Watcher:
         self._sentinels -= watch.cohort.sentinel
         if self._live.get(watch.id) is watch:
             del self._live[watch.id]
+            if not self._live:
+                self._first_deadline = math.inf
         if reason is None:
             self._count_callback(watch)
             logger.debug("task %s ended", watch.id)

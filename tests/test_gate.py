@@ -357,6 +357,22 @@ async def test_after_a_cool_down_the_gate_opens_slowly(crowd_at: MakeCrowd) -> N
         assert len(crowd.entered) - (left + 1) == in_air
 
 
+async def test_a_cool_down_too_short_to_tell_ends_all_the_same(crowd_at: MakeCrowd) -> None:
+    """Whoever comes after it is told from those before, also by a clock of large numbers."""
+    crowd = crowd_at(4, start=1757156493.0)
+    crowd.gate.cool_down(throttle(1e-8), sent_at=crowd.clock.now())
+    await crowd.come("r0")
+    await crowd.clock.advance(0.01)
+    crowd.gate.succeeded(sent_at=crowd.times[0])
+    crowd.gate.leave(entered=crowd.times[0])
+    crowd.gate.cool_down(throttle(1e-8), sent_at=crowd.clock.now())
+    await crowd.come("r1")
+    await crowd.clock.advance(0.01)
+    crowd.gate.leave(entered=crowd.times[1])
+    await crowd.come("r2")
+    assert crowd.entered == ["r0", "r1", "r2"]
+
+
 async def test_what_hangs_since_before_a_cool_down_does_not_slow_the_start(
     crowd_at: MakeCrowd,
 ) -> None:

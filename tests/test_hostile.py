@@ -21,6 +21,7 @@ import pytest
 from hostile import Behaviour, HostileServer, Received, Wire, answer, cut_after, http, snapshot
 
 from evolink_async import (
+    APIConnectionError,
     APIStatusError,
     ConfigurationError,
     EvolinkError,
@@ -462,6 +463,31 @@ async def test_another_host_never_sees_the_key(clock: ManualClock, tmp_path: Pat
             assert KEY not in repr(request)
             assert "Authorization" not in request.headers
             assert "Cookie" not in request.headers
+
+
+async def test_a_proxy_never_sees_the_key(
+    monkeypatch: pytest.MonkeyPatch, clock: ManualClock
+) -> None:
+    """It is asked for a tunnel, and told nothing that is meant for the API."""
+    heads: list[bytes] = []
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as proxy:
+        port = proxy.sockets[0].getsockname()[1]
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        async with Session(KEY, base_url="https://api.example.com", clock=clock) as session:
+            with pytest.raises(APIConnectionError):
+                await session.submit("A lake")
+            with pytest.raises(APIConnectionError):
+                await session.credits()
+    assert len(heads) >= 2
+    assert all(head.startswith(b"CONNECT api.example.com:443") for head in heads)
+    assert not any(b"uthorization" in head or KEY.encode() in head for head in heads)
 
 
 @pytest.mark.parametrize(

@@ -793,6 +793,7 @@ async def test_a_suspended_machine(clock: ManualClock, caplog: pytest.LogCapture
 
     class Reader:
         read_limit = 1
+        on_trial = False
         renewed = 0
 
         async def fetch(self, ids: tuple[str, ...]) -> Any:

@@ -86,6 +86,8 @@ class Reader:
     clock: ManualClock | BreakingClock
     say: Callable[[str], Answer] = task
     read_limit: int = 1
+    on_trial: bool = False
+    sizes: list[int] = field(factory=list)
     asked: list[tuple[float, str]] = field(factory=list)
     gate: asyncio.Event | None = None
     in_air: int = 0
@@ -94,7 +96,10 @@ class Reader:
 
     async def fetch(self, ids: tuple[str, ...]) -> Reading:
         now = self.clock.now()
+        if self.on_trial and len(ids) > 1:
+            self.read_limit = 1
         self.asked += [(now, task_id) for task_id in ids]
+        self.sizes.append(len(ids))
         self.in_air += 1
         self.peak = max(self.peak, self.in_air)
         try:
@@ -515,6 +520,39 @@ async def test_a_task_that_is_watched_already_learns_who_submitted_it(
     watch = submit(watcher, clock, "task-1")
     assert watch is attached
     assert (watch.request, watch.idempotency_key) == (REQUEST, "k" * 32)
+
+
+async def test_one_read_is_a_trial(make: Make, reader: Reader) -> None:
+    """Where a read of several is to find out whether it works, the next one waits for that."""
+    reader.read_limit, reader.on_trial = 5, True
+    reader.say = lambda i: task(i, "completed")
+    watcher = make()
+    watches = [watcher.attach(f"task-{k}") for k in range(15)]
+    for watch in watches:
+        await watcher.until_ended(watch)
+    assert reader.sizes == [5] + [1] * 10
+
+
+async def test_a_repeat_past_its_deadline_is_given_up(
+    make: Make, reader: Reader, clock: ManualClock
+) -> None:
+    """A stored answer may come so late that no look is left, with nothing else to watch."""
+    reader.say = lambda i: task(i, "completed")
+    watcher = make(deadline=10)
+    first = submit(watcher, clock, "task-1")
+    await watcher.until_ended(first)
+    started = clock.now()
+    await clock.sleep_until(started + 15)
+    late = watcher.submitted(
+        task("task-2", "pending"),
+        started=started,
+        request=REQUEST,
+        idempotency_key="k" * 32,
+        on_end=lambda: None,
+        replayed=True,
+    )
+    await watcher.until_ended(late)
+    assert isinstance(late.reason, TaskTimeoutError)
 
 
 async def test_a_clock_may_say_anything() -> None:
