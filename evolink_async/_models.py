@@ -908,7 +908,6 @@ class Timeout:
 
     Attributes:
         connect: Making a connection, TLS included. A submit that fails here was never sent.
-            At most nine tenths of what the whole exchange may take.
         submit: A whole submit. Beyond it the outcome is unknown, so be generous.
         read: Anything else, and for a download the longest silence.
     """

@@ -25,7 +25,6 @@ from evolink_async._proxy import environment_proxy
 from evolink_async._secret import Secret
 from evolink_async._submission import BeforeSend, Submission
 from evolink_async._text import printable
-from evolink_async._time_limit import TimeLimit
 from evolink_async.errors import (
     APIConnectionError,
     APIStatusError,
@@ -127,11 +126,8 @@ class Transport:
         self._base_url = base_url
         self._clock = clock
         self._gate = gate
-        self._timeout = timeout
-        self._submit_limit = TimeLimit(timeout.submit)
-        self._submit_connect = _to_connect(timeout.connect, timeout.submit)
-        self._read_limit = TimeLimit(timeout.read)
-        self._read_connect = _to_connect(timeout.connect, timeout.read)
+        self._submit_timeout = _http_timeout(timeout.submit, timeout.connect)
+        self._read_timeout = _http_timeout(timeout.read, timeout.connect)
         self._policy = policy
         self._budget = retry.RetryBudget(policy.budget)
         self._user_agent = user_agent
@@ -167,7 +163,7 @@ class Transport:
 
     async def _close_idle(self, client: aiohttp.ClientSession) -> None:
         """Close *client* once whatever is in the air on it has had its time."""
-        await asyncio.sleep(self._timeout.read)
+        await asyncio.sleep(self._read_timeout.total or 0.0)
         await client.close()
         self._own.remove(client)
 
@@ -177,8 +173,6 @@ class Transport:
         for closing in tuple(self._closing_clients):
             closing.cancel()
         await asyncio.gather(*self._closing_clients, return_exceptions=True)
-        self._submit_limit.stop()
-        self._read_limit.stop()
         for client in self._own:
             await client.close()
 
@@ -199,10 +193,8 @@ class Transport:
             APIConnectionError: No answer, with ``sent`` saying whether one was earned.
             InvalidResponseError: The answer is larger than any the API gives.
         """
-        if submit is None:
-            client, limit, connect = self._read_http, self._read_limit, self._read_connect
-        else:
-            client, limit, connect = self._submit_http, self._submit_limit, self._submit_connect
+        client = self._read_http if submit is None else self._submit_http
+        timeout = self._read_timeout if submit is None else self._submit_timeout
         if client.closed:
             raise ConfigurationError("the aiohttp session handed in as http= is closed")
         failure: EvolinkError
@@ -213,27 +205,26 @@ class Transport:
                 submit.sent_at = sent_at
                 submit.in_air = submit.sending = True
             try:
-                with limit:
-                    async with client.request(
-                        method,
-                        self._base_url + path,
-                        data=body,
-                        params=params,
-                        headers=self._headers(submit),
-                        timeout=connect,
-                        allow_redirects=False,
-                        raise_for_status=False,
-                        proxy=self._proxy,
-                    ) as response:
-                        most = _BATCH_BODY_LIMIT if path == protocol.BATCH_PATH else _BODY_LIMIT
-                        content = await _read(response, most)
-                return Answer(
-                    response.status,
-                    self._key.redact_bytes(_unescaped(content)),
-                    sent_at,
-                    response.headers,
-                    self._key,
-                )
+                async with client.request(
+                    method,
+                    self._base_url + path,
+                    data=body,
+                    params=params,
+                    headers=self._headers(submit),
+                    timeout=timeout,
+                    allow_redirects=False,
+                    raise_for_status=False,
+                    proxy=self._proxy,
+                ) as response:
+                    limit = _BATCH_BODY_LIMIT if path == protocol.BATCH_PATH else _BODY_LIMIT
+                    content = await _read(response, limit)
+                    return Answer(
+                        response.status,
+                        self._key.redact_bytes(_unescaped(content)),
+                        sent_at,
+                        response.headers,
+                        self._key,
+                    )
             except asyncio.CancelledError as exc:
                 if (task := asyncio.current_task()) is None or task.cancelling():
                     raise
@@ -513,9 +504,8 @@ class Transport:
         await self.aclose()
 
 
-def _to_connect(connect: float, total: float) -> aiohttp.ClientTimeout:
-    """Time to connect in, which is over before *total*, or it could not be told what was late."""
-    return aiohttp.ClientTimeout(total=None, connect=min(connect, 0.9 * total))
+def _http_timeout(total: float, connect: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=total, connect=min(connect, total))
 
 
 class _TooLargeError(ValueError):

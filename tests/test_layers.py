@@ -34,10 +34,8 @@ FLOORS: dict[str, str] = {
     "_submission": "errors _models _watch",
     "_gate": "errors _text _clock _retry",
     "_batch_endpoint": "errors _protocol _clock",
-    "_time_limit": "",
     "_transport": (
-        f"errors _models _protocol _retry _batch_endpoint _gate _submission _proxy _time_limit "
-        f"{PLAIN}"
+        f"errors _models _protocol _retry _batch_endpoint _gate _submission _proxy {PLAIN}"
     ),
     "_download": "errors _models _text _hosts",
     "_results": "errors _text _hosts _proxy _download",
