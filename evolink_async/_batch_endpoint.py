@@ -25,6 +25,9 @@ _FAILED_REST: Final = 30.0
 """Seconds it is left alone at first where it fails while single reads work."""
 _PROBE_AFTER: Final = 3
 """Failed reads in a row after which a single read tells whether only they fail."""
+_DOUBTS: Final = 3
+"""How often in a row only they must have, where they were told to have patience: a server that
+limits requests may say so of any, but not always of those."""
 
 
 @define
@@ -38,40 +41,48 @@ class BatchEndpoint:
     """
 
     _clock: Clock
-    # It is left alone until then; for how long, 0 once it has worked since; whether one read is
-    # finding out.
+    # It is left alone until then; for how long, 0 once it has worked since.
     _until: float = field(default=-math.inf, init=False)
     _rest: float = field(default=0.0, init=False)
-    _probing: bool = field(default=False, init=False)
-    # Whether it ever worked; when last, at first when it began to have the benefit of the doubt.
+    # Whether a read that is to find something out is in the air.
+    _trying: bool = field(default=False, init=False)
+    # Whether it ever worked.
     _known: bool = field(default=False, init=False)
-    _worked_at: float = field(init=False)
-    # Reads that failed in a row; when a single one after them did not; reads that were refused.
+    # Reads that failed in a row; when a single one after them did not; how often that was so.
     _failures: int = field(default=0, init=False)
     _single_worked_at: float = field(default=math.inf, init=False)
+    _doubts: int = field(default=0, init=False)
+    # Reads that were refused.
     _refusals: int = field(default=_REFUSALS - 1, init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self._worked_at = self._clock.now()
 
     def is_usable(self) -> bool:
         """Whether to read tasks together now."""
-        failing = self._failures >= _PROBE_AFTER
-        return not (failing or self._probing or self._clock.now() < self._until)
+        if self._is_failing:  # while one single read finds out, the others go on as they were
+            return self._trying and not self._rest
+        return not self.is_resting()
+
+    def is_resting(self) -> bool:
+        """Whether it is left alone, but for one read that finds out whether it works again."""
+        return self._clock.now() < self._until or (self._rest > 0 and self._trying)
+
+    @property
+    def _is_failing(self) -> bool:
+        return self._failures >= _PROBE_AFTER
 
     @property
     def on_trial(self) -> bool:
-        """Whether the next read of several tasks is to find out whether that works again."""
-        return self._rest > 0
+        """Whether the next read is to find something out, so that others wait until it begins."""
+        return self._rest > 0 or self._is_failing
 
-    def begin(self) -> bool:
-        """A read of several tasks is sent; True if it is to find out whether that works again."""
-        self._probing = self.on_trial
-        return self._probing
+    def begin(self, *, single: bool) -> bool:
+        """A read begins; True if it is to find out what works, and `ended` is to follow."""
+        trial = self._is_failing if single else self._rest > 0
+        self._trying = self._trying or trial
+        return trial
 
-    def probed(self) -> None:
-        """That read is over, whatever became of it."""
-        self._probing = False
+    def ended(self) -> None:
+        """A read that was to find something out is over, whatever became of it."""
+        self._trying = False
 
     def meaning(self, error: EvolinkError) -> EvolinkError | None:
         """What a failed read says of each of its tasks: None, read it singly, if nothing."""
@@ -95,23 +106,27 @@ class BatchEndpoint:
         several fails all the same, it is the endpoint.
         """
         if failure is None:
-            self._known, self._worked_at, self._rest = True, sent_at, 0.0
-            self._failures, self._single_worked_at, self._refusals = 0, math.inf, 0
+            self._known, self._rest = True, 0.0
+            self._failures = self._doubts = self._refusals = 0
+            self._single_worked_at = math.inf
         elif probe:
             if self.on_trial and sent_at >= self._until:  # else another has told already
                 longer = self._rest if is_throttle(failure) else 2 * self._rest
                 self._leave(min(longer, _REFUSED_REST), failure)
-        elif is_throttle(failure) and sent_at < self._worked_at + _FAILED_REST:
-            pass  # that is said of all requests, and has its price
+                self._failures = _PROBE_AFTER  # a single read comes before the next
         elif sent_at >= self._single_worked_at:
             self._single_worked_at = math.inf
-            self._leave(_FAILED_REST, failure)
+            self._doubts += 1
+            if is_throttle(failure) and self._doubts < _DOUBTS:
+                self._failures = _PROBE_AFTER
+            else:
+                self._leave(_FAILED_REST, failure)
         else:
             self._failures += 1
 
     def judge_by_single(self, failure: EvolinkError | None) -> None:
         """Note what became of a single read, which may say that only batch reads fail."""
-        if self._failures >= _PROBE_AFTER:
+        if self._is_failing:
             self._failures = 0
             self._single_worked_at = math.inf if failure else self._clock.now()
 

@@ -399,23 +399,28 @@ class Transport:
 
     @property
     def on_trial(self) -> bool:
-        """Whether reads change `read_limit` as soon as they are begun."""
+        """Whether the next read changes `read_limit` as soon as it begins."""
         return self._batch.on_trial
 
     async def fetch(self, ids: tuple[str, ...]) -> Reading:
         """Read tasks once. Never raises for an id: what went wrong is its answer."""
-        probe = len(ids) > 1 and self._batch.begin()
+        trial = self._batch.begin(single=len(ids) == 1)
         try:
-            return await self._fetch(ids, probe=probe)
+            return await self._fetch(ids, trial=trial)
         finally:
-            if probe:
-                self._batch.probed()
+            if trial:
+                self._batch.ended()
 
-    async def _fetch(self, ids: tuple[str, ...], *, probe: bool) -> Reading:
+    async def _fetch(self, ids: tuple[str, ...], *, trial: bool) -> Reading:
         single = len(ids) == 1
         if not self._gate.find_seat(submit=False):
             await self._gate.enter()
         entered = sent_at = self._clock.now()
+        if not (single or trial) and self._batch.is_resting():  # since it came to the gate
+            self._gate.decline(submit=False)
+            return Reading(
+                sent_at=sent_at, received_at=sent_at, answers=dict.fromkeys(ids), single=False
+            )
         answers: Mapping[str, TaskSnapshot | EvolinkError | None]
         page: Page | None = None
         failure: EvolinkError | None = None
@@ -441,7 +446,7 @@ class Transport:
         if single:
             self._batch.judge_by_single(failure)
         else:
-            self._batch.judge(failure, sent_at=sent_at, probe=probe)
+            self._batch.judge(failure, sent_at=sent_at, probe=trial)
         return Reading(
             sent_at=sent_at,
             received_at=self._clock.now(),

@@ -28,19 +28,30 @@ def endpoint(clock: ManualClock) -> BatchEndpoint:
 
 def read(endpoint: BatchEndpoint, clock: ManualClock, failure: EvolinkError | None = None) -> bool:
     """One read of several tasks, start to end; True if it was a probe."""
-    probe = endpoint.begin()
+    probe = endpoint.begin(single=False)
     if failure is not None:
         endpoint.meaning(failure)
     if probe:
-        endpoint.probed()
+        endpoint.ended()
     endpoint.judge(failure, sent_at=clock.now(), probe=probe)
     return probe
 
 
+def read_singly(endpoint: BatchEndpoint, failure: EvolinkError | None = None) -> bool:
+    """One single read; True if it was to find something out."""
+    trial = endpoint.begin(single=True)
+    if trial:
+        endpoint.ended()
+    endpoint.judge_by_single(failure)
+    return trial
+
+
 async def left_alone(endpoint: BatchEndpoint, clock: ManualClock) -> float:
-    """Seconds until it is used again."""
+    """Seconds until it is used again, while single reads work."""
     start = clock.now()
     while not endpoint.is_usable():
+        assert clock.now() - start < 1000
+        read_singly(endpoint)
         await clock.sleep_until(clock.now() + 1)
     return clock.now() - start
 
@@ -51,7 +62,7 @@ def fail_alone(endpoint: BatchEndpoint, clock: ManualClock, failure: EvolinkErro
         assert endpoint.is_usable()
         read(endpoint, clock, failure)
     assert not endpoint.is_usable()
-    endpoint.judge_by_single(None)
+    assert read_singly(endpoint)
     assert endpoint.is_usable()
     read(endpoint, clock, failure)
     assert not endpoint.is_usable()
@@ -65,9 +76,9 @@ async def test_a_probe_at_a_time_after_rests_that_double(
     for rest in (30, 60, 120, 240, 300, 300):
         assert await left_alone(endpoint, clock) == rest
         assert endpoint.on_trial
-        assert endpoint.begin()
+        assert endpoint.begin(single=False)
         assert not endpoint.is_usable()
-        endpoint.probed()
+        endpoint.ended()
         endpoint.judge(DOWN, sent_at=clock.now(), probe=True)
     await left_alone(endpoint, clock)
     assert read(endpoint, clock)
@@ -96,13 +107,50 @@ async def test_a_throttled_probe_comes_again(endpoint: BatchEndpoint, clock: Man
         read(endpoint, clock, THROTTLE)
 
 
-async def test_throttles_are_not_the_endpoints(endpoint: BatchEndpoint, clock: ManualClock) -> None:
-    """Unless reads together get nothing else for half a minute while single ones work."""
-    for _ in range(20):
+async def test_throttles_are_rarely_the_endpoints(
+    endpoint: BatchEndpoint, clock: ManualClock
+) -> None:
+    """Only if three times in a row a single read works and the next one of several does not."""
+    for works in (False, True):
+        for _ in range(2 - works):
+            for _ in range(0 if endpoint.on_trial else 3):
+                read(endpoint, clock, THROTTLE)
+            assert read_singly(endpoint)
+            read(endpoint, clock, THROTTLE)
+            assert not endpoint.is_resting()
+        if not works:
+            assert read_singly(endpoint)
+            read(endpoint, clock)
+            assert endpoint.is_usable()
+    for _ in range(2):
+        assert read_singly(endpoint)
         read(endpoint, clock, THROTTLE)
+    assert endpoint.is_resting()
+    assert await left_alone(endpoint, clock) == 30
+
+
+async def test_after_a_failed_probe_single_reads_come_first(
+    endpoint: BatchEndpoint, clock: ManualClock
+) -> None:
+    """A cool-down as long as the rest lets nothing but probes through otherwise."""
+    fail_alone(endpoint, clock)
+    await left_alone(endpoint, clock)
+    read(endpoint, clock, THROTTLE)
+    await clock.sleep_until(clock.now() + 60)
+    assert not endpoint.is_usable()
+    read_singly(endpoint)
     assert endpoint.is_usable()
-    await clock.sleep_until(clock.now() + 30)
-    fail_alone(endpoint, clock, THROTTLE)
+
+
+async def test_one_single_read_is_a_trial(endpoint: BatchEndpoint, clock: ManualClock) -> None:
+    """While it is in the air the others are read together as before."""
+    for _ in range(3):
+        read(endpoint, clock, DOWN)
+    assert endpoint.on_trial
+    assert endpoint.begin(single=True)
+    assert endpoint.is_usable()
+    endpoint.ended()
+    assert not endpoint.is_usable()
 
 
 async def test_a_probe_that_is_cancelled_is_over(
@@ -111,8 +159,8 @@ async def test_a_probe_that_is_cancelled_is_over(
     """Nothing was found out, and the next one may."""
     fail_alone(endpoint, clock)
     await left_alone(endpoint, clock)
-    assert endpoint.begin()
-    endpoint.probed()
+    assert endpoint.begin(single=False)
+    endpoint.ended()
     assert endpoint.is_usable()
     assert endpoint.on_trial
 

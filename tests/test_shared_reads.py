@@ -277,6 +277,24 @@ async def test_a_batch_endpoint_that_fails_is_tried_by_one_read_now_and_then(
     assert [round(gap / 30) for gap in gaps] == [1, 2, 4]
 
 
+@pytest.mark.parametrize("tasks", [2, 50, 300])
+async def test_a_batch_endpoint_that_alone_asks_for_patience(crowd: Emulator, tasks: int) -> None:
+    """Single reads take over before tasks are late for long, and go on."""
+    crowd.faults.add(faults.Status(503, route="batch"))
+    late: list[float] = []
+
+    async def one(prompt: str) -> None:
+        task = await session.submit(prompt)
+        await task
+        late.append(crowd.clock.now())
+
+    async with connect(crowd, max_in_flight=tasks) as session:
+        await asyncio.gather(*(one(f"lake {i}") for i in range(tasks)))
+    ends = sorted(task.ends_at for task in crowd.books.tasks())
+    assert sum(late) / tasks - sum(ends) / tasks < 40
+    assert len(crowd.books.requests("batch")) <= 25
+
+
 async def test_a_proxy_that_loses_its_way_once_is_not_the_batch_endpoint(crowd: Emulator) -> None:
     """A 404 that is not the API's says nothing of an endpoint that has worked."""
     crowd.faults.add(faults.Status(404, body="<html>no upstream</html>", route="batch", nth=5))
