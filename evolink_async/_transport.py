@@ -153,17 +153,22 @@ class Transport:
         return client
 
     def renew(self) -> None:
-        """Read on new connections from now on: those at hand may be dead."""
+        """Use new connections from now on: those at hand may be dead."""
         if not self._own:
             return
-        old, self._read_http = self._read_http, self._client(_READ_KEEP_ALIVE)
-        closing = asyncio.get_running_loop().create_task(self._close_idle(old))
-        self._closing_clients.add(closing)
-        closing.add_done_callback(self._closing_clients.discard)
+        old = (self._read_http, self._read_timeout), (self._submit_http, self._submit_timeout)
+        self._read_http = self._client(_READ_KEEP_ALIVE)
+        self._submit_http = self._client(_SUBMIT_KEEP_ALIVE)
+        for client, timeout in old:
+            closing = asyncio.get_running_loop().create_task(
+                self._close_idle(client, timeout.total or 0.0)
+            )
+            self._closing_clients.add(closing)
+            closing.add_done_callback(self._closing_clients.discard)
 
-    async def _close_idle(self, client: aiohttp.ClientSession) -> None:
+    async def _close_idle(self, client: aiohttp.ClientSession, seconds: float) -> None:
         """Close *client* once whatever is in the air on it has had its time."""
-        await asyncio.sleep(self._read_timeout.total or 0.0)
+        await asyncio.sleep(seconds)
         await client.close()
         self._own.remove(client)
 

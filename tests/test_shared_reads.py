@@ -863,20 +863,24 @@ async def test_a_suspended_machine(clock: ManualClock, caplog: pytest.LogCapture
     await watcher.stop(EvolinkError)
 
 
-async def test_reads_use_new_connections_after_a_suspension(crowd: Emulator) -> None:
-    """Connections from before the machine slept are not used again."""
+async def test_a_suspension_means_new_connections(crowd: Emulator) -> None:
+    """Those from before the machine slept are not used again, by reads or by submits."""
     async with connect(crowd, timeout=Timeout()) as session:
         await session.credits()
-        old = session._transport._read_http
-        session._transport.renew()
+        transport = session._transport
+        old = transport._read_http, transport._submit_http
+        transport.renew()
         await session.credits()
-        assert session._transport._read_http is not old
-    assert old.closed
+        await session.submit("A lake")
+        assert transport._read_http not in old
+        assert transport._submit_http not in old
+        assert not any(client.closed for client in old)
+    assert all(client.closed for client in old)
 
 
 async def test_old_connections_do_not_pile_up(crowd: Emulator) -> None:
     """A laptop that sleeps every night leaves no open clients behind in a session."""
-    async with connect(crowd, timeout=Timeout(connect=0.01, read=0.01)) as session:
+    async with connect(crowd, timeout=Timeout(connect=0.01, submit=0.01, read=0.01)) as session:
         for _ in range(5):
             session._transport.renew()
         await asyncio.gather(*session._transport._closing_clients)
