@@ -72,6 +72,11 @@ class _CoolDown:
             self.since, self.in_air = now, 0
         return True
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether there is a limit to what may be in the air."""
+        return self.window < float("inf")
+
     def allows(self, now: float) -> bool:
         """Whether one more request may be sent *now*."""
         return self.until <= now and self.in_air < self.window
@@ -90,7 +95,7 @@ class _CoolDown:
         if self.window >= enough:
             self.window = float("inf")
         self._wake()
-        return self.window == float("inf")
+        return not self.is_slow
 
     def _wake(self) -> None:
         for future in self.waiting:
@@ -130,7 +135,8 @@ class Gate:
         self._submit_seats = seats - (2 if seats >= 4 else 1 if seats >= 2 else 0)
         self._reads = 0
         self._submits = 0
-        self._queues: dict[bool, deque[_Entry]] = {False: deque(), True: deque()}
+        # Of reads, and of submits.
+        self._queues: tuple[deque[_Entry], deque[_Entry]] = deque(), deque()
         self._order = itertools.count()
         self._rate = rate
         self._after_submit = False
@@ -149,7 +155,7 @@ class Gate:
     @property
     def waiting(self) -> int:
         """Requests queued here."""
-        return sum(len(queue) for queue in self._queues.values())
+        return sum(map(len, self._queues))
 
     @property
     def is_contended(self) -> bool:
@@ -259,7 +265,7 @@ class Gate:
         held = self._held.get(model)
         if held is not None and sent_at > held.since and held.widen(self._seats):
             del self._held[model]
-        if sent_at > self._closed.since:
+        if self._closed.is_slow and sent_at > self._closed.since:
             self._closed.widen(self._seats)
             self._pump()
 
@@ -321,7 +327,11 @@ class Gate:
 
     def _pump(self) -> None:
         """Let in whoever may enter now, first come first served, past submits without a seat."""
-        while (submit := self._next()) is not None and self._has_seat(submit=submit):
+        while (
+            self._reads + self._submits < self._seats
+            and (submit := self._next()) is not None
+            and self._has_seat(submit=submit)
+        ):
             if not self._take(submit=submit):
                 self._set_alarm()
                 return
@@ -329,10 +339,11 @@ class Gate:
 
     def _next(self) -> bool | None:
         """Whose turn it is: True a submit's, False a read's, None nobody's."""
-        for queue in self._queues.values():
-            while queue and queue[0][1].done():
-                queue.popleft()
-        reads, submits = self._queues[False], self._queues[True]
+        reads, submits = self._queues
+        while reads and reads[0][1].done():
+            reads.popleft()
+        while submits and submits[0][1].done():
+            submits.popleft()
         if submits and self._submits < self._submit_seats:
             if reads and self._rate is not None:
                 return not self._after_submit

@@ -48,7 +48,7 @@ from evolink_async._protocol import (
 from evolink_async._retry import RetryPolicy
 from evolink_async._secret import Secret
 from evolink_async._submission import BeforeSend, Submission
-from evolink_async._task import Task
+from evolink_async._task import Home, Task
 from evolink_async._text import shown
 from evolink_async._watch import Watch
 from evolink_async._watcher import IDS_PER_LINE, Watcher
@@ -205,6 +205,12 @@ class Session:
         self._clock: Clock = clocks.default() if clock is None else clock
         self._slots = asyncio.Semaphore(self._max_in_flight)
         self._release = self._slots.release  # one bound method for all watches
+        self._home = Home(
+            attach=self._attach,
+            watcher=self._watcher_here,
+            clock=self._clock,
+            save=self.download,
+        )
         self._waiting = 0
         # Submits that wait for their first seat, and those that have had one.
         self._queued: set[Submission] = set()
@@ -460,10 +466,7 @@ class Session:
         )
         self._queued.add(submission)
         begin = partial(self._begin, submission, callback, loop, copy_context())
-        if self._gate.find_seat(submit=True):
-            begin()
-        else:
-            self._gate.queue(answer, begin, submit=True)
+        self._gate.queue(answer, begin, submit=True)
         try:
             return await answer
         except BaseException as exc:
@@ -655,7 +658,7 @@ class Session:
         """
         check_task_id(task_id)
         live = self._watcher.find(task_id) if self._loop is not None else None
-        return self._handle_of(task_id, live)
+        return Task(task_id, self._home, live)
 
     def nudge(self, task_id: str) -> bool:
         """Look at a watched task now, because something else told that it has ended.
@@ -673,17 +676,7 @@ class Session:
         return tuple(self._handle(watch) for watch in self._watcher.watches)
 
     def _handle(self, watch: Watch) -> Task:
-        return self._handle_of(watch.id, watch)
-
-    def _handle_of(self, task_id: str, watch: Watch | None) -> Task:
-        return Task(
-            task_id,
-            attach=self._attach,
-            watcher=self._watcher_here,
-            clock=self._clock,
-            save=self.download,
-            watch=watch,
-        )
+        return Task(watch.id, self._home, watch)
 
     def _watcher_here(self) -> Watcher:
         if self._loop is not asyncio.get_running_loop():

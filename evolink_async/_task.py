@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from pathlib import Path
 from typing import Any, Final
 
+from attrs import frozen
+
 from evolink_async._clock import Clock
 from evolink_async._models import (
     RESUBMITTABLE,
@@ -28,11 +30,26 @@ from evolink_async.errors import (
     TaskTimeoutError,
 )
 
-__all__ = ["Task"]
+__all__ = ["Home", "Task"]
 
 _LONGEST_WAIT: Final = 1e9
 
-Saver = Callable[..., Awaitable[tuple[Path, ...]]]
+
+@frozen(kw_only=True)
+class Home:
+    """What a task needs of its session.
+
+    Attributes:
+        attach: Watches a task by its id.
+        watcher: The session's, if it lives on the running loop.
+        clock: Its clock.
+        save: Its `Session.download`.
+    """
+
+    attach: Callable[[str], Watch]
+    watcher: Callable[[], Watcher]
+    clock: Clock
+    save: Callable[..., Awaitable[tuple[Path, ...]]]
 
 
 class Task:
@@ -47,24 +64,12 @@ class Task:
     watching. There is no ``cancel``, because the API offers none.
     """
 
-    __slots__ = ("__weakref__", "_attach", "_clock", "_id", "_save", "_watch", "_watcher")
+    __slots__ = ("__weakref__", "_home", "_id", "_watch")
 
-    def __init__(
-        self,
-        task_id: str,
-        *,
-        attach: Callable[[str], Watch],
-        watcher: Callable[[], Watcher],
-        clock: Clock,
-        save: Saver,
-        watch: Watch | None = None,
-    ) -> None:
+    def __init__(self, task_id: str, home: Home, watch: Watch | None = None) -> None:
         """Made by a session: see `Session.submit` and `Session.task`."""
         self._id = task_id
-        self._attach = attach
-        self._watcher = watcher
-        self._clock = clock
-        self._save = save
+        self._home = home
         self._watch = watch
 
     def __repr__(self) -> str:
@@ -130,7 +135,7 @@ class Task:
         """
         watch = self._watched()
         if timeout is None:
-            await self._watcher().until_ended(watch)
+            await self._home.watcher().until_ended(watch)
         elif not await self._ended_within(watch, timeout):
             raise TaskTimeoutError(
                 f"task {self._id} is {self._shown_status} after waiting {timeout:g} s; "
@@ -148,8 +153,8 @@ class Task:
             )
         loop = asyncio.get_running_loop()
         racers = {
-            loop.create_task(self._watcher().until_ended(watch)),
-            loop.create_task(self._clock.sleep_until(self._clock.now() + timeout)),
+            loop.create_task(self._home.watcher().until_ended(watch)),
+            loop.create_task(self._home.clock.sleep_until(self._home.clock.now() + timeout)),
         }
         try:
             await asyncio.wait(racers, return_when=asyncio.FIRST_COMPLETED)
@@ -180,7 +185,7 @@ class Task:
             elif watch.ended:
                 break
             else:
-                await self._watcher().until_changed(watch)
+                await self._home.watcher().until_changed(watch)
         if watch.reason is not None:
             raise copy.copy(watch.reason) from watch.reason.__cause__
 
@@ -195,7 +200,7 @@ class Task:
         if self._watch is not None and self._watch.reason is not None:
             self._watch = None
         watch = self._watched()
-        await self._watcher().look(watch)
+        await self._home.watcher().look(watch)
         error = watch.reason or watch.last_error
         if error is not None:
             raise copy.copy(error) from error.__cause__
@@ -207,11 +212,11 @@ class Task:
         self, folder: str | os.PathLike[str], *, overwrite: bool = False
     ) -> tuple[Path, ...]:
         """Wait for the result and save it; see `Session.download`."""
-        return await self._save(await self, folder, overwrite=overwrite)
+        return await self._home.save(await self, folder, overwrite=overwrite)
 
     def _watched(self) -> Watch:
         if self._watch is None:
-            self._watch = self._attach(self._id)
+            self._watch = self._home.attach(self._id)
         return self._watch
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Final, Protocol
 
 from evolink_async._clock import Clock, LoopClock
@@ -566,8 +566,7 @@ class Watcher:
         others = reading.answers
         for group in groups:
             if others or not group.plain:
-                odd = [watch for watch in group.watches if watch.id in others or not watch.plain]
-                self._apply_each(odd, reading, price)
+                self._apply_each(_odd_ones(group, others), reading, price)
                 if group.due != READING:  # its last was one of them
                     continue
             if not group.watches:
@@ -778,9 +777,10 @@ class Watcher:
         if reason is None:
             self._count_callback(watch)
             logger.debug("task %s ended", watch.id)
-        for futures in (watch.waiters, watch.listeners, watch.lookers):
-            _wake_all(futures)
-        watch.waiters = watch.listeners = watch.lookers = None
+        if watch.waiters or watch.listeners or watch.lookers:
+            for futures in (watch.waiters, watch.listeners, watch.lookers):
+                _wake_all(futures)
+            watch.waiters = watch.listeners = watch.lookers = None
         if watch.on_end is not None:
             watch.on_end()
             watch.on_end = None
@@ -934,6 +934,13 @@ def _plan(watch: Watch, now: float, ready_at: float = -math.inf) -> str:
     if watch.group.due < watch.deadline:
         return f"next look in {max(watch.group.due, ready_at) - now:.2f} s"
     return f"no look before its deadline in {watch.deadline - now:.2f} s"
+
+
+def _odd_ones(group: Group, others: Container[str]) -> list[Watch]:
+    """Those of whom more is to be noted than that they go on; *others* are those who do not."""
+    if group.plain:
+        return [watch for watch in group.watches if watch.id in others]
+    return [watch for watch in group.watches if watch.id in others or not watch.plain]
 
 
 def _watches_of(groups: list[Group]) -> list[Watch]:
