@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Final, Self, TypeVar
 
 import aiohttp
-from attrs import define, field, frozen
+from attrs import define, field
 
 from evolink_async import _protocol as protocol
 from evolink_async import _retry as retry
@@ -75,7 +75,7 @@ class Answer:
         return protocol.is_replayed(self._headers)
 
 
-@frozen(kw_only=True)
+@define(kw_only=True)
 class Reading:
     """One attempt to read some tasks.
 

@@ -448,21 +448,19 @@ class Watcher:
 
     def _do_what_is_due(self) -> float:
         """Send the reads that are due; returns when there is more to do."""
-        while True:
-            now = self._clock.now()
-            self._notice_resume(now)
-            if self._next_deadline() <= now:
-                self._give_up_late(now)
-            if self._may_read(now) and (groups := self._take(now)):
-                task = asyncio.get_running_loop().create_task(self._read(groups))
-                self._readings.add(task)
-                task.add_done_callback(self._reading_ended)
-                if self._contended is not None or self._reader.on_trial:
-                    return _AT_ONCE  # let it begin, which takes a token or changes the limit
-            elif (at := self._next_event()) > now:
-                if logger.isEnabledFor(logging.DEBUG):
-                    self._log_wait(now)
-                return at
+        now = self._clock.now()
+        self._notice_resume(now)
+        if self._next_deadline() <= now:
+            self._give_up_late(now)
+        while self._may_read(now) and (groups := self._take(now)):
+            task = asyncio.get_running_loop().create_task(self._read(groups))
+            self._readings.add(task)
+            task.add_done_callback(self._reading_ended)
+            if self._contended is not None or self._reader.on_trial:
+                return _AT_ONCE  # let it begin, which takes a token or changes the limit
+        if logger.isEnabledFor(logging.DEBUG):
+            self._log_wait(now)
+        return self._next_event()
 
     def _next_event(self) -> float:
         """When there is something to do, infinity if only others can say."""
