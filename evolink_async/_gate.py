@@ -145,6 +145,7 @@ class Gate:
         self._closed = _CoolDown()
         self._held: dict[str, _CoolDown] = {}
         self._alarm: asyncio.Task[None] | None = None
+        self._pumping = False
         self.cool_downs = 0
 
     @property
@@ -327,15 +328,21 @@ class Gate:
 
     def _pump(self) -> None:
         """Let in whoever may enter now, first come first served, past submits without a seat."""
-        while (
-            self._reads + self._submits < self._seats
-            and (submit := self._next()) is not None
-            and self._has_seat(submit=submit)
-        ):
-            if not self._take(submit=submit):
-                self._set_alarm()
-                return
-            self._queues[submit].popleft()[2]()
+        if self._pumping:  # who is let in gave the seat back: that is gone on with below
+            return
+        self._pumping = True
+        try:
+            while (
+                self._reads + self._submits < self._seats
+                and (submit := self._next()) is not None
+                and self._has_seat(submit=submit)
+            ):
+                if not self._take(submit=submit):
+                    self._set_alarm()
+                    return
+                self._queues[submit].popleft()[2]()
+        finally:
+            self._pumping = False
 
     def _next(self) -> bool | None:
         """Whose turn it is: True a submit's, False a read's, None nobody's."""
@@ -351,7 +358,7 @@ class Gate:
         return False if reads else None
 
     def _set_alarm(self) -> None:
-        if self.ready_at() > self._clock.now() and self._alarm is None:
+        if self._alarm is None:
             self._alarm = asyncio.get_running_loop().create_task(self._ring())
 
     async def _ring(self) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 import warnings
+import weakref
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -205,12 +206,7 @@ class Session:
         self._clock: Clock = clocks.default() if clock is None else clock
         self._slots = asyncio.Semaphore(self._max_in_flight)
         self._release = self._slots.release  # one bound method for all watches
-        self._home = Home(
-            attach=self._attach,
-            watcher=self._watcher_here,
-            clock=self._clock,
-            save=self.download,
-        )
+        self._home: weakref.ref[Home] | None = None  # weak: it holds the session
         self._waiting = 0
         # Submits that wait for their first seat, and those that have had one.
         self._queued: set[Submission] = set()
@@ -403,7 +399,8 @@ class Session:
         asked = _with_callback(given, source, key)
         self._open()
         await self._take_slot()
-        return self._handle(await self._post(asked, key, before_send, source))
+        watch = await self._post(asked, key, before_send, source)
+        return self._handle(watch.id, watch)
 
     async def generate(
         self,
@@ -466,8 +463,8 @@ class Session:
         )
         self._queued.add(submission)
         begin = partial(self._begin, submission, callback, loop, copy_context())
-        self._gate.queue(answer, begin, submit=True)
         try:
+            self._gate.queue(answer, begin, submit=True)
             return await answer
         except BaseException as exc:
             answer.cancel()  # if it is there already, its being unread is nothing to log
@@ -475,12 +472,12 @@ class Session:
             if post is None:
                 self._queued.discard(submission)
                 self._slots.release()
-            elif isinstance(exc, asyncio.CancelledError):
-                if post not in self._posts:  # else `_post_ended` says it
-                    _log_orphan(post, submission)
-                elif not submission.in_air:
+            elif post in self._posts:  # and will say what became of it
+                if not submission.in_air:
                     submission.abandoned = True
                     post.cancel()
+            elif isinstance(exc, asyncio.CancelledError):
+                _log_orphan(post, submission)
             raise
 
     def _begin(
@@ -492,6 +489,7 @@ class Session:
     ) -> None:
         """Send a submission that has a seat, in the context of its caller."""
         self._queued.discard(submission)
+        self._watcher.notice_resume()  # it must not go out on a connection that is dead
         submission.seated = True
         posting = self._submit_and_watch(submission, callback)
         try:  # in its context, but without telling a task factory of the caller's, which may refuse
@@ -658,7 +656,7 @@ class Session:
         """
         check_task_id(task_id)
         live = self._watcher.find(task_id) if self._loop is not None else None
-        return Task(task_id, self._home, live)
+        return self._handle(task_id, live)
 
     def nudge(self, task_id: str) -> bool:
         """Look at a watched task now, because something else told that it has ended.
@@ -673,10 +671,19 @@ class Session:
         """The tasks that are watched now, oldest first."""
         if self._loop is None:
             return ()
-        return tuple(self._handle(watch) for watch in self._watcher.watches)
+        return tuple(self._handle(watch.id, watch) for watch in self._watcher.watches)
 
-    def _handle(self, watch: Watch) -> Task:
-        return Task(watch.id, self._home, watch)
+    def _handle(self, task_id: str, watch: Watch | None) -> Task:
+        home = None if self._home is None else self._home()
+        if home is None:
+            home = Home(
+                attach=self._attach,
+                watcher=self._watcher_here,
+                clock=self._clock,
+                save=self.download,
+            )
+            self._home = weakref.ref(home)
+        return Task(task_id, home, watch)
 
     def _watcher_here(self) -> Watcher:
         if self._loop is not asyncio.get_running_loop():

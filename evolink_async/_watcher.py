@@ -164,7 +164,7 @@ class Watcher:
         self._priced_anew = -math.inf
         self._unknown_words: set[str] = set()
         self._wall = wall
-        self._drift = math.inf
+        self._drift = math.inf if wall is None else wall() - clock.now()
         self._resumed_at = -math.inf
         self._fresh_start = False
 
@@ -448,8 +448,8 @@ class Watcher:
 
     def _do_what_is_due(self) -> float:
         """Send the reads that are due; returns when there is more to do."""
+        self.notice_resume()
         now = self._clock.now()
-        self._notice_resume(now)
         if self._next_deadline() <= now:
             self._give_up_late(now)
         while self._may_read(now) and (groups := self._take(now)):
@@ -687,10 +687,11 @@ class Watcher:
             self._unknown_words.add(status)
             logger.warning("unknown task status %s: treated as running", printable(status, 60))
 
-    def _notice_resume(self, now: float) -> None:
+    def notice_resume(self) -> None:
         """Notice that the machine was suspended: the time of day ran ahead of the clock."""
         if self._wall is None:
             return
+        now = self._clock.now()
         drift = self._wall() - now
         if drift > self._drift + _SUSPENDED:
             logger.warning("the machine was suspended for about %.0f s", drift - self._drift)
@@ -816,7 +817,7 @@ class Watcher:
         crash = self._crash_of(task)
         if crash is None:
             try:
-                self._notice_resume(self._clock.now())
+                self.notice_resume()
             except Exception as exc:  # noqa: BLE001 - a clock of the caller's
                 crash = exc
         if crash is not None:

@@ -651,3 +651,50 @@ async def test_without_a_rate_nobody_has_to_queue(crowd_at: MakeCrowd) -> None:
     crowd = crowd_at(4)
     await crowd.come(*names("s", 6))
     assert not crowd.gate.is_contended
+
+
+@define
+class TickingClock:
+    """Time passes whenever somebody looks at it."""
+
+    tick: float
+    time: float = START
+
+    def now(self) -> float:
+        self.time += self.tick
+        return self.time
+
+    async def sleep_until(self, when: float) -> None:
+        self.time = max(self.time, when)
+
+
+@pytest.mark.parametrize("early", [step * 0.0005 for step in range(1, 20)])
+async def test_a_token_that_comes_while_it_is_looked_for(early: float) -> None:
+    """Whoever asks a moment too early is let in a moment later, also if nobody else comes."""
+    clock = TickingClock(tick=0.001)
+    gate = Gate(clock, seats=4, rate=100)
+    await gate.enter()
+    gate.leave()
+    clock.time += 0.01 - early
+    entering = asyncio.create_task(gate.enter())
+    await settle()
+    assert entering.done()
+
+
+async def test_seats_that_many_in_a_row_do_not_take(crowd_at: MakeCrowd) -> None:
+    """However many give their seat back at once, the next in the queue gets it."""
+    gate = crowd_at(seats=1).gate
+    await gate.enter(submit=True)
+    let_in = 0
+    loop = asyncio.get_running_loop()
+
+    def decline() -> None:
+        nonlocal let_in
+        let_in += 1
+        gate.decline(submit=True)
+
+    for _ in range(5000):
+        gate.queue(loop.create_future(), decline, submit=True)
+    gate.leave(submit=True)
+    assert let_in == 5000
+    assert gate.find_seat(submit=True)

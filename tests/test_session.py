@@ -585,10 +585,10 @@ async def test_an_unclosed_session_warns(emulator: Emulator) -> None:
     """Forgetting aclose is a ResourceWarning, as for files and sockets."""
     session = connect(emulator)
     await session.credits()
+    session.task("task-unified-1757156493-imcg5zqt")
     transport = session._transport
-    with pytest.warns(ResourceWarning, match="unclosed <Session"):  # noqa: PT031 - see above
-        del session
-        gc.collect()
+    with pytest.warns(ResourceWarning, match="unclosed <Session"):
+        del session  # without waiting for a collection of garbage
     await transport.aclose()
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 import pickle
 import sys
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from importlib.util import find_spec
@@ -34,6 +35,7 @@ from evolink_async import (
     Timeout,
     _protocol,
 )
+from evolink_async._clock import LoopClock
 from evolink_async._models import Page, PageIndex
 from evolink_async._protocol import read_tasks
 from evolink_async._watcher import Watcher
@@ -876,6 +878,21 @@ async def test_a_suspension_means_new_connections(crowd: Emulator) -> None:
         assert transport._submit_http not in old
         assert not any(client.closed for client in old)
     assert all(client.closed for client in old)
+
+
+async def test_a_submit_right_after_a_suspension(
+    crowd: Emulator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It does not go out on a connection from before, also if no task was looked at yet."""
+    real, ahead = time.time, 0.0
+    monkeypatch.setattr(time, "time", lambda: real() + ahead)
+    async with connect(crowd, clock=LoopClock(), max_in_flight=2) as session:
+        await session.submit("A lake")
+        old = session._transport._submit_http
+        ahead = 3600.0
+        await session.submit("Another lake")
+        assert session._transport._submit_http is not old
+    assert "suspended for about 3600 s" in caplog.text
 
 
 async def test_old_connections_do_not_pile_up(crowd: Emulator) -> None:

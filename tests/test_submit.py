@@ -31,6 +31,7 @@ from evolink_async import (
     APIConnectionError,
     APIStatusError,
     AuthenticationError,
+    Clock,
     ConfigurationError,
     EvolinkError,
     InsufficientCreditsError,
@@ -65,7 +66,7 @@ async def server() -> AsyncIterator[HostileServer]:
         yield server
 
 
-def connect(server: HostileServer, clock: ManualClock, **settings: Any) -> Session:
+def connect(server: HostileServer, clock: Clock, **settings: Any) -> Session:
     settings.setdefault("timeout", Timeout(connect=5, submit=5, read=5))
     return Session(KEY, base_url=server.base_url, clock=clock, **settings)
 
@@ -397,6 +398,35 @@ async def test_task_factories_of_the_loop(server: HostileServer, clock: ManualCl
         finally:
             loop.set_task_factory(None)
     assert len(server.posts) == 2
+
+
+async def test_a_clock_that_fails_once_sends_nothing_behind_its_callers_back(
+    server: HostileServer, clock: ManualClock
+) -> None:
+    """Who was told that a submit failed does not pay for it later."""
+
+    class Failing:
+        fail = False
+
+        def now(self) -> float:
+            if self.fail:
+                self.fail = False
+                raise OSError("no time")
+            return clock.now()
+
+        sleep_until = staticmethod(clock.sleep_until)
+        hold = staticmethod(clock.hold)
+
+    server.script = [OK, OK]
+    failing = Failing()
+    async with connect(server, failing, max_in_flight=2) as session:
+        await session.submit("A lake")
+        failing.fail = True
+        with pytest.raises(OSError, match="no time"):
+            await session.submit("Another lake")
+        await session.submit("A third")
+        assert session.unsent == frozenset()
+    assert [post.json["prompt"] for post in server.posts] == ["A lake", "A third"]
 
 
 async def test_a_submit_that_is_closed_while_it_waits_sends_nothing(
