@@ -28,6 +28,10 @@ _PROBE_AFTER: Final = 3
 _DOUBTS: Final = 3
 """How often in a row only they must have, where they were told to have patience: a server that
 limits requests may say so of any, but not always of those."""
+_LONG: Final = 10.0
+"""Seconds of patience asked for after which the next request must work: once is enough then."""
+_LONG_RESTS: Final = 10.0
+"""A rest in the patience that the next try may cost everybody, if that is more."""
 
 
 @define
@@ -112,17 +116,17 @@ class BatchEndpoint:
         elif probe:
             if self.on_trial and sent_at >= self._until:  # else another has told already
                 longer = self._rest if is_throttle(failure) else 2 * self._rest
-                self._leave(min(longer, _REFUSED_REST), failure)
+                self._leave(longer, failure)
                 self._failures = _PROBE_AFTER  # a single read comes before the next
         elif sent_at >= self._single_worked_at:
             self._single_worked_at = math.inf
             self._doubts += 1
-            if is_throttle(failure) and self._doubts < _DOUBTS:
+            if is_throttle(failure) and _patience(failure) < _LONG and self._doubts < _DOUBTS:
                 self._failures = _PROBE_AFTER
             else:
                 self._leave(_FAILED_REST, failure)
         else:
-            self._failures += 1
+            self._failures += 1 if _patience(failure) < _LONG else _PROBE_AFTER
 
     def judge_by_single(self, failure: EvolinkError | None) -> None:
         """Note what became of a single read, which may say that only batch reads fail."""
@@ -132,6 +136,13 @@ class BatchEndpoint:
 
     def _leave(self, rest: float, why: EvolinkError) -> None:
         now = self._clock.now()
+        if rest < math.inf:
+            rest = min(max(rest, _LONG_RESTS * _patience(why)), _REFUSED_REST)
         if now + rest > self._until:
             self._until, self._rest = now + rest, rest
             logger.info("reading tasks one by one for %s s: %s", rest, why)
+
+
+def _patience(error: EvolinkError) -> float:
+    """Seconds a failed read asked for, of everybody."""
+    return getattr(error, "retry_after", None) or 0.0

@@ -156,15 +156,17 @@ class Transport:
         """Use new connections from now on: those at hand may be dead."""
         if not self._own:
             return
-        old = (self._read_http, self._read_timeout), (self._submit_http, self._submit_timeout)
+        self._retire(self._read_http, self._read_timeout)
+        self._retire(self._submit_http, self._submit_timeout)
         self._read_http = self._client(_READ_KEEP_ALIVE)
         self._submit_http = self._client(_SUBMIT_KEEP_ALIVE)
-        for client, timeout in old:
-            closing = asyncio.get_running_loop().create_task(
-                self._close_idle(client, timeout.total or 0.0)
-            )
-            self._closing_clients.add(closing)
-            closing.add_done_callback(self._closing_clients.discard)
+
+    def _retire(self, client: aiohttp.ClientSession, timeout: aiohttp.ClientTimeout) -> None:
+        closing = asyncio.get_running_loop().create_task(
+            self._close_idle(client, timeout.total or 0.0)
+        )
+        self._closing_clients.add(closing)
+        closing.add_done_callback(self._closing_clients.discard)
 
     async def _close_idle(self, client: aiohttp.ClientSession, seconds: float) -> None:
         """Close *client* once whatever is in the air on it has had its time."""
@@ -421,7 +423,7 @@ class Transport:
         if not self._gate.find_seat(submit=False):
             await self._gate.enter()
         entered = sent_at = self._clock.now()
-        if not (single or trial) and self._batch.is_resting():  # since it came to the gate
+        if not (single or trial or self._batch.is_usable()):  # since it came to the gate
             self._gate.decline(submit=False)
             return Reading(
                 sent_at=sent_at, received_at=sent_at, answers=dict.fromkeys(ids), single=False

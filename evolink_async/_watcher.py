@@ -937,9 +937,8 @@ def _plan(watch: Watch, now: float, ready_at: float = -math.inf) -> str:
 
 def _odd_ones(group: Group, others: Container[str]) -> list[Watch]:
     """Those of whom more is to be noted than that they go on; *others* are those who do not."""
-    if group.plain:
-        return [watch for watch in group.watches if watch.id in others]
-    return [watch for watch in group.watches if watch.id in others or not watch.plain]
+    plain = group.plain
+    return [w for w in group.watches if w.id in others or not (plain or w.plain)]
 
 
 def _watches_of(groups: list[Group]) -> list[Watch]:

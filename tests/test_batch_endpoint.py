@@ -129,6 +129,22 @@ async def test_throttles_are_rarely_the_endpoints(
     assert await left_alone(endpoint, clock) == 30
 
 
+async def test_a_long_throttle_is_told_apart_at_once(
+    endpoint: BatchEndpoint, clock: ManualClock
+) -> None:
+    """Each try may cost everybody its patience: one single read decides, and rests are longer."""
+    long = RateLimitError("patience", status=429, from_api=True, retry_after=20.0)
+    read(endpoint, clock, long)
+    assert read_singly(endpoint)
+    read(endpoint, clock)  # all were limited, and are no more
+    assert not endpoint.on_trial
+    read(endpoint, clock, long)
+    assert read_singly(endpoint)
+    read(endpoint, clock, long)
+    assert endpoint.is_resting()
+    assert await left_alone(endpoint, clock) == 200
+
+
 async def test_after_a_failed_probe_single_reads_come_first(
     endpoint: BatchEndpoint, clock: ManualClock
 ) -> None:

@@ -297,6 +297,17 @@ async def test_a_batch_endpoint_that_alone_asks_for_patience(crowd: Emulator, ta
     assert len(crowd.books.requests("batch")) <= 25
 
 
+@pytest.mark.parametrize("tasks", [2, 10, 300])
+async def test_a_batch_endpoint_that_alone_asks_for_a_minute(crowd: Emulator, tasks: int) -> None:
+    """Twice everybody waits as long as it asks for, no more."""
+    crowd.faults.add(faults.Status(429, route="batch", retry_after=60))
+    async with connect(crowd, max_in_flight=tasks) as session:
+        await asyncio.gather(*(session.generate(f"lake {i}") for i in range(tasks)))
+        assert session.stats.cool_downs <= 2
+    ends = max(task.ends_at for task in crowd.books.tasks())
+    assert crowd.clock.now() - ends < 140
+
+
 async def test_a_proxy_that_loses_its_way_once_is_not_the_batch_endpoint(crowd: Emulator) -> None:
     """A 404 that is not the API's says nothing of an endpoint that has worked."""
     crowd.faults.add(faults.Status(404, body="<html>no upstream</html>", route="batch", nth=5))
