@@ -28,9 +28,9 @@ _PROBE_AFTER: Final = 3
 _DOUBTS: Final = 3
 """How often in a row only they must have, where they were told to have patience: a server that
 limits requests may say so of any, but not always of those."""
-_LONG: Final = 10.0
+_LONG_PATIENCE: Final = 10.0
 """Seconds of patience asked for after which the next request must work: once is enough then."""
-_LONG_RESTS: Final = 10.0
+_REST_FACTOR: Final = 10.0
 """A rest in the patience that the next try may cost everybody, if that is more."""
 
 
@@ -121,12 +121,16 @@ class BatchEndpoint:
         elif sent_at >= self._single_worked_at:
             self._single_worked_at = math.inf
             self._doubts += 1
-            if is_throttle(failure) and _patience(failure) < _LONG and self._doubts < _DOUBTS:
+            if (
+                is_throttle(failure)
+                and _patience(failure) < _LONG_PATIENCE
+                and self._doubts < _DOUBTS
+            ):
                 self._failures = _PROBE_AFTER
             else:
                 self._leave(_FAILED_REST, failure)
         else:
-            self._failures += 1 if _patience(failure) < _LONG else _PROBE_AFTER
+            self._failures += 1 if _patience(failure) < _LONG_PATIENCE else _PROBE_AFTER
 
     def judge_by_single(self, failure: EvolinkError | None) -> None:
         """Note what became of a single read, which may say that only batch reads fail."""
@@ -137,7 +141,7 @@ class BatchEndpoint:
     def _leave(self, rest: float, why: EvolinkError) -> None:
         now = self._clock.now()
         if rest < math.inf:
-            rest = min(max(rest, _LONG_RESTS * _patience(why)), _REFUSED_REST)
+            rest = min(max(rest, _REST_FACTOR * _patience(why)), _REFUSED_REST)
         if now + rest > self._until:
             self._until, self._rest = now + rest, rest
             logger.info("reading tasks one by one for %s s: %s", rest, why)
