@@ -658,9 +658,7 @@ class SharedReads:
 
     def saw_read(self, now: float, seats: Sequence[tuple[float, float, int]]) -> None:
         """A read is sent *now* with so many seats each for tasks of (last look, due, tasks)."""
-        taken = 0
-        for _, _, tasks in seats:
-            taken += tasks
+        taken = sum(tasks for _, _, tasks in seats)
         if taken > 1:
             self.usefulness += USEFULNESS_RATE * (self.fill(now, seats) / taken - self.usefulness)
 
