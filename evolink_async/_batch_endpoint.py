@@ -10,6 +10,7 @@ from attrs import define, field
 
 from evolink_async._clock import Clock
 from evolink_async._protocol import is_throttle, rule_of
+from evolink_async._retry import MAX_RETRY_AFTER
 from evolink_async.errors import APIStatusError, EvolinkError, InvalidResponseError
 
 __all__ = ["BatchEndpoint"]
@@ -140,13 +141,14 @@ class BatchEndpoint:
 
     def _leave(self, rest: float, why: EvolinkError) -> None:
         now = self._clock.now()
+        patience = _patience(why)  # meanwhile nothing is read
         if rest < math.inf:
-            rest = min(max(rest, _REST_FACTOR * _patience(why)), _REFUSED_REST)
-        if now + rest > self._until:
-            self._until, self._rest = now + rest, rest
+            rest = min(max(rest, _REST_FACTOR * patience), _REFUSED_REST)
+        if now + patience + rest > self._until:
+            self._until, self._rest = now + patience + rest, rest
             logger.info("reading tasks one by one for %s s: %s", rest, why)
 
 
 def _patience(error: EvolinkError) -> float:
-    """Seconds a failed read asked for, of everybody."""
-    return getattr(error, "retry_after", None) or 0.0
+    """Seconds a failed read asked for, of everybody, as far as that is obeyed."""
+    return min(getattr(error, "retry_after", None) or 0.0, MAX_RETRY_AFTER)

@@ -363,6 +363,7 @@ class Gate:
 
     async def _ring(self) -> None:
         try:
+            await asyncio.sleep(0)  # a task that runs eagerly must be known before it ends
             while (at := self.ready_at()) > self._clock.now():
                 await self._clock.sleep_until(at)
         finally:

@@ -489,10 +489,10 @@ class Session:
     ) -> None:
         """Send a submission that has a seat, in the context of its caller."""
         self._queued.discard(submission)
-        self._watcher.notice_resume()  # it must not go out on a connection that is dead
         submission.seated = True
         posting = self._submit_and_watch(submission, callback)
         try:  # in its context, but without telling a task factory of the caller's, which may refuse
+            self._watcher.notice_resume()  # it must not go out on a connection that is dead
             post = context.run(loop.create_task, posting)
         except Exception as exc:  # noqa: BLE001 - such a factory may raise anything
             posting.close()

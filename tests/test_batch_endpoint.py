@@ -142,7 +142,7 @@ async def test_a_long_throttle_is_told_apart_at_once(
     assert read_singly(endpoint)
     read(endpoint, clock, long)
     assert endpoint.is_resting()
-    assert await left_alone(endpoint, clock) == 200
+    assert await left_alone(endpoint, clock) == 20 + 200  # when everybody may read again
 
 
 async def test_after_a_failed_probe_single_reads_come_first(

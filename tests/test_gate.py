@@ -6,6 +6,7 @@ import asyncio
 import heapq
 import itertools
 import logging
+import sys
 from collections.abc import AsyncIterator, Callable
 
 import pytest
@@ -698,3 +699,22 @@ async def test_seats_that_many_in_a_row_do_not_take(crowd_at: MakeCrowd) -> None
     gate.leave(submit=True)
     assert let_in == 5000
     assert gate.find_seat(submit=True)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="tasks run eagerly since Python 3.12")
+@pytest.mark.parametrize("early", [step * 0.0005 for step in range(1, 20)])
+async def test_a_token_that_comes_while_tasks_run_eagerly(early: float) -> None:
+    """Also where the gate's own task runs at once, nobody waits for good."""
+    loop = asyncio.get_running_loop()
+    clock = TickingClock(tick=0.001)
+    gate = Gate(clock, seats=4, rate=100)
+    await gate.enter()
+    gate.leave()
+    clock.time += 0.01 - early
+    loop.set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009 - not in 3.11
+    try:
+        entering = asyncio.create_task(gate.enter())
+        await settle()
+        assert entering.done()
+    finally:
+        loop.set_task_factory(None)

@@ -33,7 +33,7 @@ FLOORS: dict[str, str] = {
     "_watch": "errors _models _polling",
     "_submission": "errors _models _watch",
     "_gate": "errors _text _clock _retry",
-    "_batch_endpoint": "errors _protocol _clock",
+    "_batch_endpoint": "errors _protocol _retry _clock",
     "_transport": (
         f"errors _models _protocol _retry _batch_endpoint _gate _submission _proxy {PLAIN}"
     ),

@@ -297,15 +297,18 @@ async def test_a_batch_endpoint_that_alone_asks_for_patience(crowd: Emulator, ta
     assert len(crowd.books.requests("batch")) <= 25
 
 
+@pytest.mark.parametrize("patience", [60, 300])
 @pytest.mark.parametrize("tasks", [2, 10, 300])
-async def test_a_batch_endpoint_that_alone_asks_for_a_minute(crowd: Emulator, tasks: int) -> None:
+async def test_a_batch_endpoint_that_alone_asks_for_long_patience(
+    crowd: Emulator, tasks: int, patience: int
+) -> None:
     """Twice everybody waits as long as it asks for, no more."""
-    crowd.faults.add(faults.Status(429, route="batch", retry_after=60))
+    crowd.faults.add(faults.Status(429, route="batch", retry_after=patience))
     async with connect(crowd, max_in_flight=tasks) as session:
         await asyncio.gather(*(session.generate(f"lake {i}") for i in range(tasks)))
         assert session.stats.cool_downs <= 2
     ends = max(task.ends_at for task in crowd.books.tasks())
-    assert crowd.clock.now() - ends < 140
+    assert crowd.clock.now() - ends < 2.3 * patience
 
 
 async def test_a_proxy_that_loses_its_way_once_is_not_the_batch_endpoint(crowd: Emulator) -> None:
@@ -904,6 +907,34 @@ async def test_a_submit_right_after_a_suspension(
         await session.submit("Another lake")
         assert session._transport._submit_http is not old
     assert "suspended for about 3600 s" in caplog.text
+
+
+async def test_a_submit_right_after_a_suspension_that_fails(
+    crowd: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where new connections cannot be had, its caller is told, and nothing is sent or kept."""
+    real, ahead, refuse = time.time, 0.0, True
+    monkeypatch.setattr(time, "time", lambda: real() + ahead)
+
+    def factory(loop: asyncio.AbstractEventLoop, coroutine: Any) -> asyncio.Task[Any]:
+        if refuse and coroutine.__name__ == "_close_idle":
+            coroutine.close()
+            raise LookupError("no more tasks")
+        return asyncio.Task(coroutine, loop=loop)
+
+    loop = asyncio.get_running_loop()
+    async with connect(crowd, clock=LoopClock(), max_in_flight=2, max_connections=1) as session:
+        await session.submit("A lake")
+        ahead = 3600.0
+        loop.set_task_factory(factory)
+        try:
+            with pytest.raises(LookupError):
+                await session.submit("Another lake")
+            refuse = False
+            await session.submit("A third lake")
+        finally:
+            loop.set_task_factory(None)
+    assert [task.prompt for task in crowd.books.tasks()] == ["A lake", "A third lake"]
 
 
 async def test_old_connections_do_not_pile_up(crowd: Emulator) -> None:
