@@ -21,7 +21,7 @@ _REFUSALS: Final = 3
 """Refused reads in a row after which it is left alone; never to have worked counts as all but
 one."""
 _REFUSED_REST: Final = 300.0
-"""Seconds it is left alone then, and the most it is left alone where it only fails."""
+"""Seconds it is left alone then, and at the most where it only fails, any ``Retry-After`` apart."""
 _FAILED_REST: Final = 30.0
 """Seconds it is left alone at first where it fails while single reads work."""
 _PROBE_AFTER: Final = 3
@@ -32,7 +32,7 @@ limits requests may say so of any, but not always of those."""
 _LONG_PATIENCE: Final = 10.0
 """Seconds of patience asked for after which the next request must work: once is enough then."""
 _REST_FACTOR: Final = 10.0
-"""A rest in the patience that the next try may cost everybody, if that is more."""
+"""A rest is at least so many times the patience that the next try may cost everybody again."""
 
 
 @define
