@@ -117,7 +117,7 @@ class BatchEndpoint:
         elif probe:
             if self.on_trial and sent_at >= self._until:  # else another has told already
                 longer = self._rest if is_throttle(failure) else 2 * self._rest
-                self._leave(longer, failure)
+                self._leave(min(longer, _REFUSED_REST), failure)
                 self._failures = _PROBE_AFTER  # a single read comes before the next
         elif sent_at >= self._single_worked_at:
             self._single_worked_at = math.inf
@@ -142,13 +142,14 @@ class BatchEndpoint:
     def _leave(self, rest: float, why: EvolinkError) -> None:
         now = self._clock.now()
         patience = _patience(why)  # meanwhile nothing is read
-        if rest < math.inf:
-            rest = min(max(rest, _REST_FACTOR * patience), _REFUSED_REST)
+        rest = max(rest, _REST_FACTOR * patience)
         if now + patience + rest > self._until:
             self._until, self._rest = now + patience + rest, rest
             logger.info("reading tasks one by one for %s s: %s", rest, why)
 
 
 def _patience(error: EvolinkError) -> float:
-    """Seconds a failed read asked for, of everybody, as far as that is obeyed."""
+    """Seconds a failed read made everybody wait."""
+    if not is_throttle(error):
+        return 0.0
     return min(getattr(error, "retry_after", None) or 0.0, MAX_RETRY_AFTER)

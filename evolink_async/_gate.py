@@ -251,10 +251,7 @@ class Gate:
 
     def turn_away(self) -> None:
         """Tell everybody who waits to submit that the session is closed."""
-        for _, future, _ in self._queues[True]:
-            if not future.done():
-                future.set_exception(SessionClosedError(NOT_SENT))
-        self._queues[True].clear()
+        _fail(self._queues[True], lambda: SessionClosedError(NOT_SENT))
 
     def succeeded(self, *, sent_at: float, model: str = "") -> None:
         """An answer came that asks for no patience: widen the slow start.
@@ -359,19 +356,34 @@ class Gate:
 
     def _set_alarm(self) -> None:
         if self._alarm is None:
-            self._alarm = asyncio.get_running_loop().create_task(self._ring())
+            # No factory of the caller's makes it: one may refuse, or run it at once.
+            self._alarm = asyncio.Task(self._ring(), loop=asyncio.get_running_loop())
+            self._alarm.add_done_callback(self._rung)
 
     async def _ring(self) -> None:
-        try:
-            await asyncio.sleep(0)  # a task that runs eagerly must be known before it ends
-            while (at := self.ready_at()) > self._clock.now():
-                await self._clock.sleep_until(at)
-        finally:
-            self._alarm = None
-        self._pump()
+        while (at := self.ready_at()) > self._clock.now():
+            await self._clock.sleep_until(at)
+
+    def _rung(self, alarm: asyncio.Task[None]) -> None:
+        """It is time, or others have cancelled the alarm, which is set again then."""
+        self._alarm = None
+        failure = None if alarm.cancelled() else alarm.exception()
+        if failure is None:
+            self._pump()
+        else:  # a clock of the caller's: nobody can say when to go on
+            for queue in self._queues:
+                _fail(queue, lambda: failure)
 
     async def aclose(self) -> None:
         """Stop the alarm; nobody may be waiting any more."""
         if self._alarm is not None:
             self._alarm.cancel()
             await asyncio.gather(self._alarm, return_exceptions=True)
+
+
+def _fail(queue: deque[_Entry], reason: Callable[[], BaseException]) -> None:
+    """Tell all in *queue* that they will not be let in."""
+    for _, future, _ in queue:
+        if not future.done():
+            future.set_exception(reason())
+    queue.clear()

@@ -162,8 +162,9 @@ class Transport:
         self._submit_http = self._client(_SUBMIT_KEEP_ALIVE)
 
     def _retire(self, client: aiohttp.ClientSession, timeout: aiohttp.ClientTimeout) -> None:
-        closing = asyncio.get_running_loop().create_task(
-            self._close_idle(client, timeout.total or 0.0)
+        # No factory of the caller's makes it, which may refuse.
+        closing = asyncio.Task(
+            self._close_idle(client, timeout.total or 0.0), loop=asyncio.get_running_loop()
         )
         self._closing_clients.add(closing)
         closing.add_done_callback(self._closing_clients.discard)

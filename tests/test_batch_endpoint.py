@@ -145,6 +145,14 @@ async def test_a_long_throttle_is_told_apart_at_once(
     assert await left_alone(endpoint, clock) == 20 + 200  # when everybody may read again
 
 
+async def test_patience_that_nobody_has_makes_no_longer_rest(
+    endpoint: BatchEndpoint, clock: ManualClock
+) -> None:
+    """What is no throttle cools nobody down, whatever it says of a time to come again."""
+    fail_alone(endpoint, clock, ServerError("down", status=500, from_api=True, retry_after=300.0))
+    assert await left_alone(endpoint, clock) == 30
+
+
 async def test_after_a_failed_probe_single_reads_come_first(
     endpoint: BatchEndpoint, clock: ManualClock
 ) -> None:

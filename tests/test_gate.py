@@ -718,3 +718,44 @@ async def test_a_token_that_comes_while_tasks_run_eagerly(early: float) -> None:
         assert entering.done()
     finally:
         loop.set_task_factory(None)
+
+
+async def test_the_alarm_is_the_gates_own() -> None:
+    """Task factories that refuse it, or who cancels all there is, leave nobody waiting for good."""
+    clock = HandClock()
+    gate = Gate(clock, seats=4, rate=1)
+    await gate.enter()
+    loop = asyncio.get_running_loop()
+    entering = [asyncio.create_task(gate.enter()) for _ in range(2)]
+    loop.set_task_factory(lambda *_, **__: pytest.fail("asked for a task"))
+    try:
+        await settle()
+        alarm = gate._alarm
+        assert alarm is not None
+        alarm.cancel()  # while it sleeps
+        for _ in range(2):
+            await asyncio.sleep(0)
+        assert gate._alarm not in {alarm, None}
+        gate._alarm.cancel()  # before its first step
+        await clock.advance(1)
+        assert [task.done() for task in entering] == [True, False]
+        assert gate._alarm is not None
+        gate._alarm.cancel()
+        await clock.advance(1)
+        assert entering[1].done()
+    finally:
+        loop.set_task_factory(None)
+
+
+async def test_a_clock_that_cannot_sleep_reaches_who_waits() -> None:
+    """Nobody waits for good for a token that nobody can wait for."""
+
+    class Sleepless(HandClock):
+        async def sleep_until(self, when: float) -> None:
+            raise OSError(f"no sleep until {when}")
+
+    gate = Gate(Sleepless(), seats=4, rate=1)
+    await gate.enter()
+    for _ in range(2):
+        with pytest.raises(OSError, match="no sleep"):
+            await gate.enter(submit=True)

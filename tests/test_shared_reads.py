@@ -543,6 +543,7 @@ def test_a_task_that_cannot_be_held_is_an_error_of_ours_alone() -> None:
             _ = page.snapshot(ids[2]).raw
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="parsers count their depth by themselves")
 @pytest.mark.parametrize("parse", [_protocol._skimmed_index, _protocol._parsed_index])
 def test_a_page_that_cannot_be_looked_into_here_can_be_elsewhere(
     parse: Callable[[bytes], PageIndex],
@@ -909,17 +910,15 @@ async def test_a_submit_right_after_a_suspension(
     assert "suspended for about 3600 s" in caplog.text
 
 
-async def test_a_submit_right_after_a_suspension_that_fails(
+async def test_no_task_factory_hinders_new_connections(
     crowd: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where new connections cannot be had, its caller is told, and nothing is sent or kept."""
-    real, ahead, refuse = time.time, 0.0, True
+    """The clients of before a suspension are put away by tasks that none of them makes."""
+    real, ahead = time.time, 0.0
     monkeypatch.setattr(time, "time", lambda: real() + ahead)
 
     def factory(loop: asyncio.AbstractEventLoop, coroutine: Any) -> asyncio.Task[Any]:
-        if refuse and coroutine.__name__ == "_close_idle":
-            coroutine.close()
-            raise LookupError("no more tasks")
+        assert coroutine.__name__ != "_close_idle"
         return asyncio.Task(coroutine, loop=loop)
 
     loop = asyncio.get_running_loop()
@@ -928,13 +927,11 @@ async def test_a_submit_right_after_a_suspension_that_fails(
         ahead = 3600.0
         loop.set_task_factory(factory)
         try:
-            with pytest.raises(LookupError):
-                await session.submit("Another lake")
-            refuse = False
-            await session.submit("A third lake")
+            await session.submit("Another lake")
         finally:
             loop.set_task_factory(None)
-    assert [task.prompt for task in crowd.books.tasks()] == ["A lake", "A third lake"]
+        assert len(session._transport._own) == 4
+    assert [task.prompt for task in crowd.books.tasks()] == ["A lake", "Another lake"]
 
 
 async def test_old_connections_do_not_pile_up(crowd: Emulator) -> None:

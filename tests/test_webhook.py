@@ -971,8 +971,10 @@ async def test_a_hook_that_hangs(
     assert receiver.stats.received == 5
     await emulator.clock.sleep_until(emulator.clock.now() + 2)
     await until(lambda: caplog.text.count("failed (it may take 0.02 s)") == 2)
+    await until(lambda: not receiver._forwards)
     await receiver.deliver(receiver.url_for(f"{KEY}9"), body("task-unified-9"))
     await emulator.clock.sleep_until(emulator.clock.now() + 2)
+    await until(lambda: len(called) == 3)
     assert called == ["task-unified-0", "task-unified-1", "task-unified-9"]
     assert caplog.text.count("2 ids wait to be forwarded") == 1
     await receiver.aclose()
