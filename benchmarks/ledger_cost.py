@@ -20,7 +20,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
-from evolink_async._ledger import Entry, File, Ledger
+from evolink_async.batch._ledger import Entry, File, Ledger
 
 ITEMS = 2000
 CHANGES = 4

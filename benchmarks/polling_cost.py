@@ -29,7 +29,9 @@ from time import perf_counter
 import attrs
 from attrs import define, frozen
 
-from evolink_async._polling import DurationModel, Pacer, PollPolicy, Schedule
+from evolink_async._polling.durations import DurationModel
+from evolink_async._polling.policy import PollPolicy, Schedule
+from evolink_async._polling.pricing import Pacer
 
 Cdf = Callable[[float], float]
 Look = Callable[[float], float]

@@ -14,19 +14,18 @@ import typing
 
 from evolink_async import errors
 from evolink_async._clock import Clock
-from evolink_async._models import (
+from evolink_async._http.retry import RetryPolicy, Timeout
+from evolink_async._map import Outcome
+from evolink_async._model.requests import ImageRequest, RawRequest
+from evolink_async._model.snapshots import (
     Credits,
     GenerationResult,
-    ImageRequest,
-    RawRequest,
     TaskSnapshot,
     TaskSummary,
-    Timeout,
     Usage,
 )
-from evolink_async._polling import PollPolicy
-from evolink_async._retry import RetryPolicy
-from evolink_async._session import Outcome, Session, Stats
+from evolink_async._polling.policy import PollPolicy
+from evolink_async._session import Session, Stats
 from evolink_async._task import Task
 from evolink_async.errors import (
     APIConnectionError,

@@ -39,7 +39,7 @@ def _run(argv: Sequence[str] | None) -> int:
                 "pip install 'evolink-async[cli]'\n"
             )
             return _USAGE
-        from evolink_async._cli import run  # noqa: PLC0415 - needs what was just looked for
+        from evolink_async._cli.commands import run  # noqa: PLC0415 - needs what was just looked for
 
         return run(argv)
     except KeyboardInterrupt:  # before there was anything to interrupt

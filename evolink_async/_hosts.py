@@ -15,7 +15,6 @@ from typing import Final
 from urllib.parse import SplitResult, urlsplit
 
 from evolink_async._text import printable
-from evolink_async.errors import ConfigurationError
 
 __all__ = [
     "check_base_url",
@@ -273,18 +272,9 @@ def check_base_url(url: str) -> str:
     ``::1``): the API key must not cross a network in clear.
 
     Raises:
-        ConfigurationError: It cannot be the base of the API.
+        ValueError: It cannot be the base of the API; the message says why, without the URL.
     """
-    try:
-        return _normal_base(split_url(url))
-    except ValueError as exc:
-        raise ConfigurationError(
-            f"base_url={shown_url(url)!r} is not allowed: {exc}; it is an https address such as "
-            "https://api.evolink.ai, or http on this machine"
-        ) from None
-
-
-def _normal_base(parts: SplitResult) -> str:
+    parts = split_url(url)
     host = parts.hostname or ""
     loopback = is_loopback_host(host)
     if parts.scheme != "https" and not (parts.scheme == "http" and loopback):

@@ -12,9 +12,7 @@ from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
     Iterable,
-    Iterator,
     Mapping,
-    Sequence,
 )
 from contextvars import Context, copy_context
 from functools import partial
@@ -27,32 +25,30 @@ from attrs import NOTHING, NothingType, evolve, field, frozen
 
 from evolink_async import _clock as clocks
 from evolink_async._clock import Clock, LoopClock
-from evolink_async._gate import NOT_SENT, Gate
-from evolink_async._hosts import check_base_url, check_callback_url
-from evolink_async._models import (
-    Credits,
-    GenerationResult,
-    ImageRequest,
-    RawRequest,
-    TaskSummary,
-    Timeout,
-    as_request,
-    check_task_id,
-)
-from evolink_async._polling import PollPolicy
-from evolink_async._protocol import (
+from evolink_async._hosts import check_base_url, check_callback_url, shown_url
+from evolink_async._http.limiter import NOT_SENT, Gate
+from evolink_async._http.protocol import (
     CREDITS_PATH,
     TASKS_PATH,
     check_idempotency_key,
     new_idempotency_key,
 )
-from evolink_async._retry import RetryPolicy
-from evolink_async._secret import Secret
-from evolink_async._submission import BeforeSend, Submission
+from evolink_async._http.retry import RetryPolicy, Timeout
+from evolink_async._http.secret import Secret
+from evolink_async._http.submit import BeforeSend, Submission
+from evolink_async._map import Outcome, map_requests
+from evolink_async._model.requests import ImageRequest, RawRequest, as_request, check_task_id
+from evolink_async._model.snapshots import (
+    Credits,
+    GenerationResult,
+    TaskSnapshot,
+    TaskSummary,
+)
+from evolink_async._polling.policy import PollPolicy
+from evolink_async._polling.watch import Watch
+from evolink_async._polling.watcher import Watcher
 from evolink_async._task import Home, Task
-from evolink_async._text import shown
-from evolink_async._watch import Watch
-from evolink_async._watcher import IDS_PER_LINE, Watcher
+from evolink_async._text import lines_of, shown
 from evolink_async.errors import (
     ConfigurationError,
     EvolinkError,
@@ -63,10 +59,10 @@ from evolink_async.errors import (
 if TYPE_CHECKING:
     import aiohttp
 
-    from evolink_async._results import ResultClient
-    from evolink_async._transport import Transport
+    from evolink_async._http.transport import Transport
+    from evolink_async._results.fetch import ResultClient
 
-__all__ = ["BeforeSend", "CallbackSource", "Outcome", "Session", "Stats"]
+__all__ = ["CallbackSource", "Session", "Stats"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -92,25 +88,6 @@ class CallbackSource(Protocol):
 
 
 Callback = str | CallbackSource | None
-
-
-@frozen
-class Outcome:
-    """What became of one item of `Session.map`: a result or an error.
-
-    Attributes:
-        index: The item's position in the input, from 0.
-        request: The request made of it; the item itself if it made none.
-        task: Its task; None if it was not submitted, or nobody knows.
-        result: The result; None if there is an error.
-        error: The error; None if there is a result.
-    """
-
-    index: int
-    request: Any = field(kw_only=True)
-    task: Task | None = field(default=None, kw_only=True)
-    result: GenerationResult | None = field(default=None, kw_only=True)
-    error: EvolinkError | None = field(default=None, kw_only=True)
 
 
 def _read_only(values: Mapping[str, float]) -> Mapping[str, float]:
@@ -237,8 +214,8 @@ class Session:
                 "this session belongs to another event loop; make one session per loop"
             )
         # Here, not above: aiohttp takes long to import, and --help needs none of it.
-        from evolink_async._results import ResultClient  # noqa: PLC0415
-        from evolink_async._transport import Transport  # noqa: PLC0415
+        from evolink_async._http.transport import Transport  # noqa: PLC0415
+        from evolink_async._results.fetch import ResultClient  # noqa: PLC0415
 
         seats = _pool_limit(self._http, self._max_connections)
         self._gate = Gate(self._clock, seats=seats, rate=self._rate)
@@ -338,8 +315,8 @@ class Session:
                 task_id=task_id,
             )
         )
-        for some in batched(running, IDS_PER_LINE):
-            logger.warning("session closed with tasks still running: %s", ", ".join(some))
+        for line in lines_of(running):
+            logger.warning("session closed with tasks still running: %s", line)
             await asyncio.sleep(0)
         await self._transport.aclose()
         await self._results.aclose()
@@ -563,6 +540,31 @@ class Session:
         return frozenset(each.idempotency_key for each in submissions) - in_air
 
     @property
+    def base_url(self) -> str:
+        """Origin of the API."""
+        return self._base_url
+
+    def fingerprint(self, salt: bytes) -> bytes:
+        """A salted hash of the API key: tells whether two sessions have the same, no more."""
+        return self._key.fingerprint(salt)
+
+    def check_loop(self) -> None:
+        """Refuse to be touched from another event loop or thread than the session's own.
+
+        Raises:
+            ConfigurationError: Called from elsewhere.
+        """
+        try:
+            here = asyncio.get_running_loop()
+        except RuntimeError:
+            here = None
+        if self._loop is not None and here is not self._loop:
+            raise ConfigurationError(
+                "this session belongs to another event loop; hand the call over to that loop, "
+                "e.g. with asyncio.run_coroutine_threadsafe"
+            )
+
+    @property
     def max_in_flight(self) -> int:
         """Generations running at once."""
         return self._max_in_flight
@@ -579,7 +581,7 @@ class Session:
 
     # -- many ------------------------------------------------------------------------------
 
-    async def map(
+    def map(
         self, requests: Iterable[Prompt] | AsyncIterable[Prompt]
     ) -> AsyncGenerator[Outcome, None]:
         """Generate many, lazily: outcomes in the order they end.
@@ -595,53 +597,7 @@ class Session:
         Raises:
             SessionClosedError: The session was closed.
         """
-        self._open()
-        source = _pull(requests)
-        pull: asyncio.Task[tuple[int, Any] | None] | None = None
-        items: dict[asyncio.Task[Outcome], list[Task]] = {}
-        exhausted = False
-        loop = asyncio.get_running_loop()
-        try:
-            while True:
-                if self._closing and not items:
-                    raise SessionClosedError("the session was closed; map pulls no further")
-                if (
-                    pull is None
-                    and not (exhausted or self._closing)
-                    and len(items) < self._max_in_flight
-                ):
-                    pull = loop.create_task(_next_of(source))
-                waiting: set[asyncio.Task[Any]] = {*items, pull} if pull else {*items}
-                if not waiting:
-                    return
-                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                if pull is not None and pull.done():
-                    pulled, pull = pull.result(), None
-                    if pulled is None:
-                        exhausted = True
-                    else:
-                        tasks: list[Task] = []
-                        items[loop.create_task(self._map_one(*pulled, tasks))] = tasks
-                for item in [item for item in items if item.done()]:
-                    del items[item]
-                    yield item.result()
-        finally:
-            left = [*items, *([pull] if pull else [])]
-            for task in left:
-                task.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
-            await source.aclose()
-            _log_left([task.id for tasks in items.values() for task in tasks])
-
-    async def _map_one(self, index: int, item: Any, tasks: list[Task]) -> Outcome:
-        """Generate one item; its task goes into *tasks* as soon as there is one."""
-        request: Any = item
-        try:
-            request = as_request(item)
-            tasks.append(await self.submit(request))
-            return Outcome(index, request=request, task=tasks[0], result=await tasks[0])
-        except EvolinkError as exc:
-            return Outcome(index, request=request, task=tasks[0] if tasks else None, error=exc)
+        return map_requests(self, requests)
 
     # -- tasks -----------------------------------------------------------------------------
 
@@ -775,26 +731,7 @@ class Session:
         if isinstance(result, Task):
             result = await result
         _instance("result", result, GenerationResult)
-        return await self._download(result, Path(folder), stem=name, overwrite=overwrite)
-
-    async def _download(
-        self, result: GenerationResult, folder: Path, **how: Any
-    ) -> tuple[Path, ...]:
-        """`download`, with all that `save_all` can be told."""
-        from evolink_async._download import save_all  # noqa: PLC0415 - see _open
-
-        self._open()
-        return await save_all(
-            self._results.open,
-            result.urls,
-            folder,
-            task_id=result.task_id,
-            **how,
-            max_bytes=_LARGEST.get(result.snapshot.type or "", _LARGEST["image"]),
-            attempts=self._retry.attempts,
-            wait_after=self._retry.wait_after,
-            sleep=self._sleep,
-        )
+        return await save_result(self, result, Path(folder), stem=name, overwrite=overwrite)
 
     async def _sleep(self, seconds: float) -> None:
         await self._clock.sleep_until(self._clock.now() + seconds)
@@ -816,6 +753,41 @@ class Session:
             cooling_down=max(0.0, self._gate.closed_until - self._clock.now()),
             typical=self._watcher.typical,
         )
+
+
+async def save_result(
+    session: Session, result: GenerationResult, folder: Path, **how: Any
+) -> tuple[Path, ...]:
+    """`Session.download`, with all that `save_all` can be told."""
+    from evolink_async._results.save import save_all  # noqa: PLC0415 - see _open
+
+    session._open()
+    return await save_all(
+        session._results.open,
+        result.urls,
+        folder,
+        task_id=result.task_id,
+        **how,
+        max_bytes=_LARGEST.get(result.snapshot.type or "", _LARGEST["image"]),
+        attempts=session._retry.attempts,
+        wait_after=session._retry.wait_after,
+        sleep=session._sleep,
+    )
+
+
+async def read_once(session: Session, task_id: str) -> TaskSnapshot:
+    """One read of a task that nobody watches.
+
+    Raises:
+        EvolinkError: The read failed.
+    """
+    session._open()
+    answer = (await session._transport.fetch((task_id,))).answers[task_id]
+    if isinstance(answer, EvolinkError):
+        raise answer
+    if answer is None:
+        raise InvalidResponseError(f"the answer does not name task {task_id}")
+    return answer
 
 
 def _with_callback(
@@ -855,42 +827,6 @@ def _log_orphan(post: asyncio.Task[Watch], submission: Submission) -> None:
         )
 
 
-def batched(ids: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    """*ids* in groups of at most *size*."""
-    return (ids[k : k + size] for k in range(0, len(ids), size))
-
-
-def _log_left(ids: list[str]) -> None:
-    for some in batched(ids, IDS_PER_LINE):
-        logger.warning("map was left before the outcome of these tasks: %s", ", ".join(some))
-
-
-async def _next_of(source: AsyncGenerator[tuple[int, Any], None]) -> tuple[int, Any] | None:
-    return await anext(source, None)
-
-
-async def _pull(requests: Any) -> AsyncGenerator[tuple[int, Any], None]:
-    """Number the items of a sync or async iterable."""
-    index = 0
-    if isinstance(requests, AsyncIterable):
-        try:
-            async for item in requests:
-                yield index, item
-                index += 1
-        finally:
-            if isinstance(requests, AsyncGenerator):
-                await requests.aclose()
-        return
-    if isinstance(requests, str | Mapping) or not isinstance(requests, Iterable):
-        raise ConfigurationError(
-            f"map takes an iterable of requests, not {type(requests).__name__}; "
-            "for one request use generate"
-        )
-    for item in requests:
-        yield index, item
-        index += 1
-
-
 def _rows(answer: Any) -> tuple[list[TaskSummary], int, int]:
     data = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(data, list):
@@ -923,7 +859,13 @@ def _api_key(given: str | None) -> str:
 
 def _base_url(given: str | None) -> str:
     url = given or os.environ.get("EVOLINK_BASE_URL") or DEFAULT_BASE_URL
-    return check_base_url(url)
+    try:
+        return check_base_url(url)
+    except ValueError as exc:
+        raise ConfigurationError(
+            f"base_url={shown_url(url)!r} is not allowed: {exc}; it is an https address such as "
+            "https://api.evolink.ai, or http on this machine"
+        ) from None
 
 
 def _whole(name: str, value: object) -> int:

@@ -12,16 +12,11 @@ from typing import Any, Final
 from attrs import frozen
 
 from evolink_async._clock import Clock
-from evolink_async._models import (
-    RESUBMITTABLE,
-    GenerationResult,
-    ImageRequest,
-    RawRequest,
-    TaskSnapshot,
-)
+from evolink_async._model.requests import ImageRequest, RawRequest
+from evolink_async._model.snapshots import RESUBMITTABLE, GenerationResult, TaskSnapshot
+from evolink_async._polling.watch import Watch
+from evolink_async._polling.watcher import Watcher, differs
 from evolink_async._text import printable, shown
-from evolink_async._watch import Watch
-from evolink_async._watcher import Watcher, differs
 from evolink_async.errors import (
     ConfigurationError,
     TaskCancelledError,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterator, Sequence
 
-__all__ = ["printable", "shown"]
+__all__ = ["lines_of", "printable", "shown"]
 
 _UNSHOWN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode categories that move the cursor, reorder text or cannot be encoded."""
@@ -23,3 +24,8 @@ def shown(value: object, limit: int = 80) -> str:
         return printable(repr(value), limit)
     except (ValueError, RecursionError):  # an integer of thousands of digits; nested too deeply
         return f"<{type(value).__name__}>"
+
+
+def lines_of(ids: Sequence[str], size: int = 50) -> Iterator[str]:
+    """*ids* for the log, *size* in a line."""
+    return (", ".join(ids[k : k + size]) for k in range(0, len(ids), size))

@@ -37,7 +37,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from evolink_async._models import ImageRequest, RawRequest, TaskSnapshot
+    from evolink_async._model.requests import ImageRequest, RawRequest
+    from evolink_async._model.snapshots import TaskSnapshot
 
 __all__ = [
     "APIConnectionError",

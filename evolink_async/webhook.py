@@ -38,8 +38,8 @@ from attrs import define, evolve, field, frozen
 
 from evolink_async._clock import Clock
 from evolink_async._hosts import check_callback_url, shown_url
-from evolink_async._models import check_task_id
-from evolink_async._secret import Secret
+from evolink_async._http.secret import Secret
+from evolink_async._model.requests import check_task_id
 from evolink_async._session import Session
 from evolink_async._text import shown
 from evolink_async.errors import ConfigurationError, EvolinkError, RequestValidationError
@@ -233,7 +233,7 @@ class CallbackReceiver:
                 f"deliver({type(path).__name__}, {type(body).__name__}) is not allowed: "
                 "give the path as str and the body as bytes"
             )
-        self._check_loop()
+        self._session.check_loop()
         try:
             return self._take(self._admit(path.partition("?")[0]), bytes(body))
         except _RefusedError as refused:
@@ -249,7 +249,7 @@ class CallbackReceiver:
             RequestValidationError: *task_id* cannot be one.
             ConfigurationError: This is not the event loop of the session.
         """
-        self._check_loop()
+        self._session.check_loop()
         watched = self._session.nudge(check_task_id(task_id))
         if not watched:
             self._told.add(task_id, task_id)
@@ -310,7 +310,7 @@ class CallbackReceiver:
         chunks: AsyncIterator[bytes],
     ) -> int:
         """Take a delivery while it arrives; reads no more of it than it must."""
-        self._check_loop()
+        self._session.check_loop()
         try:
             if method != "POST":
                 raise self._refuse("wrong_method")
@@ -336,19 +336,6 @@ class CallbackReceiver:
         except _CutError:
             raise self._refuse("malformed") from None
         return bytes(body)
-
-    def _check_loop(self) -> None:
-        """Refuse to touch the session from another event loop or thread than its own."""
-        own = self._session._loop  # noqa: SLF001 - one package
-        try:
-            here = asyncio.get_running_loop()
-        except RuntimeError:
-            here = None
-        if own is not None and here is not own:
-            raise ConfigurationError(
-                "this receiver's session belongs to another event loop; hand the callback over "
-                "to that loop, e.g. with asyncio.run_coroutine_threadsafe"
-            )
 
     def _admit(self, path: str) -> str:
         """The token *path* ends in, if it is one of ours."""

@@ -46,8 +46,8 @@ from aiohttp import web
 from attrs import define, field, frozen
 
 from evolink_async import PollPolicy, RetryPolicy, Session
-from evolink_async._ledger import LEDGER
 from evolink_async.batch import run_batch
+from evolink_async.batch._ledger import LEDGER
 from evolink_async.emulator import Emulator, RealClock
 from evolink_async.emulator._exchange import Exchange
 from evolink_async.emulator.faults import Armed, RequestFault

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
+from desk import Desk
 
 from evolink_async import Session
 from evolink_async.emulator import Emulator, ManualClock
@@ -40,3 +42,9 @@ async def session(emulator: Emulator) -> AsyncIterator[Session]:
         emulator.api_key, base_url=emulator.base_url, clock=emulator.clock
     ) as session:
         yield session
+
+
+@pytest.fixture
+def desk(emulator: Emulator, tmp_path: Path) -> Desk:
+    """Runs batches against the emulated API, into a folder of the test's own."""
+    return Desk(emulator, tmp_path / "out")

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from evolink_async import EvolinkError
-from evolink_async._protocol import Submit, decipher, rule_of
+from evolink_async._http.protocol import Submit, decipher, rule_of
 
 
 def decipher_gives_a_value_or_our_error(

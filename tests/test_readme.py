@@ -17,8 +17,9 @@ import click
 import pytest
 from PIL import Image
 
-from evolink_async import PollPolicy, RetryPolicy, Session, Timeout, _cli
+from evolink_async import PollPolicy, RetryPolicy, Session, Timeout
 from evolink_async.__main__ import main
+from evolink_async._cli import commands
 from evolink_async.emulator import Emulator
 
 ROOT = Path(__file__).parent.parent
@@ -111,7 +112,7 @@ def test_every_command_is_in_the_table() -> None:
     documented = {tuple(row[0].split()[1:]) for row in table("command")}
     existing = {
         (name, *(p.metavar or str(p.name).upper() for p in _arguments(command)))
-        for name, command in _cli.cli.commands.items()
+        for name, command in commands.cli.commands.items()
     }
     assert documented == existing
 

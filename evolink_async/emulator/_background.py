@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from evolink_async.emulator._server import Emulator
+from typing import Any, Protocol
 
 __all__ = ["Background"]
+
+
+class _Server(Protocol):
+    async def start(self) -> Any: ...
+    async def aclose(self) -> None: ...
 
 
 class Background:
@@ -20,7 +22,7 @@ class Background:
         Exception: What kept the emulator from starting.
     """
 
-    def __init__(self, emulator: Emulator) -> None:
+    def __init__(self, emulator: _Server) -> None:
         self._emulator = emulator
         self._started: Future[asyncio.AbstractEventLoop] = Future()
         self._stop = asyncio.Event()

@@ -21,28 +21,45 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from aiohttp import web
 from attrs import asdict, fields_dict
 
 from evolink_async.emulator import faults
-from evolink_async.emulator._books import as_json
+from evolink_async.emulator._books import Books, as_json
+from evolink_async.emulator._clock import Clock
 from evolink_async.emulator._errors import ApiError
 from evolink_async.emulator._exchange import json_response
 from evolink_async.emulator._openapi import document
 from evolink_async.emulator._rules import LONGEST, number
 
-if TYPE_CHECKING:
-    from evolink_async.emulator._server import Emulator
-
 __all__ = ["Control"]
+
+
+class _Emulator(Protocol):
+    """What is controlled."""
+
+    @property
+    def base_url(self) -> str: ...
+    @property
+    def without(self) -> frozenset[str]: ...
+    @property
+    def books(self) -> Books: ...
+    @property
+    def faults(self) -> faults.Faults: ...
+    @property
+    def clock(self) -> Clock: ...
+    def authorize(self, request: web.Request) -> None: ...
+    def fail(self, task_id: str, code: str = ..., message: str = ...) -> None: ...
+    def cancel(self, task_id: str) -> None: ...
+    def complete(self, task_id: str) -> None: ...
 
 
 class Control:
     """The handlers of these paths."""
 
-    def __init__(self, emulator: Emulator) -> None:
+    def __init__(self, emulator: _Emulator) -> None:
         self._emulator = emulator
 
     def add_to(self, app: web.Application) -> None:

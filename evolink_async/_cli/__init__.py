@@ -1,0 +1,1 @@
+"""The command line, installed by the extra ``cli``."""

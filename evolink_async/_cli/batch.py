@@ -1,0 +1,421 @@
+"""The command ``batch``: a file of prompts to a folder of pictures, from the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from attrs import asdict, define, field, frozen
+
+from evolink_async._cli.console import EMULATED, Console, _first_interrupt, is_terminal
+from evolink_async._http.retry import RetryPolicy
+from evolink_async._session import Session
+from evolink_async._text import printable
+from evolink_async.batch import BatchProgress, BatchReport, Problem, run_batch
+from evolink_async.batch._input import Source
+from evolink_async.errors import RequestValidationError
+
+__all__ = ["batch_command"]
+
+
+_LINE_EVERY: Final = 5.0
+_READING: Final = "reading the prompts"
+_BAR: Final = 12
+"""Characters of the live line that are the bar; beside it, its words fit 80 columns."""
+_NAMED: Final = 20
+"""Failed items that are told one by one; the manifest has them all."""
+
+
+@frozen(kw_only=True)
+class _Order:
+    """What is wanted of the batch."""
+
+    source: Source
+    out: str
+    max_in_flight: int
+    emulated: bool
+    as_json: bool
+    options: dict[str, Any]
+
+
+def batch_command(console: Console) -> click.Command:
+    """The command, part of the command line that *console* belongs to."""
+
+    @click.command("batch")
+    @click.argument("source", metavar="FILE")
+    @click.option(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="Folder of this batch: pictures, ledger, manifest and gallery; made if missing.",
+    )
+    @click.option(
+        "--max-in-flight",
+        type=click.IntRange(min=1),
+        default=32,
+        show_default=True,
+        help="Generations running at once.",
+    )
+    @click.option(
+        "--max-credits",
+        type=click.FloatRange(0, 1e15, max_open=True),
+        callback=_number,
+        metavar="CREDITS",
+        help="Most credits all runs may cost together. The first submit of a model, "
+        "whose price is not known yet, may cost more.",
+    )
+    @click.option(
+        "--resend-uncertain",
+        is_flag=True,
+        help="Submit again, with the same key, what may have been accepted.",
+    )
+    @click.option("--retry-failed", is_flag=True, help="Submit failed items again, if that helps.")
+    @click.option(
+        "--resubmit-expired",
+        is_flag=True,
+        help="Pay again for results that were not fetched in time, and still cannot be had.",
+    )
+    @click.option("--skip-invalid", is_flag=True, help="Go on without the bad lines.")
+    @click.option(
+        "--new-key",
+        is_flag=True,
+        help="Go on with another API key of the same account.",
+    )
+    @click.option("--gallery/--no-gallery", default=True, help="Write gallery.html.")
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+    @click.option("--emulator", "emulated", is_flag=True, help="Use an emulator: no key, no money.")
+    def batch(
+        *,
+        source: str,
+        out: str,
+        max_in_flight: int,
+        as_json: bool,
+        emulated: bool,
+        **options: Any,
+    ) -> int:
+        """Generate all of FILE, one prompt a line, or JSON Lines; - is standard input.
+
+        Run the same command again to go on where it ended: nothing is submitted twice.
+        The first Ctrl-C stops submitting and waits up to 30 s for what runs, the second
+        leaves at once.
+
+        Exit codes: 0 all saved, 1 not all, 2 usage or bad lines, 3 API, network or disk,
+        130 interrupted.
+        """
+        order = _Order(
+            source=source,
+            out=out,
+            max_in_flight=max_in_flight,
+            emulated=emulated,
+            as_json=as_json,
+            options=options,
+        )
+        return console.drive(_run(order, console))
+
+    return batch
+
+
+def _number(_context: click.Context, _option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and math.isnan(value):
+        raise click.BadParameter("nan is no number of credits")
+    return value
+
+
+async def _run(order: _Order, console: Console) -> int:
+    stop = asyncio.Event()
+    running = asyncio.Event()
+
+    def follow(now: BatchProgress) -> None:
+        running.set()
+        show(now)
+
+    with _first_interrupt(stop, running, console):
+        try:
+            async with _progress(console) as show, _session(order, console) as session:
+                report = await run_batch(
+                    session,
+                    order.source,
+                    order.out,
+                    stop=stop,
+                    emulated=order.emulated,
+                    progress=follow,
+                    on_invalid=lambda bad: console.tell(f"line {bad.line}: {bad.reason}"),
+                    **order.options,
+                )
+        except asyncio.CancelledError:
+            console.tell("left at once; run the same command again to go on")
+            raise
+        except RequestValidationError as exc:
+            if not order.options["skip_invalid"]:
+                exc.add_note("--skip-invalid goes on without bad lines")
+            raise
+    _tell_problems(report, console, emulated=order.emulated)
+    if order.as_json:
+        console.say_json(_as_json(report))
+    else:
+        _summarise(report, console)
+    return report.exit_code
+
+
+@asynccontextmanager
+async def _session(order: _Order, console: Console) -> AsyncIterator[Session]:
+    settings: dict[str, Any] = {"max_in_flight": order.max_in_flight}
+    if order.options["resend_uncertain"]:
+        settings["retry"] = RetryPolicy(resend_uncertain=True)
+    async with AsyncExitStack() as stack:
+        if order.emulated:
+            emulator = await stack.enter_async_context(console.emulator(EMULATED))
+            settings |= {
+                "api_key": emulator.api_key,
+                "base_url": emulator.base_url,
+                "clock": emulator.clock,
+            }
+        session = Session(**settings)
+        stack.push_async_callback(session.aclose, grace=0)
+        yield session
+
+
+# ---------------------------------------------------------------------------------------------
+# Progress
+
+
+@asynccontextmanager
+async def _progress(console: Console) -> AsyncIterator[Callable[[BatchProgress], None]]:
+    """Shows how it goes on stderr: a bar on a terminal, a line every few seconds elsewhere."""
+    if is_terminal(sys.stderr):
+        with _bar() as show:
+            yield show
+        return
+    lines = _Lines(console.tell)
+    teller = asyncio.create_task(lines.keep_telling())
+    try:
+        yield lines.show
+    finally:
+        teller.cancel()
+        lines.tell_news()
+
+
+@define(eq=False)
+class _Lines:
+    """Progress for a log: the first state at once, then a line every few seconds, changed or not.
+
+    A log that falls silent looks like a process that has died.
+    """
+
+    _tell: Callable[[str], None]
+    _words: str = field(default=_READING, init=False)
+    _told: str | None = field(default=None, init=False)
+
+    def show(self, now: BatchProgress) -> None:
+        self._words = _words(now)
+        if self._told in {None, _READING}:
+            self._tell_now()
+
+    async def keep_telling(self) -> None:
+        while True:
+            await asyncio.sleep(_LINE_EVERY)
+            self._tell_now()
+
+    def tell_news(self) -> None:
+        """The last state, if nobody has been told of it."""
+        if self._words not in {self._told, _READING}:
+            self._tell_now()
+
+    def _tell_now(self) -> None:
+        self._told = self._words
+        self._tell(self._words)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[BatchProgress], None]]:
+    # Here, not above: rich takes long to import, and --help needs none of it.
+    from rich.console import Console as RichConsole  # noqa: PLC0415
+    from rich.progress import BarColumn, Progress, TextColumn  # noqa: PLC0415
+
+    progress = Progress(
+        BarColumn(bar_width=_BAR),
+        TextColumn("{task.description}", markup=False),
+        console=RichConsole(stderr=True, markup=False, emoji=False, highlight=False),
+        transient=True,
+    )
+    with progress:
+        bar = progress.add_task(_READING, total=None)
+
+        def show(now: BatchProgress) -> None:
+            ended = now.saved + now.failed + now.uncertain
+            words = _words(now, progress.console.width - _BAR - 1)
+            progress.update(bar, description=words, completed=ended, total=now.total)
+
+        yield show
+
+
+def _words(now: BatchProgress, width: float = math.inf) -> str:
+    """How it goes, in at most *width* characters if leaving out details can do that."""
+    facts = _facts(now)
+    for name in ("rate", "to download", "queued", "running", "in doubt", "credits"):
+        if len(", ".join(facts.values())) > width:
+            facts.pop(name, None)
+    return ", ".join(facts.values())
+
+
+def _facts(now: BatchProgress) -> dict[str, str]:
+    facts = {"saved": f"{now.saved} of {now.total} saved"}
+    counts = {"running": now.running, "to download": now.completed, "queued": now.queued}
+    troubles = {"failed": now.failed, "uncertain": now.uncertain}
+    facts |= {name: f"{n} {name}" for name, n in counts.items()}
+    facts |= {name: f"{n} {name}" for name, n in troubles.items() if n}
+    facts["credits"] = f"{now.credits:.10g} credits"
+    if now.credits_in_doubt:
+        facts["in doubt"] = f"{now.credits_in_doubt:.10g} in doubt"
+    elif now.credits_in_doubt is None:
+        facts["in doubt"] = "some in doubt"
+    if now.rate is not None:
+        facts["rate"] = f"{now.rate:.2g}/s" if now.rate < 10 else f"{now.rate:.0f}/s"
+    if now.stopping is not None:
+        facts["left"] = "stopping"
+    elif now.seconds_left is not None:
+        facts["left"] = f"about {_span(now.seconds_left)} left"
+    return facts
+
+
+def _span(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# ---------------------------------------------------------------------------------------------
+# The end
+
+
+def _tell_problems(report: BatchReport, console: Console, *, emulated: bool) -> None:
+    """What went wrong, and what can be done about it."""
+    failed = [problem for problem in report.problems if problem.state != "uncertain"]
+    for problem in failed[:_NAMED]:
+        console.tell(_problem(problem))
+    rest = report.total - report.saved - report.queued - report.uncertain - _NAMED
+    if rest > 0:
+        console.tell(f"... and {rest} more items: see the manifest")
+    for problem in report.problems:
+        if problem.state == "uncertain":
+            console.tell(_problem(problem))
+    for path in report.kept:
+        console.tell(
+            f"kept as {_name(path)}: what had the name of that picture was changed since it was "
+            "saved, or is not of this batch"
+        )
+    for hint in _hints(report):
+        console.tell(hint)
+    if emulated and report.expired:
+        console.tell(
+            "each run with --emulator has an emulator of its own, which knows nothing of those "
+            "before: --resubmit-expired makes again what was left running there"
+        )
+    if report.stop is not None and report.stop.kind != "interrupted":
+        console.tell(f"error: {report.stop.message}")
+    for why in report.unwritten:
+        console.tell(f"error: {why}")
+
+
+def _problem(problem: Problem) -> str:
+    place = "no longer in the input" if problem.line is None else f"line {problem.line}"
+    name = place + (f" ({problem.id})" if problem.id is not None else "")
+    if problem.state == "submitted":
+        return f"{name}: still running, as task {problem.task_id}"
+    if problem.state == "completed":
+        why = "" if problem.message is None else f": {problem.message}"
+        return f"{name}: generated, not downloaded yet (task {problem.task_id}){why}"
+    if problem.state == "uncertain":
+        return (
+            f"{name}: may have been accepted and charged (idempotency key "
+            f"{problem.idempotency_key}): {problem.message}"
+        )
+    return f"{name}: failed, {problem.code}: {problem.message}"
+
+
+def _hints(report: BatchReport) -> Iterator[str]:
+    if report.uncertain:
+        yield (
+            f"{report.uncertain} uncertain: --resend-uncertain asks again with the same key, "
+            "which the gateway was observed to answer without charging again"
+        )
+    if report.retryable:
+        yield f"{report.retryable} of the failed may succeed later: --retry-failed"
+    if report.expired:
+        yield (
+            f"{report.expired} were not fetched in time: --resubmit-expired looks for them once "
+            "more, then pays for them again"
+        )
+    if report.queued:
+        price = "" if report.still_to_pay is None else f", about {report.still_to_pay:.10g} credits"
+        yield f"{report.queued} not submitted{price}"
+    if report.queued or report.running or report.completed:
+        yield "run the same command again to go on"
+
+
+def _rows(report: BatchReport) -> list[tuple[str, str]]:
+    counts = {
+        "saved": report.saved,
+        "to download": report.completed,
+        "running": report.running,
+        "queued": report.queued,
+        "failed": report.failed,
+        "uncertain": report.uncertain,
+        "bad lines skipped": report.invalid,
+    }
+    rows = [(name, str(n)) for name, n in counts.items() if n or name == "saved"]
+    rows += [
+        ("items", str(report.total)),
+        ("credits", f"{report.credits:.10g}"),
+        *_doubt_rows(report),
+        ("time", _span(report.seconds)),
+        ("folder", _name(report.folder)),
+    ]
+    if report.gallery is not None:
+        rows.append(("gallery", report.gallery.as_uri()))
+    return rows
+
+
+def _doubt_rows(report: BatchReport) -> list[tuple[str, str]]:
+    doubt = report.credits_in_doubt
+    if doubt is None:
+        return [("credits in doubt", "unknown")]
+    return [("credits in doubt", f"{doubt:.10g}")] if doubt else []
+
+
+def _name(path: Path) -> str:
+    return printable(str(path), 1000)
+
+
+def _summarise(report: BatchReport, console: Console) -> None:
+    """A table on stdout: drawn on a terminal, plain elsewhere."""
+    rows = _rows(report)
+    if not is_terminal(sys.stdout):
+        for name, value in rows:
+            console.say(f"{name:<17} {value}")
+        return
+    from rich.console import Console as RichConsole  # noqa: PLC0415 - see _bar
+    from rich.table import Table  # noqa: PLC0415 - see _bar
+    from rich.text import Text  # noqa: PLC0415 - see _bar
+
+    table = Table(show_header=False)
+    table.add_column(justify="right", style="dim")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    RichConsole(markup=False, emoji=False, highlight=False).print(table)
+
+
+def _as_json(report: BatchReport) -> dict[str, Any]:
+    values = asdict(report, value_serializer=lambda *each: _plain(each[2]))
+    return {**values, "exit_code": report.exit_code}
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,541 @@
+"""The command line: arguments to calls to an exit code.
+
+Results go to stdout; progress and errors, a line each, to stderr. No text from outside
+reaches the terminal unless `printable` has seen it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import (
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+from attrs import frozen
+
+from evolink_async._cli.batch import batch_command
+from evolink_async._cli.console import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    PROGRAM,
+    TROUBLE,
+    USAGE,
+    Console,
+    drive,
+    fail,
+    print_line,
+    say,
+    say_json,
+    state,
+    tell,
+)
+from evolink_async._model.requests import DEFAULT_MODEL, ImageRequest
+from evolink_async._model.snapshots import Credits, GenerationResult, TaskSnapshot, TaskSummary
+from evolink_async._polling.policy import PollPolicy
+from evolink_async._session import Session
+from evolink_async._task import Task
+from evolink_async._text import printable
+from evolink_async.errors import (
+    ConfigurationError,
+    DownloadError,
+    EvolinkError,
+    NotFoundError,
+    RequestValidationError,
+    SubmitUncertainError,
+    TaskCancelledError,
+    TaskError,
+    TaskFailedError,
+)
+
+if TYPE_CHECKING:
+    from evolink_async.emulator import Emulator
+
+__all__ = ["cli", "run"]
+
+
+_EMULATED: Final[dict[str, Any]] = {"duration": (20.0, 40.0), "time_scale": 10.0}
+"""How ``--emulator`` generates: about as long as in the API page's example, ten times as fast."""
+
+Show = Callable[[TaskSnapshot], None]
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the command line with these arguments, default those of the process.
+
+    Returns:
+        The exit code: 0 done, 1 a task failed, 2 usage, 3 API or network, 130 interrupted.
+    """
+    try:
+        code: int = cli.main(argv, prog_name=PROGRAM, standalone_mode=False)
+    except click.UsageError as exc:
+        where = exc.ctx.command_path if exc.ctx is not None else PROGRAM
+        return fail(f"{exc.format_message()} (see {where} --help)", USAGE)
+    except (RequestValidationError, ConfigurationError) as exc:
+        return fail(exc, USAGE)
+    except EvolinkError as exc:
+        return fail(exc, FAILED if isinstance(exc, TaskError) else TROUBLE)
+    except (KeyboardInterrupt, click.Abort, asyncio.CancelledError):
+        tell("interrupted")
+        return INTERRUPTED
+    except OSError as exc:
+        return fail(exc, TROUBLE)
+    except Exception as exc:  # noqa: BLE001 - whatever nobody expected ends here, and only here
+        for line in "".join(traceback.format_exception(exc)).splitlines():
+            tell(line)
+        return fail(f"unexpected {type(exc).__name__}: please report this as a bug", TROUBLE)
+    return code
+
+
+# ---------------------------------------------------------------------------------------------
+# Words
+
+
+# ---------------------------------------------------------------------------------------------
+# Progress
+
+
+def _progress(first: str) -> AbstractContextManager[Show]:
+    """Shows snapshots on stderr: a bar on a terminal, a line per change elsewhere."""
+    if sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        return _bar(first)
+    return nullcontext(lambda snapshot: tell(state(snapshot)))
+
+
+@contextmanager
+def _bar(first: str) -> Iterator[Show]:
+    # Here, not above: rich takes long to import, and --help needs none of it.
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+
+    progress = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %", markup=False),
+        TimeElapsedColumn(),
+        console=Console(stderr=True, markup=False, emoji=False, highlight=False),
+        transient=True,
+    )
+    with progress:
+        bar = progress.add_task(first, total=100)
+
+        def show(snapshot: TaskSnapshot) -> None:
+            words = printable(f"{snapshot.id} {snapshot.status}", 80)
+            progress.update(bar, description=words, completed=snapshot.progress or 0)
+
+        yield show
+
+
+# ---------------------------------------------------------------------------------------------
+# Running, and being interrupted
+
+
+@asynccontextmanager
+async def _session(
+    *, deadline: float | None = None, emulated: bool = False
+) -> AsyncIterator[Session]:
+    """A session with the API, or with an emulator of its own."""
+    settings: dict[str, Any] = {} if deadline is None else {"poll": PollPolicy(deadline=deadline)}
+    async with AsyncExitStack() as stack:
+        if emulated:
+            emulator = await stack.enter_async_context(_emulator(_EMULATED))
+            settings["api_key"] = emulator.api_key
+            settings["base_url"] = emulator.base_url
+            settings["clock"] = emulator.clock
+        yield await stack.enter_async_context(Session(**settings))
+
+
+def _emulator(settings: dict[str, Any]) -> Emulator:
+    from evolink_async.emulator import Emulator  # noqa: PLC0415 - loads aiohttp
+
+    try:
+        return Emulator(**settings)
+    except (ImportError, ValueError) as exc:
+        raise ConfigurationError(str(exc)) from exc
+
+
+# ---------------------------------------------------------------------------------------------
+# One generation
+
+
+@frozen(kw_only=True)
+class _Order:
+    """What is wanted of a task.
+
+    Attributes:
+        folder: Where to save its results; None to print their links.
+        overwrite: Whether existing files may be replaced.
+        as_json: Whether to print one JSON document.
+        emulated: Whether the task ends with this process.
+    """
+
+    folder: str | None
+    overwrite: bool = False
+    as_json: bool = False
+    emulated: bool = False
+
+    def pick_up(self, task_id: str) -> str:
+        """How to go on with a task that was left."""
+        wait, download = self._command("wait", task_id), self._command("download", task_id)
+        return self._unless_emulated(
+            f"task {task_id}", f"goes on; pick it up with: {wait}, or: {download}"
+        )
+
+    def save_again(self, task_id: str) -> str:
+        """How to go on with a completed task that was not saved, or not all of it."""
+        download = self._command("download", task_id, "--overwrite")
+        return self._unless_emulated(
+            f"task {task_id}", f"is completed; save its results with: {download}"
+        )
+
+    def ask_again(self, key: str) -> str:
+        """How to learn what became of a submit."""
+        return self._unless_emulated(
+            f"the submit with idempotency key {key}",
+            f"may have been accepted: the same command with --idempotency-key {key} asks for the "
+            f"first answer again, and {PROGRAM} list shows recent tasks",
+        )
+
+    def _unless_emulated(self, subject: str, future: str) -> str:
+        return f"{subject} {'ends here, with its emulator' if self.emulated else future}"
+
+    def _command(self, name: str, task_id: str, *more: str) -> str:
+        words = [PROGRAM, name, task_id]
+        if name == "download" and self.folder not in {None, os.curdir}:
+            words += ["--out", str(self.folder)]
+        return shlex.join([*words, *more])
+
+
+async def _submit(session: Session, request: ImageRequest, key: str | None, order: _Order) -> Task:
+    """Submit; if interrupted, leave at once, saying what has become of it."""
+    submit = asyncio.create_task(session.submit(request, idempotency_key=key))
+    try:
+        return await asyncio.shield(submit)
+    except asyncio.CancelledError:
+        await session.aclose(grace=0)
+        (outcome,) = await asyncio.gather(submit, return_exceptions=True)
+        tell(_left_behind(outcome, order))
+        raise
+    except SubmitUncertainError as exc:
+        exc.add_note(order.ask_again(exc.idempotency_key))
+        raise
+
+
+def _left_behind(outcome: Task | BaseException, order: _Order) -> str:
+    if isinstance(outcome, Task):
+        return order.pick_up(outcome.id)
+    if isinstance(outcome, SubmitUncertainError):
+        return order.ask_again(outcome.idempotency_key)
+    return "nothing was submitted"
+
+
+async def _follow(task: Task, order: _Order, show: Show) -> GenerationResult:
+    """Show how *task* goes and return its result; if it is left, say how to pick it up."""
+    try:
+        async for snapshot in task.updates():
+            show(snapshot)
+        return await task
+    except asyncio.CancelledError:
+        tell(order.pick_up(task.id))
+        raise
+    except (TaskFailedError, TaskCancelledError, NotFoundError):
+        raise  # nothing goes on
+    except EvolinkError as exc:
+        exc.add_note(order.pick_up(task.id))
+        raise
+
+
+async def _deliver(session: Session, result: GenerationResult, order: _Order) -> int:
+    """Save the results, or not, and print what there is."""
+    if not result.urls:
+        return fail(f"task {result.task_id} completed without results", FAILED)
+    paths = await _save(session, result, order)
+    if order.as_json:
+        files = {} if order.folder is None else {"files": [str(path) for path in paths]}
+        say_json({**result.to_json(), **files})
+        return DONE
+    for path in paths:
+        print_line(os.fsencode(path))  # the very bytes of the name, for other programs
+    if order.folder is None:
+        for url in result.urls:
+            say(url)
+    return DONE
+
+
+async def _save(session: Session, result: GenerationResult, order: _Order) -> tuple[Path, ...]:
+    if order.folder is None:
+        return ()
+    try:
+        return await session.download(result, order.folder, overwrite=order.overwrite)
+    except asyncio.CancelledError:
+        tell(order.save_again(result.task_id))
+        raise
+    except DownloadError as exc:
+        exc.add_note(order.save_again(result.task_id))
+        raise
+
+
+@contextmanager
+def _documented(order: _Order) -> Iterator[None]:
+    """With ``--json``, a task that did not complete is printed, too."""
+    try:
+        yield
+    except TaskError as exc:
+        if order.as_json and exc.snapshot is not None:
+            say_json(exc.snapshot.raw)
+        raise
+
+
+async def _generate(
+    request: ImageRequest, order: _Order, *, key: str | None, deadline: float | None
+) -> int:
+    async with _session(deadline=deadline, emulated=order.emulated) as session:
+        folder = Path(order.folder or os.curdir)  # what cannot be saved is not bought
+        await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+        with _documented(order), _progress("submitting") as show:
+            task = await _submit(session, request, key, order)
+            result = await _follow(task, order, show)
+        return await _deliver(session, result, order)
+
+
+async def _resume(task_id: str, order: _Order, *, deadline: float | None) -> int:
+    async with _session(deadline=deadline) as session:
+        task = session.task(task_id)
+        with _documented(order), _progress(task_id) as show:
+            result = await _follow(task, order, show)
+        return await _deliver(session, result, order)
+
+
+# ---------------------------------------------------------------------------------------------
+# Looking
+
+
+async def _show_status(task_id: str, *, as_json: bool) -> int:
+    async with _session() as session:
+        snapshot = await session.task(task_id).refresh()
+    if as_json:
+        say_json(snapshot.raw)
+    else:
+        say(state(snapshot))
+    return DONE
+
+
+async def _show_list(*, as_json: bool, **filters: Any) -> int:
+    async with _session() as session:
+        rows = [row async for row in session.list(**filters)]
+    if as_json:
+        say_json([row.to_json() for row in rows])
+    else:
+        for row in rows:
+            say(_row(row))
+    return DONE
+
+
+def _row(row: TaskSummary) -> str:
+    return f"{row.id:<34} {row.status:<10} {_when(row.created)} {row.model or '-'}"
+
+
+def _when(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    try:
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+    except (ValueError, OverflowError, OSError):  # in no year that there is
+        return "-"
+
+
+async def _show_credits(*, as_json: bool) -> int:
+    async with _session() as session:
+        found = await session.credits()
+    if as_json:
+        say_json(found.to_json())
+    else:
+        for line in _credit_lines(found):
+            say(line)
+    return DONE
+
+
+def _credit_lines(found: Credits) -> Iterator[str]:
+    yield f"account: {_amount(found.remaining)} left, {_amount(found.used)} used"
+    limit = "no limit" if found.token_unlimited else f"{_amount(found.token_remaining)} left"
+    yield f"this key: {limit}, {_amount(found.token_used)} used"
+
+
+def _amount(number: float | None) -> str:
+    return "?" if number is None else f"{number:.10g}"
+
+
+async def _serve(settings: dict[str, Any]) -> int:
+    from evolink_async.emulator import serve  # noqa: PLC0415 - loads aiohttp
+
+    await serve(_emulator(settings))
+    return DONE  # pragma: no cover - serves until cancelled
+
+
+# ---------------------------------------------------------------------------------------------
+# Commands
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+_overwrite = click.option("--overwrite", is_flag=True, help="Replace existing files.")
+_out = click.option(
+    "--out",
+    "folder",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    default=os.curdir,
+    help="Folder to save in; made if missing. Default: the current one.",
+)
+_timeout = click.option(
+    "--timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Stop waiting after so long; the task goes on. Default: an hour.",
+)
+
+
+@click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name=PROGRAM)
+def cli() -> None:
+    """Generate images on EvoLink.
+
+    The API key is read from EVOLINK_API_KEY, the address of the API from EVOLINK_BASE_URL.
+    Results go to stdout, progress and errors to stderr.
+
+    Exit codes: 0 done, 1 a task failed or did not end in time, 2 usage, 3 API, network or
+    disk, 130 interrupted.
+    """
+
+
+@cli.command()
+@click.argument("prompt")
+@click.option("--size", metavar="WxH", help="Width and height in pixels, such as 1280x1280.")
+@click.option("--n", type=int, metavar="N", help="Pictures to make: 1, 2 or 4.")
+@click.option("--no-prompt-extend", is_flag=True, help="Do not let a model rewrite the prompt.")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Model to ask.")
+@click.option("--no-validate", is_flag=True, help="Let the API decide what it allows.")
+@click.option("--idempotency-key", "key", help="Key of an earlier submit to ask for again.")
+@_out
+@_overwrite
+@_timeout
+@_json
+@click.option("--emulator", "emulated", is_flag=True, help="Use an emulator: no key, no money.")
+def generate(
+    *,
+    prompt: str,
+    size: str | None,
+    n: int | None,
+    no_prompt_extend: bool,
+    model: str,
+    no_validate: bool,
+    key: str | None,
+    folder: str,
+    overwrite: bool,
+    timeout: float | None,
+    as_json: bool,
+    emulated: bool,
+) -> int:
+    """Generate pictures from PROMPT, save them, print their paths."""
+    request = ImageRequest(
+        prompt,
+        model=model,
+        size=size,
+        n=n,
+        prompt_extend=False if no_prompt_extend else None,
+        validate=not no_validate,
+    )
+    order = _Order(folder=folder, overwrite=overwrite, as_json=as_json, emulated=emulated)
+    return drive(_generate(request, order, key=key, deadline=timeout))
+
+
+@cli.command()
+@click.argument("task_id", metavar="ID")
+@_json
+def status(*, task_id: str, as_json: bool) -> int:
+    """Print how the task ID is doing."""
+    return drive(_show_status(task_id, as_json=as_json))
+
+
+@cli.command()
+@click.argument("task_id", metavar="ID")
+@_timeout
+@_json
+def wait(*, task_id: str, timeout: float | None, as_json: bool) -> int:
+    """Wait for the task ID and print the links to its results."""
+    return drive(_resume(task_id, _Order(folder=None, as_json=as_json), deadline=timeout))
+
+
+@cli.command()
+@click.argument("task_id", metavar="ID")
+@_out
+@_overwrite
+@_timeout
+@_json
+def download(
+    *, task_id: str, folder: str, overwrite: bool, timeout: float | None, as_json: bool
+) -> int:
+    """Wait for the task ID, save its results, print their paths."""
+    order = _Order(folder=folder, overwrite=overwrite, as_json=as_json)
+    return drive(_resume(task_id, order, deadline=timeout))
+
+
+@cli.command("list")
+@click.option(
+    "--status",
+    type=click.Choice(["processing", "completed", "failed", "cancelled"]),
+    help="Only tasks in this state; processing includes those that wait.",
+)
+@click.option("--model", help="Only tasks of this model.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=20, show_default=True, help="At most so many."
+)
+@_json
+def list_tasks(*, status: str | None, model: str | None, limit: int, as_json: bool) -> int:
+    """Print the account's recent tasks, newest first."""
+    return drive(_show_list(as_json=as_json, status=status, model=model, limit=limit))
+
+
+@cli.command("credits")
+@_json
+def show_credits(*, as_json: bool) -> int:
+    """Print how many credits are left."""
+    return drive(_show_credits(as_json=as_json))
+
+
+@cli.command("emulator")
+@click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True)
+@click.option("--credits", type=float, help="Credits the account has at first.")
+@click.option(
+    "--duration",
+    type=(float, float),
+    metavar="LEAST MOST",
+    help="Seconds a generation takes.",
+)
+@click.option("--time-scale", type=float, help="Emulated seconds per real second.")
+@click.option("--pictures", help="full: drawn from the prompt; tiny: of one colour.")
+@click.option("--seed", type=int, help="Of everything drawn by chance.")
+def serve_emulator(**settings: Any) -> int:
+    """Serve an emulated API on this machine until interrupted."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    try:
+        return drive(_serve(given))
+    except asyncio.CancelledError:
+        return DONE
+
+
+cli.add_command(
+    batch_command(Console(drive=drive, say=say, say_json=say_json, tell=tell, emulator=_emulator))
+)

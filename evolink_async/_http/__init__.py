@@ -1,0 +1,1 @@
+"""The conversation with the API: protocol, limiter, breaker, retry, transport, submit."""

@@ -1,0 +1,214 @@
+"""Trying again: the policy, the budget that keeps an outage from becoming a storm, the loop.
+
+The only module that runs tenacity's retry loop; no tenacity type leaves it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeVar
+
+from attrs import define, field, frozen
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception,
+    wait_exponential,
+    wait_random,
+)
+from tenacity.wait import wait_base
+
+from evolink_async._clock import Clock
+from evolink_async._http.protocol import is_throttle
+from evolink_async._text import shown
+from evolink_async.errors import (
+    APITimeoutError,
+    ConfigurationError,
+    EvolinkError,
+)
+
+__all__ = ["MAX_RETRY_AFTER", "RetryBudget", "RetryPolicy", "Timeout", "run"]
+
+T = TypeVar("T")
+
+MAX_RETRY_AFTER: Final = 300.0
+"""Seconds: the longest ``Retry-After`` a session obeys; a submit told to wait longer gives up."""
+
+
+def _check_number(minimum: float) -> Callable[[object, Any, object], None]:
+    def check(_: object, attribute: Any, value: object) -> None:
+        number = not isinstance(value, bool) and isinstance(value, int | float)
+        if not number or not minimum <= value < 1e12:  # type: ignore[operator]  # number says so
+            raise ConfigurationError(
+                f"{attribute.name}={shown(value)} is not allowed: a number from {minimum:g} up"
+            )
+
+    return check
+
+
+@frozen(kw_only=True)
+class RetryPolicy:
+    """When and how often a failed exchange is tried again.
+
+    The wait before attempt k+1 is ``min(wait_max, wait_initial * wait_exp_base**(k-1)) +
+    uniform(0, wait_jitter)`` seconds. An answer that asks for patience (429, 503) is not
+    waited out by each request: it cools the whole session down. A submit is only ever
+    resent where it surely was not accepted.
+
+    Attributes:
+        attempts: How often one submit, download or other single call is tried in all.
+            Reads of tasks are tried until the task's deadline.
+        timeout: Seconds after which no further attempt starts.
+        wait_initial: Seconds before the second attempt.
+        wait_max: Most seconds between two attempts.
+        wait_jitter: Seconds of randomness.
+        wait_exp_base: Growth of the wait from attempt to attempt.
+        budget: Capacity of the session's retry budget: a retry takes 5 (10 after a
+            time-out, none after a 429 or 503), a success gives 1 back; while it is empty
+            nothing is retried, and failed reads wait *wait_max*.
+        resend_uncertain: True resends a submit of unknown outcome with the same
+            idempotency key. The gateway has been observed to answer such a repeat with
+            the first response; the API's page does not promise it.
+    """
+
+    attempts: int = field(default=8, validator=_check_number(1))
+    timeout: float = field(default=600.0, validator=_check_number(0))
+    wait_initial: float = field(default=0.5, validator=_check_number(0))
+    wait_max: float = field(default=30.0, validator=_check_number(0))
+    wait_jitter: float = field(default=0.5, validator=_check_number(0))
+    wait_exp_base: float = field(default=2.0, validator=_check_number(1))
+    budget: int = field(default=500, validator=_check_number(0))
+    resend_uncertain: bool = False
+
+    def wait_after(self, failures: int) -> float:
+        """Seconds to wait after that many failures in a row."""
+        state = RetryCallState(None, None, (), {})  # type: ignore[arg-type]  # only counts
+        state.attempt_number = max(1, failures)
+        return self._backoff(state)
+
+    @property
+    def _backoff(self) -> wait_base:
+        growing = wait_exponential(
+            multiplier=self.wait_initial,
+            max=self.wait_max if self.wait_initial else 0,  # what it returns on an overflow
+            exp_base=self.wait_exp_base,
+        )
+        return growing + wait_random(0, self.wait_jitter)
+
+
+@define
+class RetryBudget:
+    """Tokens that retries take and successes give back, as in the AWS SDKs' standard mode."""
+
+    capacity: float
+    level: float = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.level = self.capacity
+
+    def take(self, error: BaseException) -> bool:
+        """Pay for one retry after *error*; False if there is nothing left to pay with."""
+        price = 10 if isinstance(error, APITimeoutError) else 5
+        if self.level < price:
+            return False
+        self.level -= price
+        return True
+
+    def give(self) -> None:
+        """One exchange succeeded."""
+        self.level = min(self.capacity, self.level + 1)
+
+
+async def run(
+    call: Callable[[], Awaitable[T]],
+    *,
+    policy: RetryPolicy,
+    budget: RetryBudget,
+    clock: Clock,
+    again: Callable[[EvolinkError], bool],
+    before_retry: Callable[[EvolinkError, float], None],
+    failed: EvolinkError | None = None,
+    since: float | None = None,
+) -> T:
+    """Await ``call()`` until it succeeds, *again* says no, or the policy ends it.
+
+    *failed* is the error of a first attempt that was made already, *since* when it began.
+
+    Raises:
+        EvolinkError: The last attempt's error, as it was.
+    """
+    started = clock.now() if since is None else since
+    if failed is None:
+        try:
+            return await call()
+        except EvolinkError as exc:
+            failed = exc
+    failures = [failed]
+    del failed
+
+    async def attempt() -> T:
+        # tenacity is shown the first failure, not the many first attempts that succeed.
+        if failures:
+            raise failures.pop()
+        return await call()
+
+    def wanted(error: BaseException) -> bool:
+        return isinstance(error, EvolinkError) and again(error)
+
+    def wait(state: RetryCallState) -> float:
+        # After a throttle the gate holds everybody back; waiting here as well would wait twice.
+        return 0.0 if is_throttle(_error(state)) else policy.wait_after(state.attempt_number)
+
+    def stop(state: RetryCallState) -> bool:
+        late = clock.now() - started + state.upcoming_sleep > policy.timeout
+        error = _error(state)
+        spent = state.attempt_number >= policy.attempts or late
+        # A throttle has its price already: the cool-down of the whole session.
+        return spent or not (error is None or is_throttle(error) or budget.take(error))
+
+    def announce(state: RetryCallState) -> None:
+        error = _error(state)
+        if isinstance(error, EvolinkError):
+            before_retry(error, state.upcoming_sleep)
+
+    async def sleep(seconds: float) -> None:
+        if seconds > 0:
+            await clock.sleep_until(clock.now() + seconds)
+
+    attempts = AsyncRetrying(
+        retry=retry_if_exception(wanted),
+        wait=wait,
+        stop=stop,
+        sleep=sleep,
+        before_sleep=announce,
+        reraise=True,
+    )
+    return await attempts(attempt)
+
+
+def _error(state: RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome is not None else None
+
+
+def _positive_seconds(_: object, attribute: Any, value: object) -> None:
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    if not number or not 0 < value < math.inf:  # type: ignore[operator]  # number says so
+        raise ConfigurationError(
+            f"{attribute.name}={shown(value)} is not allowed: seconds, a number above 0"
+        )
+
+
+@frozen(kw_only=True)
+class Timeout:
+    """How long one HTTP exchange may take, in seconds, counted from when it may start.
+
+    Attributes:
+        connect: Making a connection, TLS included. A submit that fails here was never sent.
+        submit: A whole submit. Beyond it the outcome is unknown, so be generous.
+        read: Anything else, and for a download the longest silence.
+    """
+
+    connect: float = field(default=10, validator=_positive_seconds)
+    submit: float = field(default=60, validator=_positive_seconds)
+    read: float = field(default=30, validator=_positive_seconds)

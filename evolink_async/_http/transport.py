@@ -1,0 +1,556 @@
+"""The connection to the API's origin: the one module that holds the key.
+
+Imported when a session opens, because aiohttp is slow to import and ``--help`` needs none of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Any, Final, Self, TypeVar
+
+import aiohttp
+from attrs import define, field
+
+from evolink_async._clock import Clock, hold
+from evolink_async._http import protocol, retry
+from evolink_async._http.breaker import BatchEndpoint
+from evolink_async._http.limiter import NOT_SENT, Gate
+from evolink_async._http.proxy import environment_proxy
+from evolink_async._http.retry import Timeout
+from evolink_async._http.secret import Secret
+from evolink_async._http.submit import BeforeSend, Submission
+from evolink_async._model.snapshots import Page, TaskSnapshot
+from evolink_async._text import printable
+from evolink_async.errors import (
+    APIConnectionError,
+    APIStatusError,
+    APITimeoutError,
+    ConfigurationError,
+    EvolinkError,
+    InvalidResponseError,
+    SessionClosedError,
+)
+
+__all__ = ["Answer", "Counters", "Reading", "Transport"]
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_BODY_LIMIT: Final = 1024 * 1024
+_BATCH_BODY_LIMIT: Final = 8 * _BODY_LIMIT
+_SUBMIT_KEEP_ALIVE: Final = 2.0
+"""Seconds a submit's connection may idle: a server that closes it under a POST leaves the
+outcome unknown, and aiohttp (rightly) does not resend a POST."""
+_READ_KEEP_ALIVE: Final = 15.0
+
+
+@define
+class Answer:
+    """A complete HTTP answer.
+
+    Attributes:
+        status: Its status code.
+        body: Its decompressed body.
+        sent_at: When its request was sent, on the session's clock.
+    """
+
+    status: int
+    body: bytes
+    sent_at: float
+    _headers: Mapping[str, str] = field(repr=False)
+    _key: Secret = field(repr=False)
+
+    def headers(self) -> dict[str, str]:
+        """Those that mean something to us, where they do; a server may echo our own in any."""
+        given = self._headers
+        return {k: self._key.redact(given[k]) for k in protocol.ANSWER_HEADERS if k in given}
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether it is the stored answer to an earlier request."""
+        return protocol.is_replayed(self._headers)
+
+
+@define(kw_only=True)
+class Reading:
+    """One attempt to read some tasks.
+
+    Attributes:
+        sent_at: When the request was sent.
+        received_at: When its answer was complete.
+        answers: By id: the task, the error, or None for an id a batch answer left out.
+        single: True if one task was read by itself.
+        page: What a batch answer says of the tasks that go on, all those not in *answers*.
+        paid: False if it failed and the retry budget had nothing left to try again soon with.
+    """
+
+    sent_at: float
+    received_at: float
+    answers: Mapping[str, TaskSnapshot | EvolinkError | None]
+    single: bool
+    page: Page | None = None
+    paid: bool = True
+
+
+@define
+class Counters:
+    """What a transport has done so far."""
+
+    submits: int = 0
+    reads: int = 0
+    ids_read: int = 0
+    retries: int = 0
+
+
+class Transport:
+    """Sends requests to the API's origin and turns answers into values or our errors."""
+
+    def __init__(
+        self,
+        *,
+        api_key: Secret,
+        base_url: str,
+        clock: Clock,
+        gate: Gate,
+        timeout: Timeout,
+        policy: retry.RetryPolicy,
+        http: aiohttp.ClientSession | None,
+        user_agent: str,
+    ) -> None:
+        """A transport on the running loop; *http* stays the caller's."""
+        self._key = api_key
+        self._base_url = base_url
+        self._clock = clock
+        self._gate = gate
+        self._submit_timeout = _http_timeout(timeout.submit, timeout.connect)
+        self._read_timeout = _http_timeout(timeout.read, timeout.connect)
+        self._policy = policy
+        self._budget = retry.RetryBudget(policy.budget)
+        self._user_agent = user_agent
+        self._http = http
+        self._own: list[aiohttp.ClientSession] = []
+        self._closing_clients: set[asyncio.Task[None]] = set()
+        self._proxy = None if http is not None else environment_proxy(base_url)
+        self._submit_http = http or self._client(_SUBMIT_KEEP_ALIVE)
+        self._read_http = http or self._client(_READ_KEEP_ALIVE)
+        self.closing = False
+        self.counters = Counters()
+        self._batch = BatchEndpoint(clock)
+
+    def _client(self, keep_alive: float) -> aiohttp.ClientSession:
+        # limit=0: the gate is the limit; aiohttp's pool must never queue (see Gate).
+        client = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=keep_alive),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            # Through a proxy they would go to the proxy, too, and with them the key.
+            headers=self._common_headers() if self._proxy is None else None,
+        )
+        self._own.append(client)
+        return client
+
+    def renew(self) -> None:
+        """Use new connections from now on: those at hand may be dead."""
+        if not self._own:
+            return
+        self._retire(self._read_http, self._read_timeout)
+        self._retire(self._submit_http, self._submit_timeout)
+        self._read_http = self._client(_READ_KEEP_ALIVE)
+        self._submit_http = self._client(_SUBMIT_KEEP_ALIVE)
+
+    def _retire(self, client: aiohttp.ClientSession, timeout: aiohttp.ClientTimeout) -> None:
+        # No factory of the caller's makes it, which may refuse.
+        closing = asyncio.Task(
+            self._close_idle(client, timeout.total or 0.0), loop=asyncio.get_running_loop()
+        )
+        self._closing_clients.add(closing)
+        closing.add_done_callback(self._closing_clients.discard)
+
+    async def _close_idle(self, client: aiohttp.ClientSession, seconds: float) -> None:
+        """Close *client* once whatever is in the air on it has had its time."""
+        await asyncio.sleep(seconds)
+        await client.close()
+        self._own.remove(client)
+
+    async def aclose(self) -> None:
+        """Close what we opened."""
+        await self._gate.aclose()
+        for closing in tuple(self._closing_clients):
+            closing.cancel()
+        await asyncio.gather(*self._closing_clients, return_exceptions=True)
+        for client in self._own:
+            await client.close()
+
+    # -- one exchange ---------------------------------------------------------------------
+
+    async def _exchange(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: bytes | None = None,
+        params: Mapping[str, str] | None = None,
+        submit: Submission | None = None,
+    ) -> Answer:
+        """Send one request behind the gate and read its answer whole.
+
+        Raises:
+            APIConnectionError: No answer, with ``sent`` saying whether one was earned.
+            InvalidResponseError: The answer is larger than any the API gives.
+        """
+        client = self._read_http if submit is None else self._submit_http
+        timeout = self._read_timeout if submit is None else self._submit_timeout
+        if client.closed:
+            raise ConfigurationError("the aiohttp session handed in as http= is closed")
+        failure: EvolinkError
+        response: aiohttp.ClientResponse | None
+        with hold(self._clock):
+            sent_at = self._clock.now()
+            if submit is not None:
+                submit.sent_at = sent_at
+                submit.in_air = submit.sending = True
+            try:
+                async with client.request(
+                    method,
+                    self._base_url + path,
+                    data=body,
+                    params=params,
+                    headers=self._headers(submit),
+                    timeout=timeout,
+                    allow_redirects=False,
+                    raise_for_status=False,
+                    proxy=self._proxy,
+                ) as response:
+                    limit = _BATCH_BODY_LIMIT if path == protocol.BATCH_PATH else _BODY_LIMIT
+                    content = await _read(response, limit)
+                    return Answer(
+                        response.status,
+                        self._key.redact_bytes(_unescaped(content)),
+                        sent_at,
+                        response.headers,
+                        self._key,
+                    )
+            except asyncio.CancelledError as exc:
+                if (task := asyncio.current_task()) is None or task.cancelling():
+                    raise
+                failure = self._translate(exc)  # a tracer of the caller raised it
+            except Exception as exc:  # noqa: BLE001 - as may anything else
+                failure = self._translate(exc)
+            finally:
+                if submit is not None:
+                    submit.sending = False
+        # Raised out here: aiohttp's frames and request objects hold the headers, and with
+        # them the key, so neither its traceback nor the exception itself goes further.
+        response = None
+        raise failure
+
+    def _headers(self, submit: Submission | None) -> dict[str, str]:
+        """What a request says beside what our own clients do by themselves."""
+        alone = self._http is None and self._proxy is None
+        headers = {} if alone else self._common_headers()
+        if submit is not None:
+            headers["Idempotency-Key"] = submit.idempotency_key
+        return headers
+
+    def _common_headers(self) -> dict[str, str]:
+        return {
+            "Authorization": f"Bearer {self._key.reveal()}",
+            "Accept": "application/json",
+            "Content-Type": "application/json",
+            "User-Agent": self._user_agent,
+        }
+
+    def _translate(self, exc: BaseException) -> EvolinkError:
+        if isinstance(exc, _TooLargeError):
+            return InvalidResponseError("the answer is larger than any the API gives")
+        said = (
+            f"{exc.status} {exc.message}" if isinstance(exc, aiohttp.ClientResponseError) else exc
+        )
+        why = printable(self._key.redact(str(said) or type(exc).__name__), 200)
+        kind = type(exc).__name__
+        never_sent = isinstance(
+            exc,
+            aiohttp.ClientConnectorError
+            | aiohttp.ClientHttpProxyError
+            | aiohttp.ConnectionTimeoutError
+            | aiohttp.InvalidURL,
+        )
+        if isinstance(exc, TimeoutError):
+            stage = "no connection in time" if never_sent else "no complete answer in time"
+            return APITimeoutError(f"{stage} from {self._base_url}: {why}", sent=not never_sent)
+        stage = "cannot connect to" if never_sent else "connection broken to"
+        return APIConnectionError(f"{stage} {self._base_url} ({kind}): {why}", sent=not never_sent)
+
+    def _decipher(self, answer: Answer, model: str = "") -> Any:
+        """The JSON of a successful answer.
+
+        Raises:
+            EvolinkError: It is an error, or not JSON.
+        """
+        self._check_status(answer, model)
+        return protocol.decipher(answer.status, answer.headers, answer.body)
+
+    def _check_status(self, answer: Answer, model: str = "") -> None:
+        """Note what an answer means for those to come.
+
+        Raises:
+            APIStatusError: It is an error.
+        """
+        if 200 <= answer.status < 300:
+            self._gate.succeeded(sent_at=answer.sent_at, model=model)
+            self._budget.give()
+            return
+        try:
+            protocol.decipher(answer.status, answer.headers, answer.body)
+        except APIStatusError as exc:
+            if protocol.is_throttle(exc):
+                self._gate.cool_down(exc, sent_at=answer.sent_at, model=model)
+            else:  # no success, but no request for patience either
+                self._gate.succeeded(sent_at=answer.sent_at)
+            raise
+
+    # -- submits --------------------------------------------------------------------------
+
+    async def submit(self, submission: Submission) -> TaskSnapshot:
+        """POST a generation, resending only where it surely was not accepted.
+
+        Raises:
+            SubmitUncertainError: It may have been accepted.
+            EvolinkError: It was not.
+        """
+        started = self._clock.now()
+        try:
+            # Nearly all succeed at once, and need nothing of what trying again takes.
+            try:
+                return await self._attempt(submission)
+            except EvolinkError as exc:
+                again = self._retrying(
+                    partial(self._attempt, submission),
+                    partial(self._may_resend, submission),
+                    failed=exc,
+                    since=started,
+                )
+            return await again
+        except Exception:  # also what before_send raised: an earlier POST stays uncertain
+            if submission.doubt is not None:
+                raise submission.uncertain(submission.doubt) from submission.doubt
+            raise
+
+    async def _attempt(self, submission: Submission) -> TaskSnapshot:
+        try:
+            snapshot = await self._post(submission)
+        except EvolinkError as exc:
+            fate = protocol.rule_of(exc)[1]
+            if exc is submission.objection:
+                pass
+            elif fate is protocol.Submit.UNCERTAIN:
+                submission.doubt = submission.doubt or exc
+            elif fate is protocol.Submit.RESEND and getattr(exc, "replayed", False):
+                # The stored answer to the first POST under this key: it was refused.
+                submission.doubt = None
+                submission.idempotency_key = protocol.new_idempotency_key()
+            submission.in_air = submission.doubt is not None
+            raise
+        return snapshot  # still in the air for whoever asks: it was accepted
+
+    def _may_resend(self, submission: Submission, exc: EvolinkError) -> bool:
+        fate = protocol.rule_of(exc)[1]
+        final = fate is protocol.Submit.REFUSED or exc is submission.objection
+        if self.closing or final or _too_patient(exc):
+            return False
+        if fate is protocol.Submit.UNCERTAIN or submission.doubt is not None:
+            return self._policy.resend_uncertain
+        return True
+
+    async def _post(self, submission: Submission) -> TaskSnapshot:
+        request = submission.request
+        seated, submission.seated = submission.seated, False
+        if not (seated and self._gate.admit(request.model)):
+            await self._gate.enter(submit=True, model=request.model, seated=seated)
+        entered = self._clock.now()
+        try:
+            if self.closing:
+                raise SessionClosedError(NOT_SENT)
+            if submission.before_send is not None:
+                with hold(self._clock):
+                    await self._ask_hook(submission, submission.before_send)
+                if self.closing:  # meanwhile
+                    raise SessionClosedError(NOT_SENT)
+                if submission.abandoned:  # and the hook swallowed the cancellation
+                    raise asyncio.CancelledError
+            self.counters.submits += 1
+            answer = await self._exchange(
+                "POST", request.path, body=protocol.encode(request.body()), submit=submission
+            )
+            value = self._decipher(answer, request.model)  # before others are let in
+        finally:
+            self._gate.leave(submit=True, model=request.model, entered=entered)
+        submission.replayed = answer.is_replayed
+        return TaskSnapshot.from_json(value, body=answer.body, status="pending")
+
+    async def _ask_hook(self, submission: Submission, hook: BeforeSend) -> None:
+        try:
+            await hook(submission.idempotency_key)
+        except Exception as exc:
+            submission.objection = exc  # whatever its type: it says nothing of an answer
+            raise
+
+    # -- reads ----------------------------------------------------------------------------
+
+    @property
+    def read_limit(self) -> int:
+        """Tasks one reading can ask for: one where the batch endpoint is not to be had."""
+        return protocol.BATCH_LIMIT if self._batch.is_usable() else 1
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether the next read changes `read_limit` as soon as it begins."""
+        return self._batch.on_trial
+
+    async def fetch(self, ids: tuple[str, ...]) -> Reading:
+        """Read tasks once. Never raises for an id: what went wrong is its answer."""
+        trial = self._batch.begin(single=len(ids) == 1)
+        try:
+            return await self._fetch(ids, trial=trial)
+        finally:
+            if trial:
+                self._batch.ended()
+
+    async def _fetch(self, ids: tuple[str, ...], *, trial: bool) -> Reading:
+        single = len(ids) == 1
+        if not self._gate.find_seat(submit=False):
+            await self._gate.enter()
+        entered = sent_at = self._clock.now()
+        if not (single or trial or self._batch.is_usable()):  # since it came to the gate
+            self._gate.decline(submit=False)
+            return Reading(
+                sent_at=sent_at, received_at=sent_at, answers=dict.fromkeys(ids), single=False
+            )
+        answers: Mapping[str, TaskSnapshot | EvolinkError | None]
+        page: Page | None = None
+        failure: EvolinkError | None = None
+        paid = True
+        try:
+            self.counters.reads += 1
+            self.counters.ids_read += len(ids)
+            answer = await (self._get_one(ids[0]) if single else self._get_many(ids))
+            sent_at = answer.sent_at
+            self._check_status(answer)
+            if single:
+                answers = {ids[0]: protocol.read_task(answer.body, ids[0])}
+            else:
+                page, answers = protocol.read_tasks(answer.body, ids)
+                if len(answers) == len(ids) and not any(answers.values()):
+                    failure = InvalidResponseError("the batch answer has none of the tasks")
+        except EvolinkError as exc:
+            failure = exc
+            paid = protocol.is_throttle(exc) or self._budget.take(exc)
+            answers = dict.fromkeys(ids, exc if single else self._batch.meaning(exc))
+        finally:
+            self._gate.leave(entered=entered)
+        if single:
+            self._batch.judge_by_single(failure)
+        else:
+            self._batch.judge(failure, sent_at=sent_at, probe=trial)
+        return Reading(
+            sent_at=sent_at,
+            received_at=self._clock.now(),
+            answers=answers,
+            single=single,
+            page=page,
+            paid=paid,
+        )
+
+    async def _get_one(self, task_id: str) -> Answer:
+        return await self._exchange("GET", protocol.task_path(task_id))
+
+    async def _get_many(self, ids: tuple[str, ...]) -> Answer:
+        return await self._exchange("POST", protocol.BATCH_PATH, body=protocol.encode_ids(ids))
+
+    async def get(self, path: str, params: Mapping[str, str] | None = None) -> Any:
+        """Read anything else, trying again as the policy says."""
+
+        async def attempt() -> Any:
+            await self._gate.enter()
+            entered = self._clock.now()
+            try:
+                self.counters.reads += 1
+                return self._decipher(await self._exchange("GET", path, params=params))
+            finally:
+                self._gate.leave(entered=entered)
+
+        return await self._retrying(
+            attempt, lambda exc: not self.closing and protocol.rule_of(exc)[0]
+        )
+
+    def wait_after(self, failures: int, *, paid: bool) -> float:
+        """Seconds until a task whose read failed so often in a row is read again."""
+        return self._policy.wait_after(failures) if paid else self._policy.wait_max
+
+    def _retrying(
+        self,
+        attempt: Callable[[], Awaitable[T]],
+        again: Callable[[EvolinkError], bool],
+        **first: Any,
+    ) -> Awaitable[T]:
+        return retry.run(
+            attempt,
+            policy=self._policy,
+            budget=self._budget,
+            clock=self._clock,
+            again=again,
+            before_retry=self._log_retry,
+            **first,
+        )
+
+    def _log_retry(self, error: EvolinkError, wait: float) -> None:
+        self.counters.retries += 1
+        logger.warning("trying again in %.1f s: %s", wait, error)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+def _http_timeout(total: float, connect: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=total, connect=min(connect, total))
+
+
+class _TooLargeError(ValueError):
+    """An answer beyond any size the API gives."""
+
+
+async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """The whole body, decompressed, counted while it streams."""
+    chunks: list[bytes] = []
+    size = 0
+    while chunk := await response.content.readany():
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > limit:
+            response.close()
+            raise _TooLargeError
+    return b"".join(chunks)
+
+
+def _unescaped(body: bytes) -> bytes:
+    """*body* with its JSON escapes spelled our way, so that a key cannot hide behind them."""
+    if b"\0" in body:  # nor in UTF-16 or UTF-32; JSON is UTF-8, and what is none stays none
+        return b"\xff" + body.replace(b"\0", b"")
+    if b"\\" not in body:
+        return body
+    try:
+        return json.dumps(json.loads(body)).encode()
+    except (ValueError, RecursionError):
+        return body
+
+
+def _too_patient(exc: EvolinkError) -> bool:
+    """True if the API asks a submit to wait longer than anybody should wait unawares."""
+    after = exc.retry_after if isinstance(exc, APIStatusError) else None
+    return after is not None and after > retry.MAX_RETRY_AFTER

@@ -1,0 +1,1 @@
+"""What is asked for and what comes back: requests, snapshots, results. No I/O."""

@@ -1,0 +1,523 @@
+"""The values a user meets: requests, snapshots, results. Frozen, checked, without I/O.
+
+Wire facts are those of the API's page for ``wan2.5-text-to-image``
+(https://docs.evolink.ai, image series) unless a docstring says "observed".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Self
+
+from attrs import field, frozen
+
+from evolink_async._model.json import (
+    check_depth,
+    load_json,
+    loads,
+    unusable,
+)
+from evolink_async._model.requests import (
+    is_task_id,
+)
+from evolink_async.errors import (
+    InvalidResponseError,
+)
+
+__all__ = [
+    "RESUBMITTABLE",
+    "RUNNING",
+    "TERMINAL",
+    "Credits",
+    "GenerationResult",
+    "Page",
+    "PageIndex",
+    "TaskSnapshot",
+    "TaskSummary",
+    "Usage",
+]
+
+
+RUNNING: Final = frozenset({"pending", "processing"})
+TERMINAL: Final = frozenset({"completed", "failed", "cancelled"})
+
+RESUBMITTABLE: Final = frozenset(
+    {
+        "generation_timeout",
+        "quota_exceeded",
+        "resource_exhausted",
+        "service_error",
+        "service_unavailable",
+    }
+)
+"""Task error codes after which the same request may succeed later (API page on error codes)."""
+
+_MOST: Final = 1e9
+"""No task costs more: what says so is a mistake."""
+
+
+# ---------------------------------------------------------------------------------------------
+# What comes back
+
+
+def _number(value: object) -> float | None:
+    """A finite JSON number, None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _amount(value: object) -> float | None:
+    """What one task may cost; None for anything else, which would undo every sum it enters."""
+    number = _number(value)
+    return number if number is not None and 0 <= number <= _MOST else None
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _object(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+@frozen(kw_only=True)
+class Usage:
+    """What a task reserved and cost, in credits; None where the API did not say.
+
+    A number that is negative or above 1e9 is no cost, and counts as not said.
+
+    Attributes:
+        credits_reserved: Held when the task was accepted; may be fractional.
+        credits_used: Finally charged (observed).
+        cost: Finally charged, in the account's currency (observed).
+        billing_rule: ``per_call``, ``per_token`` or ``per_second``.
+        user_group: The account's price group.
+    """
+
+    credits_reserved: float | None = None
+    credits_used: float | None = None
+    cost: float | None = None
+    billing_rule: str | None = None
+    user_group: str | None = None
+
+    @classmethod
+    def from_json(cls, value: object) -> Self:
+        """Read what can be read; anything of an unexpected type counts as absent."""
+        given = _object(value)
+        return cls(
+            credits_reserved=_amount(given.get("credits_reserved")),
+            credits_used=_amount(given.get("credits_used")),
+            cost=_amount(given.get("cost")),
+            billing_rule=_text(given.get("billing_rule")),
+            user_group=_text(given.get("user_group")),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields the API gave, as it names them."""
+        names = ("credits_reserved", "credits_used", "cost", "billing_rule", "user_group")
+        return {k: getattr(self, k) for k in names if getattr(self, k) is not None}
+
+
+def _respelled(body: bytes | str) -> str:
+    """A body without its accidents of white space and encoding, to compare by."""
+    return json.dumps(json.loads(body))
+
+
+class Page:
+    """A batch answer, kept once for all of its tasks that go on.
+
+    Thousands of them are read a second and hardly any is looked at: nothing is made of it
+    before somebody asks.
+
+    With many tasks running the bodies are most of what they hold: beyond `_ROOM` bytes of
+    them in this process, new ones are kept compressed.
+    """
+
+    __slots__ = ("_body", "_index", "_packed", "_parse", "_read")
+    _plain = 0
+
+    def __init__(
+        self,
+        body: bytes,
+        read: Callable[[bytes], PageIndex] = lambda _: {},
+        parse: Callable[[bytes, int], Any] = lambda body, place: load_json(body)["data"][place],
+    ) -> None:
+        """A page of the answer *body*.
+
+        *read* finds the tasks in it when somebody asks, *parse* parses the one at a place.
+        """
+        self._read = read
+        self._parse = parse
+        self._index: PageIndex | None = None
+        self._packed = Page._plain > _ROOM
+        self._body = zlib.compress(body, 1) if self._packed else body
+        if not self._packed:
+            Page._plain += len(body)
+
+    def __del__(self) -> None:
+        if not self._packed:
+            Page._plain -= len(self._body)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Page, (self._text(),)
+
+    def _text(self) -> bytes:
+        return zlib.decompress(self._body) if self._packed else self._body
+
+    def task(self, place: int) -> dict[str, Any]:
+        """The task at *place* of the answer's ``data``, parsed anew."""
+        task: dict[str, Any] = self._parse(self._text(), place)
+        return task
+
+    def snapshot(self, task_id: str) -> TaskSnapshot:
+        """What the answer says of a task that goes on.
+
+        Raises:
+            InvalidResponseError: Python cannot hold it here, so far down the stack.
+        """
+        if self._index is None:
+            self._index = self._read(self._text())
+        place, status, progress = self._index[task_id]
+        return TaskSnapshot(task_id, status=status, progress=_percent(progress), body=(self, place))
+
+
+PageIndex = dict[str, tuple[int, str, object]]
+"""Where in an answer's ``data`` a task is, its status and its progress, by id."""
+_ROOM: Final = 3 << 20
+
+
+@frozen
+class TaskSnapshot:
+    """One look at a task. The answer's body is kept as bytes and parsed on access.
+
+    Optional fields of an unexpected type read as None; `raw` has them as they came.
+
+    Attributes:
+        id: The task's id.
+        status: The API's word: ``pending``, ``processing``, ``completed``, ``failed``,
+            ``cancelled``, or one it has added since (which counts as running).
+        progress: 0 to 100, None if the API did not say.
+    """
+
+    id: str
+    status: str = field(kw_only=True)
+    progress: int | None = field(default=None, kw_only=True)
+    _text: bytes | str | dict[str, Any] | tuple[Page, int] = field(
+        kw_only=True, repr=False, alias="body", eq=lambda text: _respelled(_cut_out(text))
+    )
+
+    @classmethod
+    def from_json(
+        cls,
+        value: object,
+        *,
+        body: bytes | str | dict[str, Any] | None = None,
+        status: str | None = None,
+    ) -> TaskSnapshot:
+        """Read a task object.
+
+        Args:
+            value: The parsed object.
+            body: The text it was parsed from by `parse_json`, if that holds it alone; or
+                *value* again, if nobody else holds that and `check_depth` was content.
+            status: What to assume where the object has no usable status; without
+                it such an object is refused.
+
+        Raises:
+            InvalidResponseError: *value* is not an object with a usable id and status.
+        """
+        if type(value) is not dict:
+            raise unusable(value, "a task is not a JSON object")
+        task_id, word = value.get("id"), value.get("status")
+        if type(task_id) is not str or not is_task_id(task_id):
+            raise unusable(value, "the task has no usable id")
+        if type(word) is not str or not word:
+            if status is None:
+                raise unusable(value, f"task {task_id} has no status")
+            word = status
+        if body is None:
+            check_depth(value)
+            body = _dump(value)
+        return cls(task_id, status=word, progress=_percent(value.get("progress")), body=body)
+
+    def to_json(self) -> dict[str, Any]:
+        """The task object as the API sent it."""
+        return self.raw
+
+    @property
+    def body(self) -> bytes | str:
+        """The task's JSON text."""
+        return _cut_out(self._text)
+
+    @property
+    def raw(self) -> dict[str, Any]:
+        """The task object as the API sent it, a new copy on each access."""
+        text = self._text
+        raw: dict[str, Any] = json.loads(_dump(text)) if isinstance(text, dict) else self._value
+        return raw
+
+    @property
+    def _value(self) -> dict[str, Any]:
+        """The task object, not to be changed."""
+        text = self._text
+        if isinstance(text, dict):
+            return text
+        value: dict[str, Any] = text[0].task(text[1]) if isinstance(text, tuple) else loads(text)
+        return value
+
+    @property
+    def is_terminal(self) -> bool:
+        """True once the task is completed, failed or cancelled."""
+        return self.status in TERMINAL
+
+    @property
+    def model(self) -> str | None:
+        """The model that really ran."""
+        return _text(self._value.get("model"))
+
+    @property
+    def type(self) -> str | None:
+        """Kind of output: ``text``, ``image``, ``audio`` or ``video``."""
+        return _text(self._value.get("type"))
+
+    @property
+    def created(self) -> float | None:
+        """When the task was made, in seconds since 1970."""
+        return _number(self._value.get("created"))
+
+    @property
+    def estimated_time(self) -> float | None:
+        """Seconds the API expects: all of the task at submit, the rest later (observed)."""
+        return _number(_object(self._value.get("task_info")).get("estimated_time"))
+
+    @property
+    def duration(self) -> float | None:
+        """Seconds the generation took (observed), once ended."""
+        return _number(self._value.get("duration"))
+
+    @property
+    def usage(self) -> Usage:
+        """What the task reserved and cost."""
+        return Usage.from_json(self._value.get("usage"))
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Result links, valid for 24 hours after completion; empty until then."""
+        raw = self._value
+        listed = raw.get("results")
+        if isinstance(listed, list):
+            links = tuple(x for x in listed if isinstance(x, str) and x)
+            if links:
+                return links
+        return _links_of(raw.get("result_data"))
+
+    @property
+    def error_code(self) -> str | None:
+        """The API's ``error.code`` of a failed task."""
+        code = _object(self._value.get("error")).get("code")
+        if isinstance(code, str) and code:
+            return code
+        return str(code) if isinstance(code, int) and not isinstance(code, bool) else None
+
+    @property
+    def error_message(self) -> str | None:
+        """The API's ``error.message`` of a failed task."""
+        return _text(_object(self._value.get("error")).get("message"))
+
+
+def _percent(progress: object) -> int | None:
+    """A progress of 0 to 100, None for anything else."""
+    if type(progress) is not int:
+        number = _number(progress)
+        return round(number) if number is not None and 0 <= number <= 100 else None
+    return progress if 0 <= progress <= 100 else None
+
+
+def _cut_out(text: bytes | str | dict[str, Any] | tuple[Page, int]) -> bytes | str:
+    """One task's own text."""
+    if isinstance(text, tuple):
+        text = text[0].task(text[1])
+    return _dump(text) if isinstance(text, dict) else text
+
+
+def _links_of(result_data: object) -> tuple[str, ...]:
+    """Links from ``result_data`` (observed), for an answer without ``results``."""
+    items = result_data if isinstance(result_data, list) else []
+    names = ("image_url", "video_url", "audio_url", "url")
+    found = (item.get(name) for item in items if isinstance(item, dict) for name in names)
+    return tuple(link for link in found if isinstance(link, str) and link)
+
+
+def _dump(value: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(value, separators=(",", ":")).encode()
+    except (ValueError, RecursionError) as exc:
+        raise InvalidResponseError("the task cannot be kept as JSON") from exc
+
+
+@frozen
+class GenerationResult:
+    """A completed generation.
+
+    Attributes:
+        task_id: The task's id.
+        urls: Links to the results, valid for 24 hours after completion.
+        snapshot: The task as last read.
+    """
+
+    task_id: str
+    urls: tuple[str, ...] = field(kw_only=True)
+    snapshot: TaskSnapshot = field(kw_only=True, repr=False)
+
+    @classmethod
+    def from_snapshot(cls, snapshot: TaskSnapshot) -> Self:
+        """The result of a completed task."""
+        return cls(snapshot.id, urls=snapshot.urls, snapshot=snapshot)
+
+    @classmethod
+    def from_json(cls, value: object) -> Self:
+        """Read back what `to_json` gave.
+
+        Raises:
+            InvalidResponseError: *value* is not a task object.
+        """
+        return cls.from_snapshot(TaskSnapshot.from_json(value))
+
+    def to_json(self) -> dict[str, Any]:
+        """The completed task object as the API sent it."""
+        return self.snapshot.to_json()
+
+    @property
+    def model(self) -> str | None:
+        """The model that really ran."""
+        return self.snapshot.model
+
+    @property
+    def usage(self) -> Usage:
+        """What it cost."""
+        return self.snapshot.usage
+
+    @property
+    def duration(self) -> float | None:
+        """Seconds the generation took (observed)."""
+        return self.snapshot.duration
+
+
+@frozen
+class TaskSummary:
+    """One row of the account's task list (``GET /v1/tasks``, observed).
+
+    Attributes:
+        id: The task's id.
+        status: The API's word for its state.
+        model: Model name.
+        type: Kind of output.
+        progress: 0 to 100.
+        created: Seconds since 1970.
+        duration: Seconds it took.
+        result_count: Number of results.
+        credits_used: Credits charged.
+        raw: The row as the API sent it.
+    """
+
+    id: str
+    status: str = field(kw_only=True)
+    model: str | None = field(default=None, kw_only=True)
+    type: str | None = field(default=None, kw_only=True)
+    progress: float | None = field(default=None, kw_only=True)
+    created: float | None = field(default=None, kw_only=True)
+    duration: float | None = field(default=None, kw_only=True)
+    result_count: float | None = field(default=None, kw_only=True)
+    credits_used: float | None = field(default=None, kw_only=True)
+    raw: Mapping[str, Any] = field(kw_only=True, repr=False, hash=False)
+
+    @classmethod
+    def from_json(cls, value: object) -> Self:
+        """Read one row.
+
+        Raises:
+            InvalidResponseError: It has no usable id or status.
+        """
+        row = _object(value)
+        task_id, status = row.get("id"), row.get("status")
+        if not isinstance(task_id, str) or not is_task_id(task_id):
+            raise unusable(value, "a row of the task list has no usable id")
+        if not isinstance(status, str) or not status:
+            raise unusable(value, f"task {task_id} has no status in the task list")
+        return cls(
+            task_id,
+            status=status,
+            model=_text(row.get("model")),
+            type=_text(row.get("type")),
+            progress=_number(row.get("progress")),
+            created=_number(row.get("created_at")),
+            duration=_number(row.get("duration")),
+            result_count=_number(row.get("result_count")),
+            credits_used=_number(row.get("credits_used")),
+            raw=row,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as the API sent it."""
+        return dict(self.raw)
+
+
+@frozen(kw_only=True)
+class Credits:
+    """What is left to spend (``GET /v1/credits``), in credits.
+
+    Attributes:
+        remaining: Left on the account.
+        used: Spent by the account.
+        token_remaining: Left for this API key.
+        token_used: Spent with this API key.
+        token_unlimited: True if the key has no limit of its own.
+    """
+
+    remaining: float
+    used: float | None = None
+    token_remaining: float | None = None
+    token_used: float | None = None
+    token_unlimited: bool = False
+
+    @classmethod
+    def from_json(cls, value: object) -> Self:
+        """Read the answer of the credits endpoint.
+
+        Raises:
+            InvalidResponseError: It does not say what is left.
+        """
+        data = _object(_object(value).get("data"))
+        user, token = _object(data.get("user")), _object(data.get("token"))
+        remaining = _number(user.get("remaining_credits"))
+        if remaining is None:
+            raise unusable(value, "the answer does not say how many credits remain")
+        return cls(
+            remaining=remaining,
+            used=_number(user.get("used_credits")),
+            token_remaining=_number(token.get("remaining_credits")),
+            token_used=_number(token.get("used_credits")),
+            token_unlimited=token.get("unlimited_credits") is True,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The answer in the API's shape."""
+        user = {"remaining_credits": self.remaining, "used_credits": self.used}
+        token = {
+            "remaining_credits": self.token_remaining,
+            "used_credits": self.token_used,
+            "unlimited_credits": self.token_unlimited,
+        }
+        return {"data": {"user": user, "token": token}}
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings and outcomes

@@ -1,0 +1,173 @@
+"""When to look next: the polling policy, the learned law of durations, the price of a look.
+
+One look costs a request; not looking costs the seconds between the end of a task and
+noticing it. With *price* the seconds of delay that one look is worth, the next look pays at
+the age u where the delay expected to have been wasted since the last look (at age t, task
+still running) has grown to the price, weighed by the chance that the task still runs then::
+
+    integral from t to u of (F(x) - F(t)) dx  =  price * (1 - F(u))
+
+F, the law of durations, is learned per kind of task as a hazard over log-spaced ages: ends
+over at-risk, so that tasks still running count for as much as those that ended (completions
+alone would be survivorship-biased whenever tasks overlap). See `DurationModel`.
+
+Pure arithmetic: time is passed in, nothing here reads a clock. Ages are seconds since the
+submit was sent.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Protocol
+
+from attrs import Attribute, define, field, frozen
+
+from evolink_async.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typing_extensions import TypeIs
+
+__all__ = ["Backoff", "PollPolicy", "Schedule"]
+
+
+def _is_number(value: object) -> TypeIs[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_number(
+    minimum: float, *, optional: bool = False
+) -> Callable[[object, Attribute[Any], object], None]:
+    allowed = f"a number from {minimum:g} to 1e9" + (" or None" if optional else "")
+
+    def check(_: object, attribute: Attribute[Any], value: object) -> None:
+        if value is None and optional:
+            return
+        if not _is_number(value) or not minimum <= value <= 1e9:
+            raise ConfigurationError(f"{attribute.name}={value!r} is not allowed: {allowed}")
+
+    return check
+
+
+def _check_wait(_: object, attribute: Attribute[Any], value: object) -> None:
+    if value is None:
+        return
+    allowed = "a tenacity wait strategy that needs only the attempt number, or None"
+    try:
+        for attempt in (1, 2, 10, 1_000):
+            _ask(value, attempt)
+    except Exception as error:
+        raise ConfigurationError(
+            f"{attribute.name}={value!r} is not allowed: {allowed} ({error})"
+        ) from error
+
+
+def _ask(wait: Any, attempt: int) -> float:
+    """Seconds that *wait* answers; there is no outcome for it to look at."""
+    from tenacity import RetryCallState  # noqa: PLC0415 - only who passes wait= pays for it
+
+    state = RetryCallState(None, None, (), {})  # type: ignore[arg-type]  # only counts
+    state.attempt_number = attempt
+    return float(wait(state))
+
+
+@frozen(kw_only=True)
+class PollPolicy:
+    """How a session decides when to look at its running tasks.
+
+    By default it learns how long tasks take and looks where that pays. All times are
+    seconds and scale together: for generations ten times as fast, divide all of them by
+    ten.
+
+    Attributes:
+        price: Seconds of delay that one read is worth. More means fewer reads and later
+            news; 0.5 is about five reads and two seconds for a lone 27 s generation. A
+            read of many tasks is shared by them, and so is its price.
+        min_interval: Least time between two looks at one task. Where more tasks run than one
+            read can ask for, reads go out in bursts, 2.5 of it apart, unless *wait* is given.
+        max_interval: Most time between two looks at one task.
+        deadline: Age at which a task is given up, None for never.
+        wait: A tenacity wait strategy, for plain backoff instead of learning. It sees the
+            number of looks as ``attempt_number`` and nothing else; its answer is kept
+            within the two intervals.
+
+    Raises:
+        ConfigurationError: A value is not allowed.
+    """
+
+    price: float = field(default=0.5, validator=_check_number(1e-6))
+    min_interval: float = field(default=0.25, validator=_check_number(1e-6))
+    max_interval: float = field(default=60.0, validator=_check_number(1e-6))
+    deadline: float | None = field(default=3600.0, validator=_check_number(1e-6, optional=True))
+    wait: Any = field(default=None, validator=_check_wait)
+
+    def __attrs_post_init__(self) -> None:
+        if self.max_interval < self.min_interval:
+            raise ConfigurationError(
+                f"max_interval={self.max_interval!r} is not allowed:"
+                f" at least min_interval={self.min_interval!r}"
+            )
+
+    def clamp(self, age: float, proposed: float) -> float:
+        """*proposed* brought into the bounds of a look after one at *age*; always later."""
+        age = 0.0 if math.isnan(age) else age
+        # In this order what is not a number loses.
+        when = min(age + self.max_interval, max(age + self.min_interval, proposed))
+        if self.deadline is not None and age < self.deadline < when:
+            return self.deadline
+        return when if when > age else math.nextafter(age, math.inf)
+
+
+class Schedule(Protocol):
+    """What the watcher asks and tells about one kind of task."""
+
+    @property
+    def typical(self) -> float | None:
+        """Learned median duration in seconds, None while nothing was learned."""
+        ...
+
+    def next_age(self, age: float, price: float, looks: int = 0) -> float:
+        """Age at which to look next, after *looks* looks, the last one sent at *age*."""
+        ...
+
+    def saw_running(self, last_age: float, age: float, tasks: int = 1) -> None:
+        """A look sent at *age* found *tasks* running, the one before was at *last_age*."""
+        ...
+
+    def saw_end(self, last_age: float, age: float, duration: float | None = None) -> None:
+        """The end came after *last_age* and was known at *age*; *duration* if it was told."""
+        ...
+
+    def started(self) -> None:
+        """One more task of this kind is being watched."""
+        ...
+
+    def left(self) -> None:
+        """One less, for whatever reason."""
+        ...
+
+
+@define(eq=False)
+class Backoff:
+    """The schedule of ``PollPolicy(wait=...)``: counts looks, learns nothing."""
+
+    policy: PollPolicy
+    typical: None = field(default=None, init=False)
+
+    def next_age(self, age: float, price: float, looks: int = 0) -> float:
+        """*price* has no say."""
+        del price
+        return self.policy.clamp(age, age + _ask(self.policy.wait, looks + 1))
+
+    def saw_running(self, last_age: float, age: float, tasks: int = 1) -> None:
+        """Nothing to learn."""
+
+    def saw_end(self, last_age: float, age: float, duration: float | None = None) -> None:
+        """Nothing to learn."""
+
+    def started(self) -> None:
+        """Nothing to count."""
+
+    def left(self) -> None:
+        """Nothing to count."""

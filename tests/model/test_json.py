@@ -1,0 +1,67 @@
+"""`loads` is `json.loads`, with msgspec and without."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import bodies, examples, json_values
+
+from evolink_async._model import json as _json
+
+
+def outcome(load: Callable[[bytes], Any], text: bytes) -> str:
+    """What comes of *text*: the value with its types, or that it is refused."""
+    try:
+        return repr(load(text))
+    except (ValueError, RecursionError):
+        return "refused"
+
+
+def written(value: object, *, ascii_only: bool) -> bytes:
+    """*value* as JSON, as far as `json` can write it."""
+    try:
+        return json.dumps(value, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    except (ValueError, RecursionError):
+        return b""
+
+
+values = json_values | st.floats() | st.integers()
+texts = bodies | st.builds(written, values, ascii_only=st.booleans())
+
+
+@examples(500)
+@given(texts)
+def test_loads_gives_what_json_gives(text: bytes) -> None:
+    """The same value of the same types, or an error of the same kind."""
+    assert outcome(_json.loads, text) == outcome(json.loads, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"NaN",
+        b"[-Infinity, 1e400]",
+        b"-0",
+        b"1" * 30,
+        b"9" * 5000,
+        b"1." + b"3" * 400,
+        b'"\\ud800"',
+        b'"\xed\xa0\x80"',
+        b'{"a": 1, "a": 2}',
+        b"\xef\xbb\xbf1",
+        '{"a": "é"}'.encode("utf-16"),
+        b'"\xff"',
+        b"[1,]",
+        b"01",
+        b"",
+        b"[" * 100_000 + b"]" * 100_000,
+    ],
+)
+def test_loads_of_odd_texts(text: bytes) -> None:
+    """What one library takes and the other does not is as `json` says."""
+    assert outcome(_json.loads, text) == outcome(json.loads, text)

@@ -1,0 +1,851 @@
+"""Results to disk: whole, of the type they are, under safe names, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import io
+import os
+import re
+import secrets
+import struct
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import pytest
+from hostile_results import (
+    Behaviour,
+    Hit,
+    HostileHost,
+    cut,
+    endless,
+    png,
+    ranged,
+    raw,
+    redirect,
+    reply,
+    silent,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from evolink_async._files import safe_name
+from evolink_async._results import save as saving
+from evolink_async._results.fetch import ResultClient
+from evolink_async._results.media import media_type
+from evolink_async._results.save import MAX_BYTES, MAX_FILES, save, save_all
+from evolink_async._results.stream import Interrupted
+from evolink_async.errors import DownloadError, SessionClosedError
+
+PICTURE = png(3000)
+HAS_DEV_FULL = Path("/dev/full").exists()
+TASK = "task-unified-1757156493-imcg5zqt"
+
+
+@pytest.fixture
+async def host() -> AsyncIterator[HostileHost]:
+    async with HostileHost() as host:
+        yield host
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[ResultClient]:
+    client = ResultClient(allow_loopback=True, connect_timeout=1.0, stall_timeout=0.2)
+    yield client
+    await client.aclose()
+
+
+async def no_wait(_: float) -> None:
+    """Waits between attempts, without the waiting."""
+
+
+async def fetch(client: ResultClient, url: str, folder: Path, **given: Any) -> Path:
+    given.setdefault("sleep", no_wait)
+    return await save(client.open, url, folder, "x-1", **given)
+
+
+async def failure(client: ResultClient, url: str, folder: Path, **given: Any) -> DownloadError:
+    """The error of a download; nothing new may be left in *folder*."""
+    before = contents(folder)
+    with pytest.raises(DownloadError) as caught:
+        await fetch(client, url, folder, **given)
+    assert contents(folder) == before
+    assert type(caught.value) is DownloadError
+    return caught.value
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below *folder*."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+# -- the ordinary case -----------------------------------------------------------------------
+
+
+async def test_save(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """A result is saved whole, in a folder made for it, readable as any new file is."""
+    folder = tmp_path / "a" / "b"
+    path = await fetch(client, host.url("/a.png", reply(PICTURE)), folder)
+    assert path == folder / "x-1.png"
+    assert contents(folder) == {"x-1.png": PICTURE}
+    (tmp_path / "ordinary").touch()
+    assert path.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+    assert path.stat().st_nlink == 1
+
+
+async def test_save_all(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """All results of a task are saved, numbered in order, at the same time."""
+    pictures = [png(1000 * k) for k in range(1, 5)]
+    urls = [host.url(f"/{k}", reply(picture)) for k, picture in enumerate(pictures)]
+    paths = await save_all(client.open, urls, str(tmp_path), task_id=TASK)
+    assert paths == tuple(tmp_path / f"{TASK}-{k}.png" for k in range(1, 5))
+    assert [path.read_bytes() for path in paths] == pictures
+    assert host.most_open > 1
+
+
+async def test_large_file(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """A file of many chunks, of unknown length, arrives whole."""
+    body = png(5_000_000)
+    path = await fetch(client, host.url("/a", reply(body, length=False)), tmp_path)
+    assert path.read_bytes() == body
+
+
+# -- what arrives ----------------------------------------------------------------------------
+
+
+def pillow(kind: str, **given: Any) -> bytes:
+    """A small picture of that kind, as Pillow writes it."""
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((40, 30)).convert("RGB").save(file, kind, **given)
+    return file.getvalue()
+
+
+def box(name: bytes, *brands: bytes) -> bytes:
+    """The first box of an ISO media file, and some data."""
+    body = name + brands[0] + bytes(4) + b"".join(brands)
+    return struct.pack(">I", len(body) + 4) + body + bytes(100)
+
+
+MEDIA = {
+    "png": [pillow("PNG"), PICTURE + b"trailing"],
+    "jpg": [pillow("JPEG"), pillow("JPEG", progressive=True), pillow("JPEG") + bytes(50)],
+    "webp": [pillow("WEBP"), pillow("WEBP", lossless=True), pillow("WEBP") + b"x"],
+    "gif": [pillow("GIF"), pillow("GIF") + b"\0\0"],
+    "bmp": [pillow("BMP")],
+    "tiff": [pillow("TIFF"), b"MM\0*" + bytes(80)],
+    "avif": [box(b"ftyp", b"avif", b"mif1"), box(b"ftyp", b"mif1", b"avif")],
+    "heic": [box(b"ftyp", b"heic", b"mif1"), box(b"ftyp", b"mif1", b"heic")],
+    "mp4": [box(b"ftyp", b"isom", b"iso2"), box(b"ftyp", b"mp42"), box(b"ftyp", b"M4V ")],
+    "mov": [box(b"ftyp", b"qt  ")],
+    "m4a": [box(b"ftyp", b"M4A ")],
+    "webm": [b"\x1a\x45\xdf\xa3\x9fB\x86\x81\x01B\x82\x84webm" + bytes(80)],
+    "mkv": [b"\x1a\x45\xdf\xa3\xa3B\x86\x81\x01B\x82\x88matroska" + bytes(80)],
+    "ogg": [b"OggS\0\x02" + bytes(80)],
+    "flac": [b"fLaC\0\0\0\x22" + bytes(80)],
+    "wav": [b"RIFF\xff\xff\xff\xffWAVEfmt " + bytes(80)],
+    "mp3": [b"ID3\x04\0\0" + bytes(80), b"\xff\xfb\x90\x64" + bytes(80)],
+}
+
+
+@pytest.mark.parametrize(
+    ("extension", "body"), [(ext, body) for ext, bodies in MEDIA.items() for body in bodies]
+)
+async def test_extension_is_the_real_type(
+    client: ResultClient, host: HostileHost, tmp_path: Path, extension: str, body: bytes
+) -> None:
+    """The extension is that of the bytes, whatever link and headers say."""
+    headers = {
+        "Content-Type": "application/x-msdownload",
+        "Content-Disposition": 'attachment; filename="../../evil.exe"',
+    }
+    url = host.url("/%2e%2e/%2e%2e/evil.exe", reply(body, headers=headers))
+    path = await fetch(client, url, tmp_path / "out")
+    assert contents(tmp_path) == {f"out/x-1.{extension}": body}
+    assert path.suffix == f".{extension}"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<!DOCTYPE html><html><body>Please log in</body></html>" * 9,
+        b"<html>",
+        b'{"error": "no such file"}',
+        b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>",
+        b"MZ\x90\0" + bytes(200),
+        b"\x7fELF" + bytes(200),
+        b"#!/bin/sh\nrm -rf ~\n",
+        b"%PDF-1.7\n" + bytes(100),
+        b"PK\x03\x04" + bytes(100),
+        b"BM is how this text begins, but a bitmap it is not, by its header.",
+        b"GIF88a" + bytes(100),
+        b"\x89PNG\n\x1a\n" + bytes(100),
+        b"RIFF\0\0\0\0AVI " + bytes(100),
+        b"\0\0\0\x20ftyp\0\0\0\0" + bytes(100),
+        b"\x1a\x45\xdf\xa3" + bytes(100),
+        b"\xff\xfe<\0h\0t\0m\0l\0>\0",
+        b"\x1b[31mred alert\x1b]0;title\x07" * 5,
+        b"x",
+        bytes(1000),
+    ],
+)
+async def test_not_a_picture(
+    client: ResultClient, host: HostileHost, tmp_path: Path, body: bytes
+) -> None:
+    """What is no media file is not saved, whatever it is called; the error shows its beginning."""
+    headers = {"Content-Type": "image/png"}
+    error = await failure(client, host.url("/a.png", reply(body, headers=headers)), tmp_path)
+    assert "begins with" in str(error)
+    assert str(error).isprintable()
+    assert len(host.hits) == 1
+
+
+@given(st.binary(max_size=100))
+def test_media_type_of_anything(head: bytes) -> None:
+    """Any bytes have a known type or none."""
+    assert media_type(head) in {None, *MEDIA}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        png(3000, end=False),
+        PICTURE[:-1],
+        PICTURE[:40],
+        pillow("JPEG")[:-2],
+        pillow("WEBP")[:-1],
+        pillow("GIF")[:-1],
+        b"",
+    ],
+)
+async def test_unfinished_file(
+    client: ResultClient, host: HostileHost, tmp_path: Path, body: bytes
+) -> None:
+    """A file without its end is not saved, even if the host says that this is all of it."""
+    for length in (True, False):
+        url = host.url("/a?sig=secret", reply(body, length=length))
+        error = await failure(client, url, tmp_path, attempts=3)
+        assert "secret" not in str(error) + error.url
+    assert len(host.hits) == 6
+
+
+async def test_unfinished_once(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """After a file without its end the download starts over."""
+    etag = {"ETag": '"v1"'}
+    url = host.url("/a", reply(PICTURE[:50], headers=etag, length=False), ranged(PICTURE))
+    path = await fetch(client, url, tmp_path)
+    assert path.read_bytes() == PICTURE
+    assert "Range" not in host.hits[1].headers
+
+
+async def test_endless_picture(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """A picture that never ends is given up at the limit."""
+    for headers in ({}, {"Transfer-Encoding": "chunked"}):
+        first = PICTURE[:50] if not headers else b"40000000\r\n" + PICTURE[:50]
+        error = await failure(
+            client, host.url("/a", endless(first, headers)), tmp_path, max_bytes=3_000_000
+        )
+        assert "at most 3000000 bytes" in str(error)
+    assert len(host.hits) == 2
+
+
+async def test_endless_page(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """What is no picture is given up at its beginning."""
+    first = b"<!DOCTYPE html><html><head><title>Not what you asked for</title></head>"
+    assert "begins with" in str(await failure(client, host.url("/a", endless(first)), tmp_path))
+
+
+async def test_limit(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """The limit is exact, and an announced length beyond it is not even begun."""
+    size = len(PICTURE)
+    for length in (True, False):
+        url = host.url("/a", reply(PICTURE, length=length))
+        await failure(client, url, tmp_path, max_bytes=size - 1)
+        await fetch(client, url, tmp_path, max_bytes=size, overwrite=True)
+    huge = raw(b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999999\r\n\r\n" + PICTURE)
+    error = await failure(client, host.url("/b", huge), tmp_path / "b")
+    assert f"at most {MAX_BYTES} bytes" in str(error)
+    assert len(host.hits_of("/b")) == 1
+    assert MAX_BYTES == 64 * 1024 * 1024
+
+
+# -- interruptions ---------------------------------------------------------------------------
+
+
+async def test_resume(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """A download that breaks off goes on where it was, as often as attempts allow."""
+    body = png(2_000_000)
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    url = host.url("/a", ranged(body, after=600_000))
+    path = await fetch(client, url, tmp_path, sleep=sleep)
+    assert path.read_bytes() == body
+    starts = [int(hit.headers.get("Range", "=0-")[:-1].partition("=")[2]) for hit in host.hits]
+    assert starts == sorted(set(starts))
+    assert len(starts) >= 3
+    assert {hit.headers.get("If-Range") for hit in host.hits} == {None, '"v1"'}
+    assert waits == [0.5, 1.0, 2.0, 4.0][: len(waits)]
+
+
+@pytest.mark.parametrize("after", [0, 1, 7, 63, 64, 65, 1000])
+async def test_resume_from_any_byte(
+    client: ResultClient, host: HostileHost, tmp_path: Path, after: int
+) -> None:
+    """Wherever it broke off, the file is put together right."""
+    url = host.url("/a", ranged(PICTURE, after=after), ranged(PICTURE))
+    assert (await fetch(client, url, tmp_path)).read_bytes() == PICTURE
+
+
+@pytest.mark.parametrize(
+    ("headers", "then", "asked"),
+    [
+        ({}, reply(PICTURE), False),
+        ({"ETag": 'W/"v1"'}, reply(PICTURE), False),
+        ({"ETag": '"v1"', "Accept-Ranges": "none"}, ranged(PICTURE), False),
+        ({"ETag": '"v1"'}, reply(PICTURE), True),
+        ({"ETag": '"v0"'}, ranged(PICTURE), True),
+    ],
+)
+async def test_start_over(
+    client: ResultClient,
+    host: HostileHost,
+    tmp_path: Path,
+    *,
+    headers: dict[str, str],
+    then: Behaviour,
+    asked: bool,
+) -> None:
+    """Where the host cannot resume, or the result has changed, the download starts over."""
+    url = host.url("/a", cut(png(2_000_000), 1_000_000, headers), then)
+    assert (await fetch(client, url, tmp_path)).read_bytes() == PICTURE
+    assert ("Range" in host.hits[1].headers) == asked
+
+
+async def test_unasked_part(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """A part that was not asked for is not put behind what was received."""
+    size = len(PICTURE)
+    part = reply(PICTURE[100:], 206, {"Content-Range": f"bytes 100-{size - 1}/{size}"})
+    error = await failure(
+        client, host.url("/a", ranged(PICTURE, 'W/"v1"', after=100, hang=True), part), tmp_path
+    )
+    assert error.status == 206
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Content-Range": "bytes 100-3999/4000", "ETag": '"v1"'},
+        {"Content-Range": f"bytes 100-{len(PICTURE) - 1}/{len(PICTURE)}", "ETag": '"v2"'},
+        {"Content-Range": f"bytes 99-{len(PICTURE) - 1}/{len(PICTURE)}", "ETag": '"v1"'},
+        {},
+    ],
+)
+async def test_part_of_something_else(
+    client: ResultClient, host: HostileHost, tmp_path: Path, headers: dict[str, str]
+) -> None:
+    """A part that does not belong to what was received is not put behind it."""
+    url = host.url(
+        "/a",
+        ranged(PICTURE, after=100, hang=True),
+        reply(b"\xee" * (len(PICTURE) - 112) + PICTURE[-12:], 206, headers),
+        reply(PICTURE),
+    )
+    assert (await fetch(client, url, tmp_path)).read_bytes() == PICTURE
+    assert [hit.headers.get("Range") for hit in host.hits] == [None, "bytes=100-", None]
+
+
+async def test_part_of_unknown_whole(
+    client: ResultClient, host: HostileHost, tmp_path: Path
+) -> None:
+    """A part whose host does not repeat tag and size still has to add up."""
+    headers = {"Content-Range": f"bytes 100-{len(PICTURE) - 1}/*"}
+    short = reply(PICTURE[100:200], 206, {"Content-Range": "bytes 100-199/*"})
+    rest = reply(PICTURE[200:], 206, {"Content-Range": f"bytes 200-{len(PICTURE) - 1}/*"})
+    url = host.url("/a", ranged(PICTURE, after=100, hang=True), short, rest)
+    assert (await fetch(client, url, tmp_path)).read_bytes() == PICTURE
+    url = host.url("/b", ranged(PICTURE, after=100, hang=True), reply(PICTURE[100:], 206, headers))
+    assert (await fetch(client, url, tmp_path, overwrite=True)).read_bytes() == PICTURE
+
+
+async def test_attempts(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """After so many attempts the last error is the caller's, with what was asked for."""
+    url = host.url("/a?sig=secret", reply(b"", 503))
+    error = await failure(client, url, tmp_path, attempts=3, task_id=TASK)
+    assert len(host.hits) == 3
+    assert (error.status, error.task_id, error.expired) == (503, TASK, False)
+    assert "secret" not in str(error) + error.url
+    host.url("/a", reply(b"", 500), reply(b"", 429), cut(PICTURE, 10), reply(PICTURE))
+    await fetch(client, url, tmp_path)
+
+
+async def test_stall_then_resume(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """A host that stalls is left and asked again for the rest."""
+    head = f'HTTP/1.1 200 OK\r\nETag: "v1"\r\nContent-Length: {len(PICTURE)}\r\n\r\n'.encode()
+    url = host.url("/a", silent(head + PICTURE[:500]), ranged(PICTURE))
+    assert (await fetch(client, url, tmp_path)).read_bytes() == PICTURE
+    assert host.hits[1].headers["Range"] == "bytes=500-"
+
+
+async def test_expired(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """An expired link is not tried again, also when it expires on the way."""
+    error = await failure(client, host.url("/a?s=secret", reply(b"", 403)), tmp_path, task_id=TASK)
+    assert (error.expired, error.status, error.task_id) == (True, 403, TASK)
+    assert len(host.hits) == 1
+    url = host.url("/b", ranged(PICTURE, after=100), reply(b"", 403))
+    assert (await failure(client, url, tmp_path)).expired
+
+
+async def test_changes_host_on_the_way(
+    client: ResultClient, host: HostileHost, tmp_path: Path
+) -> None:
+    """A redirect to an internal host is refused at any attempt."""
+    url = host.url("/a", ranged(PICTURE, after=100), redirect("https://10.0.0.1/"))
+    assert "private" in str(await failure(client, url, tmp_path))
+
+
+async def test_cut_at_every_byte(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """An answer cut anywhere never leaves a file."""
+    body = png(60)
+    whole = b"HTTP/1.1 200 OK\r\n\r\n" + body
+    for end in range(len(whole)):
+        await failure(client, host.url("/a", raw(whole[:end])), tmp_path, attempts=1)
+    assert (await fetch(client, host.url("/a", raw(whole)), tmp_path)).read_bytes() == body
+
+
+# -- the disk --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["x-1.png", "x-1.jpg", "x-1.mp4"])
+async def test_existing_file(
+    client: ResultClient, host: HostileHost, tmp_path: Path, name: str
+) -> None:
+    """A file of that name and any extension stays as it is; not a byte is asked for."""
+    (tmp_path / name).write_bytes(b"precious")
+    error = await failure(client, host.url("/a", reply(PICTURE)), tmp_path)
+    assert error.path == tmp_path / name
+    assert "overwrite=True" in str(error)
+    assert not host.hits
+
+
+async def test_overwrite(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """Where asked, an existing file is replaced, but only by a whole one."""
+    (tmp_path / "x-1.png").write_bytes(b"precious")
+    await failure(client, host.url("/a", reply(PICTURE[:-1])), tmp_path, overwrite=True)
+    path = await fetch(client, host.url("/a", reply(PICTURE)), tmp_path, overwrite=True)
+    assert contents(tmp_path) == {path.name: PICTURE}
+
+
+async def test_file_made_meanwhile(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """A file that appears while downloading is not replaced."""
+
+    async def race(_: Hit, writer: asyncio.StreamWriter) -> None:
+        (tmp_path / "x-1.png").write_bytes(b"precious")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + PICTURE)
+        await writer.drain()
+
+    with pytest.raises(DownloadError, match="overwrite=True"):
+        await fetch(client, host.url("/a", race), tmp_path)
+    assert contents(tmp_path) == {"x-1.png": b"precious"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+async def test_symbolic_link(
+    client: ResultClient, host: HostileHost, tmp_path: Path, *, overwrite: bool
+) -> None:
+    """A symbolic link under the final name is never written through."""
+    outside = tmp_path / "outside"
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "x-1.png").symlink_to(outside)
+    url = host.url("/a", reply(PICTURE))
+    if overwrite:
+        assert not (await fetch(client, url, folder, overwrite=True)).is_symlink()
+    else:
+        await failure(client, url, folder)
+    assert not outside.exists()
+
+
+async def test_folder_in_the_way(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """A folder of the file's name is an error that says so."""
+    (tmp_path / "x-1.png").mkdir()
+    url = host.url("/a", reply(PICTURE))
+    assert "folder" in str(await failure(client, url, tmp_path, overwrite=True))
+    assert "exists" in str(await failure(client, url, tmp_path))
+
+
+async def test_folder_is_a_file(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """A file where the folder should be, or above it, is an error that says so."""
+    (tmp_path / "file").touch()
+    url = host.url("/a", reply(PICTURE))
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(DownloadError, match="is a file, not a folder"):
+            await fetch(client, url, folder)
+    with pytest.raises(DownloadError, match="cannot be the name of a folder"):
+        await fetch(client, url, tmp_path / "\0")
+    assert not host.hits
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+async def test_folder_not_writable(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """A folder that may not be written to is an error that says so."""
+    os.chmod(tmp_path, 0o500)  # noqa: PTH101 - quick, and not worth a thread
+    error = await failure(client, host.url("/a", reply(PICTURE)), tmp_path)
+    assert "no permission" in str(error)
+    assert error.path == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "quota"),
+        (errno.EACCES, "no permission"),
+        (errno.EROFS, "read-only"),
+        (errno.EIO, os.strerror(errno.EIO)),
+        (None, "OSError"),
+    ],
+)
+@pytest.mark.parametrize("where", ["open", "fsync"])
+async def test_disk_trouble(
+    client: ResultClient,
+    host: HostileHost,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    number: int | None,
+    words: str,
+    where: str,
+) -> None:
+    """Trouble with the disk is an error that names it, and leaves nothing behind."""
+
+    def fail(*_: object, **__: object) -> int:
+        raise OSError(number, None if number is None else os.strerror(number))
+
+    monkeypatch.setattr(os, where, fail)
+    with pytest.raises(DownloadError, match=words) as caught:
+        await fetch(client, host.url("/a", reply(PICTURE)), tmp_path, task_id=TASK)
+    monkeypatch.undo()
+    assert contents(tmp_path) == {}
+    assert (caught.value.path, caught.value.task_id) == (tmp_path, TASK)
+
+
+@pytest.mark.skipif(not HAS_DEV_FULL, reason="needs a disk that is always full")
+async def test_full_disk(
+    client: ResultClient, host: HostileHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fills up on the way is said to be full."""
+    real = os.open
+
+    def full(path: Path, flags: int, mode: int = 0o777) -> int:
+        return (
+            real("/dev/full", os.O_RDWR) if str(path).endswith(".part") else real(path, flags, mode)
+        )
+
+    monkeypatch.setattr(os, "open", full)
+    error = await failure(client, host.url("/a", reply(png(2_000_000))), tmp_path)
+    assert "the disk is full" in str(error)
+
+
+async def test_file_system_without_links(
+    client: ResultClient, host: HostileHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are no hard links the file is saved all the same, and nothing replaced."""
+
+    def no_link(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_link)
+    url = host.url("/a", reply(PICTURE))
+    await fetch(client, url, tmp_path)
+    assert contents(tmp_path) == {"x-1.png": PICTURE}
+
+    async def race(_: Hit, writer: asyncio.StreamWriter) -> None:
+        (tmp_path / "race" / "x-1.png").write_bytes(b"precious")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + PICTURE)
+        await writer.drain()
+
+    with pytest.raises(DownloadError, match="overwrite=True"):
+        await fetch(client, host.url("/a", race), tmp_path / "race")
+    assert contents(tmp_path / "race") == {"x-1.png": b"precious"}
+
+    def no_rename(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", no_rename)
+    await failure(client, url, tmp_path / "broken")
+
+
+async def test_folder_that_cannot_be_flushed(
+    client: ResultClient, host: HostileHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that cannot flush a folder does not make a saved file an error."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):  # noqa: PTH112 - a link in /proc
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    await fetch(client, host.url("/a", reply(PICTURE)), tmp_path)
+    monkeypatch.delattr(os, "O_DIRECTORY")
+    await fetch(client, host.url("/a"), tmp_path / "b")
+
+
+async def test_order_of_the_last_steps(
+    client: ResultClient, host: HostileHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is on disk before it has its name, and the name before the path is returned."""
+    steps: list[str] = []
+    fsync, link = os.fsync, os.link
+
+    def spy(name: str, call: Callable[..., None]) -> Callable[..., None]:
+        def act(*args: Any, **given: Any) -> None:
+            steps.append(name)
+            call(*args, **given)
+
+        return act
+
+    monkeypatch.setattr(os, "fsync", spy("fsync", fsync))
+    monkeypatch.setattr(os, "link", spy("link", link))
+    await fetch(client, host.url("/a", reply(PICTURE)), tmp_path)
+    assert steps == ["fsync", "link", "fsync"]
+
+
+async def test_temporary_name(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """While it arrives, a file has a hidden, unguessable name in the same folder."""
+    head = b"HTTP/1.1 200 OK\r\n\r\n"
+    stuck = host.url("/a", silent(head + png(1_000_000)))
+    task = asyncio.create_task(fetch(client, stuck, tmp_path))
+    await host.arrived.wait()
+    (name,) = contents(tmp_path)
+    assert re.fullmatch(r"\.x-1\.[0-9a-f]{16}\.part", name)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert contents(tmp_path) == {}
+
+
+async def test_temporary_name_taken(
+    client: ResultClient, host: HostileHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link or file planted under the temporary name is not written to."""
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "0" * 16)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f".x-1.{'0' * 16}.part").symlink_to(tmp_path / "outside")
+    with pytest.raises(DownloadError):
+        await fetch(client, host.url("/a", reply(PICTURE)), tmp_path / "out")
+    assert not (tmp_path / "outside").exists()
+    assert (tmp_path / "out" / f".x-1.{'0' * 16}.part").is_symlink()
+    (tmp_path / f".x-1.{'0' * 16}.part").write_bytes(b"planted")
+    await failure(client, host.url("/a"), tmp_path)
+
+
+@pytest.mark.parametrize("step", ["mkdir", "open", "write", "fsync", "link"])
+async def test_cancelled_in_a_thread(
+    client: ResultClient,
+    host: HostileHost,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+) -> None:
+    """Cancelled at any step on the disk, the file is whole or not there, and nothing else is."""
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(1))
+    reached, go_on = asyncio.Event(), threading.Event()
+    owner: Any = {"mkdir": Path, "write": saving._Partial}.get(step, os)
+    real = getattr(owner, step)
+
+    def slow(*args: Any, **given: Any) -> Any:
+        if not reached.is_set():
+            loop.call_soon_threadsafe(reached.set)
+            go_on.wait(5)
+        return real(*args, **given)
+
+    monkeypatch.setattr(owner, step, slow)
+    folder = tmp_path / "out"
+    task = asyncio.create_task(fetch(client, host.url("/a", reply(PICTURE)), folder))
+    await reached.wait()
+    for _ in range(5):
+        task.cancel()
+        await asyncio.sleep(0)
+    loop.call_later(0.02, go_on.set)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    monkeypatch.undo()
+    await loop.shutdown_default_executor()
+    assert contents(tmp_path) in ({}, {"out/x-1.png": PICTURE})
+    assert (step in {"fsync", "link"}) == bool(contents(tmp_path))
+
+
+async def test_cancelled_at_any_moment(
+    client: ResultClient, host: HostileHost, tmp_path: Path
+) -> None:
+    """Cancelled after any number of turns of the loop, no temporary file stays."""
+    for turns in range(0, 120, 3):
+        url = host.url("/a", ranged(PICTURE, after=900))
+        task = asyncio.create_task(fetch(client, url, tmp_path / str(turns)))
+        for _ in range(turns):
+            await asyncio.sleep(0.0002)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_default_executor()
+    found = contents(tmp_path)
+    assert {Path(name).name for name in found} <= {"x-1.png"}
+    assert set(found.values()) <= {PICTURE}
+
+
+def test_nothing_is_written_after_giving_up(tmp_path: Path) -> None:
+    """A thread that comes late to a file that was given up leaves nothing behind."""
+    late = saving._Partial(tmp_path / "late", stem="x", overwrite=False)
+    late.discard()
+    late.create()
+    assert not (tmp_path / "late").exists()
+    partial = saving._Partial(tmp_path, stem="x", overwrite=False)
+    partial.create()
+    partial.discard()
+    partial.write(PICTURE, rewind=False)
+    assert partial.publish("png", PICTURE[:64]) is None
+    assert contents(tmp_path) == {}
+
+
+# -- several ---------------------------------------------------------------------------------
+
+
+async def test_one_of_several_fails(
+    client: ResultClient, host: HostileHost, tmp_path: Path
+) -> None:
+    """What could be saved stays, and the error says what that is."""
+    urls = [
+        host.url("/1", reply(PICTURE)),
+        host.url("/2", reply(b"", 410)),
+        host.url("/3", reply(PICTURE)),
+    ]
+    with pytest.raises(DownloadError) as caught:
+        await save_all(client.open, urls, tmp_path, task_id=TASK)
+    assert set(contents(tmp_path)) == {f"{TASK}-1.png", f"{TASK}-3.png"}
+    message = str(caught.value)
+    assert f"1 of 3 results of task {TASK} could not be saved" in message
+    assert f"saved: {TASK}-1.png, {TASK}-3.png" in message
+    assert (caught.value.expired, caught.value.task_id) == (True, TASK)
+    assert caught.value.url.endswith("/2")
+
+
+async def test_all_fail(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """If nothing was saved the error says so; a single result's error is its own."""
+    urls = [host.url("/1", reply(b"", 410))] * 2
+    with pytest.raises(DownloadError, match=r"2 of 2 .* \(saved: none\)"):
+        await save_all(client.open, urls, tmp_path, task_id=TASK)
+    with pytest.raises(DownloadError, match=r"^http://127.0.0.1:[0-9]+/1: the link has expired"):
+        await save_all(client.open, urls[:1], tmp_path, task_id=TASK)
+
+
+async def test_closed_while_saving(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """A session closed on the way says that, and nothing partial stays."""
+    urls = [host.url("/1", silent(b"HTTP/1.1 200 OK\r\n\r\n" + PICTURE[:100]))] * 2
+    task = asyncio.create_task(save_all(client.open, urls, tmp_path, task_id=TASK, sleep=no_wait))
+    await host.arrived.wait()
+    await client.aclose()
+    with pytest.raises(SessionClosedError):
+        await task
+    assert contents(tmp_path) == {}
+
+
+async def test_cancelling_all(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """Cancelling the whole removes what is unfinished and keeps what is done."""
+    urls = [host.url("/1", reply(PICTURE)), host.url("/2", silent(b"HTTP/1.1 200 OK\r\n\r\n"))]
+    task = asyncio.create_task(save_all(client.open, urls, tmp_path, task_id=TASK))
+    for _ in range(200):
+        if (tmp_path / f"{TASK}-1.png").exists():
+            break
+        await asyncio.sleep(0.005)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert set(contents(tmp_path)) == {f"{TASK}-1.png"}
+
+
+async def test_no_links(client: ResultClient, tmp_path: Path) -> None:
+    """A task without results has nothing to save."""
+    assert await save_all(client.open, (), tmp_path / "out", task_id=TASK) == ()
+
+
+async def test_too_many_links(client: ResultClient, tmp_path: Path) -> None:
+    """A task with absurdly many links is refused before any is opened."""
+    urls = ["https://10.0.0.1/"] * (MAX_FILES + 1)
+    with pytest.raises(DownloadError, match="at most 100"):
+        await save_all(client.open, urls, tmp_path / "out", task_id=TASK)
+
+
+# -- names -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task_id", [TASK, "abcd", "a.b_c-D9", "x" * 112])
+def test_ordinary_ids_keep_their_name(task_id: str) -> None:
+    """An id that is a fine file name is left alone."""
+    assert safe_name(task_id) == task_id
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", ".", "..", "...", "/", "../../etc/passwd", "..\\..\\x", "a/b", "a:b", "C:x", "a\0b",
+        "-rf", ".hidden", "trailing.", "trailing ", "con", "CON", "nul.txt", "Com1", "LPT9.x",
+        "aux", "prn.", "a*b?", "\u202eabc", "\x1b[31m", "\ud800", "\u00fcber", "x" * 300, "a\nb",
+        "a%2fb", "~", "$HOME", "|x",
+    ],
+)  # fmt: skip
+def test_other_ids_get_a_safe_name(text: str) -> None:
+    """Any other text becomes a name that is safe on every system, and its own."""
+    name = safe_name(text)
+    check_name(name)
+    assert name != text
+    assert safe_name(name) == name
+
+
+def check_name(name: str) -> None:
+    """*name* is a single, visible, ordinary path component on any system."""
+    assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,119}", name)
+    assert not name.endswith(".")
+    for path in (name, f"{name}-1.png"):
+        assert Path(path).name == path
+        assert not PureWindowsPath(path).is_reserved()
+        assert PureWindowsPath(path).parts == (path,)
+
+
+@given(st.text(max_size=200))
+def test_any_text_as_a_name(text: str) -> None:
+    """Any text gives a safe name, and that name is its own safe name."""
+    name = safe_name(text)
+    check_name(name)
+    assert safe_name(name) == name
+
+
+@given(st.sets(st.text(st.sampled_from("aA:._-/ 1"), min_size=1, max_size=4), max_size=50))
+def test_names_do_not_collide(texts: set[str]) -> None:
+    """Different ids have different names, and so have all their files."""
+    stems = [f"{safe_name(text)}-{k}" for text in texts for k in (1, 2, 11)]
+    assert len(set(stems)) == len(stems)
+
+
+async def test_hostile_task_id(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
+    """An id made to lead elsewhere stays inside the folder, within the length of a file name."""
+    url = host.url("/a", reply(PICTURE))
+    for task_id in ("../../../evil", "/etc/evil", "x" * 5000, "con", "\ud800"):
+        (path,) = await save_all(client.open, [url], tmp_path / "out", task_id=task_id)
+        assert path.parent == tmp_path / "out"
+        assert path.read_bytes() == PICTURE
+    assert {Path(name).parts[0] for name in contents(tmp_path)} == {"out"}
+
+
+def test_interrupted_is_ours() -> None:
+    """What the loop catches is a download error like any other."""
+    error = Interrupted("broke off", url="https://h.example/", status=503, restart=True)
+    assert isinstance(error, DownloadError)
+    assert (error.status, error.restart) == (503, True)
