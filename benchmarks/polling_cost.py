@@ -117,7 +117,7 @@ class Law:
         return self.cdf[k] + slope * y, self.area[k] + self.cdf[k] * y + slope * y * y / 2
 
     def expected(self, look: Look, price: float) -> float:
-        """Expected J of one task looked at by that schedule."""
+        """Expected J of one task polled at by that schedule."""
         t, ended, area, total = 0.0, *self.at(0.0), 0.0
         while 1 - ended > 1e-5:
             u = look(t)
@@ -269,7 +269,7 @@ class Seat:
 
     submitted: float
     ends: float
-    last_look: float
+    last_poll: float
     due: float = 0.0
 
 
@@ -291,7 +291,7 @@ class Watcher:
         self.queue(seat, seat.submitted + self.schedule.next_age(0.0, price))
 
     def queue(self, seat: Seat, due: float) -> None:
-        seat.due = self.pacer.shared.on_beat(due, seat.last_look, self.running)
+        seat.due = self.pacer.shared.on_beat(due, seat.last_poll, self.running)
         self.order += 1
         heappush(self.heap, (seat.due, self.order, seat))
 
@@ -300,7 +300,7 @@ class Watcher:
         seats = min(self.pacer.shared.limit, len(self.heap))
         batch = [heappop(self.heap)[2] for _ in range(seats)]
         shared = self.pacer.shared
-        shared.saw_read(now, [(seat.last_look, seat.due, 1) for seat in batch])
+        shared.saw_read(now, [(seat.last_poll, seat.due, 1) for seat in batch])
         self.reads += 1
         price = shared.price(self.running)
         received = now + LATENCY
@@ -314,14 +314,14 @@ class Watcher:
         return ended
 
     def end(self, seat: Seat, received: float) -> None:
-        self.schedule.saw_end(seat.last_look - seat.submitted, received - seat.submitted)
+        self.schedule.saw_end(seat.last_poll - seat.submitted, received - seat.submitted)
         self.schedule.left()
         self.running -= 1
 
     def go_on(self, seat: Seat, now: float, received: float, price: float) -> None:
         age = now - seat.submitted
-        self.schedule.saw_running(seat.last_look - seat.submitted, age)
-        seat.last_look = now
+        self.schedule.saw_running(seat.last_poll - seat.submitted, age)
+        seat.last_poll = now
         due = seat.submitted + self.schedule.next_age(age, price)
         self.queue(seat, max(received, due))
 
@@ -359,7 +359,7 @@ def crowd(law: Law, policy: PollPolicy, *, n: int, tasks: int, seed: int) -> Cro
     def submit(now: float) -> None:
         nonlocal left
         left -= 1
-        watcher.watch(Seat(submitted=now, ends=now + law.sample(rng), last_look=now))
+        watcher.watch(Seat(submitted=now, ends=now + law.sample(rng), last_poll=now))
 
     for k in range(n):
         submit(k * POST_SECONDS)
@@ -382,11 +382,11 @@ def bare_loop(law: Law, n: int, seed: int, interval: float = 1.0) -> Crowd:
     """All running tasks are read every *interval* seconds, 50 ids a request; all at once."""
     rng = random.Random(seed)
     ends = sorted(law.sample(rng) for _ in range(n))
-    looks = [math.ceil(end / interval) for end in ends]
+    polls = [math.ceil(end / interval) for end in ends]
     reads = sum(
-        math.ceil((n - bisect_left(looks, look)) / READ_LIMIT) for look in range(1, looks[-1] + 1)
+        math.ceil((n - bisect_left(polls, look)) / READ_LIMIT) for look in range(1, polls[-1] + 1)
     )
-    delay = sum(look * interval - end for look, end in zip(looks, ends, strict=True))
+    delay = sum(look * interval - end for look, end in zip(polls, ends, strict=True))
     return Crowd(1 + reads / n, delay / n)
 
 
@@ -504,8 +504,8 @@ def show_callbacks(price: float) -> None:
             reads += 1 - law.at(age)[0]
         rows.append([str(missed), f"{trust.missed:.2f}", f"{reads:.3f}"])
         trust.saw_missed()
-    title = f"With callbacks, lognormal(25, .4), price {price:g}: looks that find the task running"
-    table(title, ["missed in a row", "share", "looks per task"], rows)
+    title = f"With callbacks, lognormal(25, .4), price {price:g}: polls that find the task running"
+    table(title, ["missed in a row", "share", "polls per task"], rows)
 
 
 def show_decision_cost() -> None:

@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from evolink_async._text import printable
 
@@ -17,15 +17,26 @@ NAME_LIMIT: Final = 120
 
 
 class Refused(Exception):  # noqa: N818 - a verdict on its way to becoming a DownloadError
-    """What arrived, or where it should go, cannot be used, and another try would not help."""
+    """What arrived, or where it should go, cannot be used, and another try would not help.
 
-    def __init__(self, message: str, path: Path | None = None) -> None:
+    Attributes:
+        path: The file it is about, if any.
+        advice: How to get past it: the data of an `EvolinkError`.
+    """
+
+    def __init__(self, message: str, path: Path | None = None, **advice: Any) -> None:
         super().__init__(message)
         self.path = path
+        self.advice = advice
 
 
 def exists(path: Path) -> Refused:
-    return Refused(f"{printable(str(path))} exists; pass overwrite=True to replace it", path)
+    return Refused(
+        f"{printable(str(path))} exists",
+        path,
+        way_past="overwrite",
+        advice="pass overwrite=True to replace it",
+    )
 
 
 def rename(source: Path, target: Path, *, overwrite: bool) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
 from attrs import NOTHING, NothingType, evolve, field, frozen
 
 from evolink_async import _clock as clocks
+from evolink_async._checks import instance, number, refuse, whole
 from evolink_async._clock import Clock, LoopClock
 from evolink_async._hosts import check_base_url, check_callback_url, shown_url
 from evolink_async._http.limiter import NOT_SENT, Gate
@@ -48,7 +49,7 @@ from evolink_async._polling.policy import PollPolicy
 from evolink_async._polling.watch import Watch
 from evolink_async._polling.watcher import Watcher
 from evolink_async._task import Home, Task
-from evolink_async._text import lines_of, shown
+from evolink_async._text import lines_of
 from evolink_async.errors import (
     ConfigurationError,
     EvolinkError,
@@ -172,12 +173,16 @@ class Session:
         self._key = Secret(_api_key(api_key))
         del api_key  # or a report of a later error shows it
         self._base_url = _base_url(base_url)
-        self._max_in_flight = _whole("max_in_flight", max_in_flight)
-        self._max_connections = _whole("max_connections", max_connections)
-        self._rate = _rate(max_requests_per_second)
-        self._poll = _instance("poll", poll, PollPolicy)
-        self._retry = _instance("retry", retry, RetryPolicy)
-        self._timeout = _instance("timeout", timeout, Timeout)
+        self._max_in_flight = whole("max_in_flight", max_in_flight)
+        self._max_connections = whole("max_connections", max_connections)
+        self._rate = (
+            None
+            if max_requests_per_second is None
+            else number("max_requests_per_second", max_requests_per_second, above=True)
+        )
+        self._poll = instance("poll", poll, PollPolicy)
+        self._retry = instance("retry", retry, RetryPolicy)
+        self._timeout = instance("timeout", timeout, Timeout)
         self._http = http
         self._callback = _callback(callback, self)
         self._clock: Clock = clocks.default() if clock is None else clock
@@ -677,7 +682,7 @@ class Session:
         """
         self._open()
         if limit is not None:
-            _whole("limit", limit)
+            whole("limit", limit)
         given = {"status": status, "type": type, "model": model}
         filters = {name: value for name, value in given.items() if value is not None}
         seen: set[str] = set()
@@ -730,7 +735,7 @@ class Session:
         self._open()
         if isinstance(result, Task):
             result = await result
-        _instance("result", result, GenerationResult)
+        instance("result", result, GenerationResult)
         return await save_result(self, result, Path(folder), stem=name, overwrite=overwrite)
 
     async def _sleep(self, seconds: float) -> None:
@@ -848,8 +853,11 @@ def _api_key(given: str | None) -> str:
     key = os.environ.get("EVOLINK_API_KEY", "") if given is None else given
     if not isinstance(key, str) or not key.strip():
         raise ConfigurationError(
-            "no API key: pass Session(api_key=...) or set EVOLINK_API_KEY; "
-            "keys are made at https://evolink.ai/dashboard/keys"
+            "no API key is given",
+            field="api_key",
+            way_past="api_key",
+            advice="pass Session(api_key=...) or set EVOLINK_API_KEY; keys are made at "
+            "https://evolink.ai/dashboard/keys",
         )
     key = key.strip()
     if not all("!" <= c <= "~" for c in key):
@@ -862,26 +870,8 @@ def _base_url(given: str | None) -> str:
     try:
         return check_base_url(url)
     except ValueError as exc:
-        raise ConfigurationError(
-            f"base_url={shown_url(url)!r} is not allowed: {exc}; it is an https address such as "
-            "https://api.evolink.ai, or http on this machine"
-        ) from None
-
-
-def _whole(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name}={value!r} is not allowed: a whole number, 1 or more")
-    return value
-
-
-def _rate(value: object) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-        raise ConfigurationError(
-            f"max_requests_per_second={value!r} is not allowed: a number above 0, or None"
-        )
-    return float(value)
+        allowed = "an https address such as https://api.evolink.ai, or http on this machine"
+        raise refuse("base_url", shown_url(url), allowed, exc) from None
 
 
 def _callback(callback: Callback, session: Session) -> Callback:
@@ -898,14 +888,8 @@ def _callback(callback: Callback, session: Session) -> Callback:
     elif getattr(callback, "session", session) is not session:
         reason = "it belongs to another session, which would look for the tasks in vain"
     if reason is not None:
-        raise ConfigurationError(f"callback={shown(callback)} is not allowed: {allowed} ({reason})")
+        raise refuse("callback", callback, allowed, reason)
     return callback
-
-
-def _instance(name: str, value: object, kind: type[T]) -> T:
-    if not isinstance(value, kind):
-        raise ConfigurationError(f"{name}={value!r} is not allowed: {kind.__name__}(...)")
-    return value
 
 
 def _pool_limit(http: aiohttp.ClientSession | None, seats: int) -> int:

@@ -11,14 +11,14 @@ from typing import Any, Final
 
 from attrs import frozen
 
+from evolink_async._checks import number
 from evolink_async._clock import Clock
 from evolink_async._model.requests import ImageRequest, RawRequest
 from evolink_async._model.snapshots import RESUBMITTABLE, GenerationResult, TaskSnapshot
 from evolink_async._polling.watch import Watch
 from evolink_async._polling.watcher import Watcher, differs
-from evolink_async._text import printable, shown
+from evolink_async._text import printable
 from evolink_async.errors import (
-    ConfigurationError,
     TaskCancelledError,
     TaskError,
     TaskFailedError,
@@ -141,11 +141,7 @@ class Task:
         return _outcome(watch)
 
     async def _ended_within(self, watch: Watch, timeout: float) -> bool:  # noqa: ASYNC109 - see wait
-        number = not isinstance(timeout, bool) and isinstance(timeout, int | float)
-        if not number or not 0 <= timeout <= _LONGEST_WAIT:
-            raise ConfigurationError(
-                f"timeout={shown(timeout)} is not allowed: 0 to {_LONGEST_WAIT:g} seconds, or None"
-            )
+        number("timeout", timeout, most=_LONGEST_WAIT, unit="None, or seconds")
         loop = asyncio.get_running_loop()
         racers = {
             loop.create_task(self._home.watcher().until_ended(watch)),

@@ -75,10 +75,34 @@ def _restore(cls: type[EvolinkError], message: str, data: dict[str, Any]) -> Evo
 
 
 class EvolinkError(Exception):
-    """Base of everything this package raises."""
+    """Base of everything this package raises.
+
+    Attributes:
+        advice: What to do about it, as the end of the message says it; ``""`` if there is
+            nothing, or the message says it in other words.
+        way_past: Name of the argument that is the way past it, e.g. ``"validate"``; None if
+            there is none.
+        retryable: True if the same call may succeed later.
+        resendable: True if a submit that ended so was surely not accepted, and may be sent
+            again as it is.
+        may_have_been_accepted: True if a submit that ended so may be paid for.
+        is_throttle: True if it asks the whole session to wait before the next request.
+    """
+
+    advice = ""
+    way_past: str | None = None
+    retryable = False
+    resendable = False
+    may_have_been_accepted = False
+    is_throttle = False
 
     def __init__(self, message: str) -> None:
-        super().__init__(message)
+        super().__init__(f"{message}; {self.advice}" if self.advice else message)
+
+    @property
+    def problem(self) -> str:
+        """The message without the advice that may end it."""
+        return str(self).removesuffix(f"; {self.advice}") if self.advice else str(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The default calls cls(*args), which cannot pass keyword-only data.
@@ -86,7 +110,24 @@ class EvolinkError(Exception):
 
 
 class ConfigurationError(EvolinkError, ValueError):
-    """A setting given to this package is missing or unusable; nothing was sent."""
+    """A setting given to this package is missing or unusable; nothing was sent.
+
+    Attributes:
+        field: Name of the setting, None if the message is about none by name.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        advice: str = "",
+        way_past: str | None = None,
+    ) -> None:
+        self.advice = advice
+        super().__init__(message)
+        self.field = field
+        self.way_past = way_past
 
 
 class RequestValidationError(EvolinkError, ValueError):
@@ -100,8 +141,19 @@ class RequestValidationError(EvolinkError, ValueError):
         allowed: What the API's page allows, in words.
     """
 
-    def __init__(self, message: str, *, field: str, value: object, allowed: str) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str,
+        value: object,
+        allowed: str,
+        advice: str = "",
+        way_past: str | None = None,
+    ) -> None:
+        self.advice = advice
         super().__init__(message)
+        self.way_past = way_past
         self.field = field
         self.value = value
         self.allowed = allowed
@@ -114,9 +166,13 @@ class APIConnectionError(EvolinkError):
         sent: False if no byte of the request can have left; True if it may have.
     """
 
+    retryable = True
+
     def __init__(self, message: str, *, sent: bool = False) -> None:
         super().__init__(message)
         self.sent = sent
+        self.resendable = not sent
+        self.may_have_been_accepted = sent
 
 
 class APITimeoutError(APIConnectionError, TimeoutError):
@@ -138,6 +194,9 @@ class APIStatusError(EvolinkError):
             False if it was something else, such as a proxy's page.
         replayed: True if the answer is the stored one of an earlier request
             with the same idempotency key.
+
+    What an answer means is decided by one table, in ``_http/protocol.py``: it states
+    ``retryable``, ``resendable``, ``may_have_been_accepted`` and ``is_throttle``.
     """
 
     def __init__(
@@ -153,6 +212,10 @@ class APIStatusError(EvolinkError):
         retry_after: float | None = None,
         from_api: bool = False,
         replayed: bool = False,
+        retryable: bool | None = None,
+        resendable: bool | None = None,
+        may_have_been_accepted: bool | None = None,
+        is_throttle: bool | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -164,6 +227,14 @@ class APIStatusError(EvolinkError):
         self.retry_after = retry_after
         self.from_api = from_api
         self.replayed = replayed
+        if retryable is not None:
+            self.retryable = retryable
+        if resendable is not None:
+            self.resendable = resendable
+        if may_have_been_accepted is not None:
+            self.may_have_been_accepted = may_have_been_accepted
+        if is_throttle is not None:
+            self.is_throttle = is_throttle
 
 
 class InvalidRequestError(APIStatusError):
@@ -193,9 +264,15 @@ class RequestTooLargeError(APIStatusError):
 class RateLimitError(APIStatusError):
     """429: too many requests; ``retry_after`` says when to come back."""
 
+    retryable = True
+    is_throttle = True
+
 
 class ServerError(APIStatusError):
     """5xx: the API, its provider or a proxy failed."""
+
+    retryable = True
+    may_have_been_accepted = True
 
 
 class InvalidResponseError(EvolinkError):
@@ -206,6 +283,9 @@ class InvalidResponseError(EvolinkError):
         head: The first characters of its body.
         request_id: The API's id for this exchange.
     """
+
+    retryable = True
+    may_have_been_accepted = True
 
     def __init__(
         self,
@@ -236,6 +316,8 @@ class SubmitUncertainError(EvolinkError):
         request: The request that was sent.
         idempotency_key: The key it was sent with.
     """
+
+    may_have_been_accepted = True
 
     def __init__(
         self, message: str, *, request: ImageRequest | RawRequest, idempotency_key: str
@@ -329,8 +411,12 @@ class DownloadError(EvolinkError):
         expired: bool = False,
         task_id: str | None = None,
         saved: tuple[Path, ...] = (),
+        advice: str = "",
+        way_past: str | None = None,
     ) -> None:
+        self.advice = advice
         super().__init__(message)
+        self.way_past = way_past
         self.saved = saved
         self.url = url
         self.path = path

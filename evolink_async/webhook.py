@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from attrs import define, evolve, field, frozen
 
+from evolink_async._checks import refuse
 from evolink_async._clock import Clock
 from evolink_async._hosts import check_callback_url, shown_url
 from evolink_async._http.secret import Secret
@@ -527,23 +528,19 @@ def _awaitable(forward: Forward, task_id: str) -> Awaitable[object]:
 
 def _session(session: Session) -> Session:
     if not isinstance(session, Session):
-        raise ConfigurationError(
-            f"session={shown(session)} is not allowed: an evolink_async.Session"
-        )
+        raise refuse("session", session, "an evolink_async.Session")
     return session
 
 
 def _public_url(url: str) -> str:
     if not isinstance(url, str):
-        raise ConfigurationError(f"public_url={shown(url)} is not allowed: {_PUBLIC_URL}")
+        raise refuse("public_url", url, _PUBLIC_URL)
     base = url.rstrip("/")
     reason = check_callback_url(f"{base}/{'k' * _LONGEST_TOKEN}")
     if reason is None and ("?" in base or "#" in base):
         reason = "it has a query or a fragment"
     if reason is not None:
-        raise ConfigurationError(
-            f"public_url={shown_url(url)!r} is not allowed: {reason}; give {_PUBLIC_URL}"
-        )
+        raise refuse("public_url", shown_url(url), _PUBLIC_URL, reason)
     return base
 
 

@@ -25,13 +25,18 @@ STATUS = {
     "retry_after": 7.5,
     "from_api": True,
     "replayed": True,
+    "retryable": True,
+    "resendable": True,
+    "may_have_been_accepted": True,
+    "is_throttle": True,
 }
+ADVICE = {"advice": "", "way_past": "validate"}
 TASK = {"task_id": "task-1", "snapshot": SNAPSHOT}
 # Every class with all the data it can carry, and the built-in errors it also is.
 DATA: dict[type[EvolinkError], dict[str, Any]] = {
     errors.EvolinkError: {},
-    errors.ConfigurationError: {},
-    errors.RequestValidationError: {"field": "n", "value": 3, "allowed": "1, 2 or 4"},
+    errors.ConfigurationError: {"field": "n", **ADVICE},
+    errors.RequestValidationError: {"field": "n", "value": 3, "allowed": "1, 2 or 4", **ADVICE},
     errors.APIConnectionError: {"sent": True},
     errors.APITimeoutError: {"sent": True},
     errors.APIStatusError: STATUS,
@@ -65,6 +70,7 @@ DATA: dict[type[EvolinkError], dict[str, Any]] = {
         "status": 403,
         "expired": True,
         "task_id": "task-1",
+        **ADVICE,
     },
     errors.LedgerError: {"path": Path("ledger.db")},
 }
@@ -92,7 +98,15 @@ PARENTS = {
     "DownloadError": "EvolinkError",
     "LedgerError": "EvolinkError",
 }
+# What follows from the data, and is an attribute as well.
+DERIVED = {"sent": {"resendable": False, "may_have_been_accepted": True}}
 every_error = pytest.mark.parametrize("kind", DATA, ids=lambda kind: kind.__name__)
+
+
+def attributes(kind: type[EvolinkError]) -> dict[str, Any]:
+    """The data of an error, and what follows from it."""
+    data = DATA[kind]
+    return data | {k: v for name in data for k, v in DERIVED.get(name, {}).items()}
 
 
 def test_the_tree() -> None:
@@ -131,7 +145,7 @@ def test_data_is_kept(kind: type[EvolinkError]) -> None:
     """What an error is made with are its attributes, and its text is the message."""
     error = kind("It went wrong.", **DATA[kind])
     assert str(error) == "It went wrong."
-    assert vars(error) == DATA[kind]
+    assert vars(error) == attributes(kind)
 
 
 @every_error
@@ -144,7 +158,7 @@ def test_errors_survive_pickling(kind: type[EvolinkError], protocol: int) -> Non
     assert type(again) is kind
     assert str(again) == "It went wrong."
     assert again.args == error.args
-    assert vars(again) == {**DATA[kind], "__notes__": ["while testing"]}
+    assert vars(again) == {**attributes(kind), "__notes__": ["while testing"]}
 
 
 @every_error
@@ -155,7 +169,7 @@ def test_errors_can_be_copied(kind: type[EvolinkError]) -> None:
         assert type(again) is kind
         assert str(again) == str(error)
         assert repr(again) == repr(error)
-        assert vars(again) == DATA[kind]
+        assert vars(again) == attributes(kind)
         again.add_note("only here")
         assert not hasattr(error, "__notes__")
 
@@ -177,3 +191,12 @@ def test_data_is_documented(kind: type[EvolinkError]) -> None:
     )
     for name in DATA[kind]:
         assert re.search(rf"^ +{name}: ", documented, re.MULTILINE), name
+
+
+def test_advice_ends_the_message() -> None:
+    """A message says what to do last, so that a face can word that part itself."""
+    error = errors.ConfigurationError("No key", advice="pass one", way_past="api_key")
+    assert str(error) == "No key; pass one"
+    assert error.problem == "No key"
+    assert pickle.loads(pickle.dumps(error)).problem == "No key"  # noqa: S301 - just made here
+    assert errors.ConfigurationError("No key").problem == "No key"

@@ -24,6 +24,7 @@ from evolink_async._http.secret import Secret
 from evolink_async._model.snapshots import TaskSnapshot
 from evolink_async._text import printable
 from evolink_async.errors import (
+    EvolinkError,
     SubmitUncertainError,
     TaskTimeoutError,
 )
@@ -150,18 +151,17 @@ def sentence(why: BaseException | str) -> str:
     if isinstance(why, TaskTimeoutError):
         state = why.snapshot.status if why.snapshot is not None else "not read yet"
         return f"task {why.task_id} did not end in time, it is {state}"
-    words = str(why)
-    for argument, option in OPTIONS.items():
-        words = words.replace(argument, option)
-    return words
+    if isinstance(why, EvolinkError) and why.way_past in WAYS_PAST:
+        return f"{why.problem}; {WAYS_PAST[why.way_past]}"
+    return str(why)
 
 
-OPTIONS: Final = {
-    "pass Session(api_key=...) or set EVOLINK_API_KEY": "set EVOLINK_API_KEY",
-    "pass validate=False": "pass --no-validate",
-    "pass overwrite=True": "pass --overwrite",
+WAYS_PAST: Final = {
+    "api_key": "set EVOLINK_API_KEY; keys are made at https://evolink.ai/dashboard/keys",
+    "validate": "to let the API decide, pass --no-validate",
+    "overwrite": "pass --overwrite to replace it",
 }
-"""What is an argument in Python is an option here."""
+"""What is an argument in Python is an option or a variable here."""
 
 
 def say(text: str) -> None:

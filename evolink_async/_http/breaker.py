@@ -9,7 +9,6 @@ from typing import Final
 from attrs import define, field
 
 from evolink_async._clock import Clock
-from evolink_async._http.protocol import is_throttle, rule_of
 from evolink_async._http.retry import MAX_RETRY_AFTER
 from evolink_async.errors import APIStatusError, EvolinkError, InvalidResponseError
 
@@ -96,7 +95,7 @@ class BatchEndpoint:
         if absent and not (self._known and not getattr(error, "from_api", True)):
             self._leave(math.inf, error)
             return None
-        if rule_of(error)[0] and not isinstance(error, InvalidResponseError):
+        if error.retryable and not isinstance(error, InvalidResponseError):
             return error
         self._refusals += 1
         if self._refusals < _REFUSALS:
@@ -116,14 +115,14 @@ class BatchEndpoint:
             self._single_worked_at = math.inf
         elif probe:
             if self.on_trial and sent_at >= self._until:  # else another has told already
-                longer = self._rest if is_throttle(failure) else 2 * self._rest
+                longer = self._rest if failure.is_throttle else 2 * self._rest
                 self._leave(min(longer, _REFUSED_REST), failure)
                 self._failures = _PROBE_AFTER  # a single read comes before the next
         elif sent_at >= self._single_worked_at:
             self._single_worked_at = math.inf
             self._doubts += 1
             if (
-                is_throttle(failure)
+                failure.is_throttle
                 and _patience(failure) < _LONG_PATIENCE
                 and self._doubts < _DOUBTS
             ):
@@ -150,6 +149,6 @@ class BatchEndpoint:
 
 def _patience(error: EvolinkError) -> float:
     """Seconds a failed read made everybody wait."""
-    if not is_throttle(error):
+    if not error.is_throttle:
         return 0.0
     return min(getattr(error, "retry_after", None) or 0.0, MAX_RETRY_AFTER)

@@ -20,15 +20,14 @@ from typing import Any, Final
 from attrs import frozen
 
 from evolink_async import errors
+from evolink_async._checks import refuse_field
 from evolink_async._model.json import check_depth, load_json, parse_json
 from evolink_async._model.snapshots import RUNNING, Page, PageIndex, TaskSnapshot
-from evolink_async._text import printable, shown
+from evolink_async._text import printable
 from evolink_async.errors import (
-    APIConnectionError,
     APIStatusError,
     EvolinkError,
     InvalidResponseError,
-    RequestValidationError,
 )
 
 try:
@@ -49,12 +48,10 @@ __all__ = [
     "encode_ids",
     "is_quota",
     "is_replayed",
-    "is_throttle",
     "new_idempotency_key",
     "read_task",
     "read_tasks",
     "rule_for",
-    "rule_of",
     "task_path",
 ]
 
@@ -100,12 +97,7 @@ def check_idempotency_key(key: object) -> str:
     if isinstance(key, str) and _KEY.fullmatch(key):
         return key
     allowed = "16 to 96 characters of A-Z a-z 0-9 . _ -"
-    raise RequestValidationError(
-        f"idempotency_key={shown(key, 120)} is not allowed: {allowed}",
-        field="idempotency_key",
-        value=key,
-        allowed=allowed,
-    )
+    raise refuse_field("idempotency_key", key, allowed)
 
 
 def encode(value: Mapping[str, Any]) -> bytes:
@@ -135,11 +127,15 @@ class Submit(Enum):
 
 @frozen
 class Rule:
-    """One row: the error, whether a read may be tried again, what became of a submit."""
+    """One row: the error, whether a read may be tried again, what became of a submit.
+
+    And whether it asks the whole session to wait.
+    """
 
     error: type[APIStatusError]
     read: bool
     submit: Submit
+    throttle: bool = False
 
 
 _REFUSED, _RESEND, _UNCERTAIN = Submit.REFUSED, Submit.RESEND, Submit.UNCERTAIN
@@ -153,8 +149,8 @@ _FROM_API: Final = {
     404: Rule(errors.NotFoundError, False, _REFUSED),
     408: Rule(errors.ServerError, True, _UNCERTAIN),
     413: Rule(errors.RequestTooLargeError, False, _REFUSED),
-    429: Rule(errors.RateLimitError, True, _RESEND),
-    503: Rule(errors.ServerError, True, _RESEND),
+    429: Rule(errors.RateLimitError, True, _RESEND, throttle=True),
+    503: Rule(errors.ServerError, True, _RESEND, throttle=True),
 }
 # Anything else under that status: a proxy's page says nothing about the account or the task,
 # and a 503 or 429 of unknown origin is no promise that the API did not see the submit.
@@ -162,8 +158,8 @@ _FROM_ELSEWHERE: Final = _FROM_API | {
     401: Rule(errors.AuthenticationError, True, _REFUSED),
     403: Rule(errors.PermissionDeniedError, True, _REFUSED),
     404: Rule(errors.NotFoundError, True, _REFUSED),
-    429: Rule(errors.RateLimitError, True, _REFUSED),
-    503: Rule(errors.ServerError, True, _UNCERTAIN),
+    429: Rule(errors.RateLimitError, True, _REFUSED, throttle=True),
+    503: Rule(errors.ServerError, True, _UNCERTAIN, throttle=True),
 }
 _QUOTA: Final = Rule(errors.InsufficientCreditsError, False, _REFUSED)
 _REDIRECT: Final = Rule(errors.APIStatusError, False, _UNCERTAIN)
@@ -183,32 +179,9 @@ def rule_for(status: int, *, from_api: bool, quota: bool) -> Rule:
     return _OTHER_4XX if 400 <= status < 500 else _OTHER
 
 
-def rule_of(error: EvolinkError) -> tuple[bool, Submit]:
-    """(may a read be tried again, what became of a submit) for an error of this exchange."""
-    if isinstance(error, APIStatusError):
-        rule = rule_for(
-            error.status, from_api=error.from_api, quota=is_quota(error.code, error.type)
-        )
-        return rule.read, rule.submit
-    if isinstance(error, APIConnectionError):
-        return True, Submit.UNCERTAIN if error.sent else Submit.RESEND
-    if isinstance(error, InvalidResponseError):
-        return True, Submit.UNCERTAIN
-    return False, Submit.REFUSED  # never left: a setting of ours
-
-
 def is_quota(*words: str | None) -> bool:
     """True if a code or type means "nothing left to spend" rather than "too fast"."""
     return any("quota" in word for word in words if word is not None)
-
-
-def is_throttle(error: BaseException | None) -> bool:
-    """True for the answers that ask the whole session for patience: 429 and 503."""
-    return (
-        isinstance(error, APIStatusError)
-        and error.status in {429, 503}
-        and not is_quota(error.code, error.type)
-    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -407,6 +380,10 @@ def _status_error(status: int, headers: Mapping[str, str], body: bytes) -> APISt
         retry_after=_retry_after(headers),
         from_api=bool(told),
         replayed=is_replayed(headers),
+        retryable=rule.read,
+        resendable=rule.submit is Submit.RESEND,
+        may_have_been_accepted=rule.submit is Submit.UNCERTAIN,
+        is_throttle=rule.throttle,
     )
 
 

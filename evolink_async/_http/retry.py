@@ -5,7 +5,6 @@ The only module that runs tenacity's retry loop; no tenacity type leaves it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar
 
@@ -19,12 +18,10 @@ from tenacity import (
 )
 from tenacity.wait import wait_base
 
+from evolink_async._checks import number, valid
 from evolink_async._clock import Clock
-from evolink_async._http.protocol import is_throttle
-from evolink_async._text import shown
 from evolink_async.errors import (
     APITimeoutError,
-    ConfigurationError,
     EvolinkError,
 )
 
@@ -36,15 +33,11 @@ MAX_RETRY_AFTER: Final = 300.0
 """Seconds: the longest ``Retry-After`` a session obeys; a submit told to wait longer gives up."""
 
 
-def _check_number(minimum: float) -> Callable[[object, Any, object], None]:
-    def check(_: object, attribute: Any, value: object) -> None:
-        number = not isinstance(value, bool) and isinstance(value, int | float)
-        if not number or not minimum <= value < 1e12:  # type: ignore[operator]  # number says so
-            raise ConfigurationError(
-                f"{attribute.name}={shown(value)} is not allowed: a number from {minimum:g} up"
-            )
+def _from(least: float) -> Callable[[object, Any, object], None]:
+    return valid(number, least=least, most=1e12)
 
-    return check
+
+_SECONDS: Final = valid(number, above=True, unit="seconds, a number")
 
 
 @frozen(kw_only=True)
@@ -72,13 +65,13 @@ class RetryPolicy:
             the first response; the API's page does not promise it.
     """
 
-    attempts: int = field(default=8, validator=_check_number(1))
-    timeout: float = field(default=600.0, validator=_check_number(0))
-    wait_initial: float = field(default=0.5, validator=_check_number(0))
-    wait_max: float = field(default=30.0, validator=_check_number(0))
-    wait_jitter: float = field(default=0.5, validator=_check_number(0))
-    wait_exp_base: float = field(default=2.0, validator=_check_number(1))
-    budget: int = field(default=500, validator=_check_number(0))
+    attempts: int = field(default=8, validator=_from(1))
+    timeout: float = field(default=600.0, validator=_from(0))
+    wait_initial: float = field(default=0.5, validator=_from(0))
+    wait_max: float = field(default=30.0, validator=_from(0))
+    wait_jitter: float = field(default=0.5, validator=_from(0))
+    wait_exp_base: float = field(default=2.0, validator=_from(1))
+    budget: int = field(default=500, validator=_from(0))
     resend_uncertain: bool = False
 
     def wait_after(self, failures: int) -> float:
@@ -158,14 +151,14 @@ async def run(
 
     def wait(state: RetryCallState) -> float:
         # After a throttle the gate holds everybody back; waiting here as well would wait twice.
-        return 0.0 if is_throttle(_error(state)) else policy.wait_after(state.attempt_number)
+        return 0.0 if _is_throttle(_error(state)) else policy.wait_after(state.attempt_number)
 
     def stop(state: RetryCallState) -> bool:
         late = clock.now() - started + state.upcoming_sleep > policy.timeout
         error = _error(state)
         spent = state.attempt_number >= policy.attempts or late
         # A throttle has its price already: the cool-down of the whole session.
-        return spent or not (error is None or is_throttle(error) or budget.take(error))
+        return spent or not (error is None or _is_throttle(error) or budget.take(error))
 
     def announce(state: RetryCallState) -> None:
         error = _error(state)
@@ -187,16 +180,12 @@ async def run(
     return await attempts(attempt)
 
 
+def _is_throttle(error: BaseException | None) -> bool:
+    return isinstance(error, EvolinkError) and error.is_throttle
+
+
 def _error(state: RetryCallState) -> BaseException | None:
     return state.outcome.exception() if state.outcome is not None else None
-
-
-def _positive_seconds(_: object, attribute: Any, value: object) -> None:
-    number = not isinstance(value, bool) and isinstance(value, int | float)
-    if not number or not 0 < value < math.inf:  # type: ignore[operator]  # number says so
-        raise ConfigurationError(
-            f"{attribute.name}={shown(value)} is not allowed: seconds, a number above 0"
-        )
 
 
 @frozen(kw_only=True)
@@ -209,6 +198,6 @@ class Timeout:
         read: Anything else, and for a download the longest silence.
     """
 
-    connect: float = field(default=10, validator=_positive_seconds)
-    submit: float = field(default=60, validator=_positive_seconds)
-    read: float = field(default=30, validator=_positive_seconds)
+    connect: float = field(default=10, validator=_SECONDS)
+    submit: float = field(default=60, validator=_SECONDS)
+    read: float = field(default=30, validator=_SECONDS)

@@ -306,7 +306,7 @@ class Transport:
         try:
             protocol.decipher(answer.status, answer.headers, answer.body)
         except APIStatusError as exc:
-            if protocol.is_throttle(exc):
+            if exc.is_throttle:
                 self._gate.cool_down(exc, sent_at=answer.sent_at, model=model)
             else:  # no success, but no request for patience either
                 self._gate.succeeded(sent_at=answer.sent_at)
@@ -343,12 +343,11 @@ class Transport:
         try:
             snapshot = await self._post(submission)
         except EvolinkError as exc:
-            fate = protocol.rule_of(exc)[1]
             if exc is submission.objection:
                 pass
-            elif fate is protocol.Submit.UNCERTAIN:
+            elif exc.may_have_been_accepted:
                 submission.doubt = submission.doubt or exc
-            elif fate is protocol.Submit.RESEND and getattr(exc, "replayed", False):
+            elif exc.resendable and getattr(exc, "replayed", False):
                 # The stored answer to the first POST under this key: it was refused.
                 submission.doubt = None
                 submission.idempotency_key = protocol.new_idempotency_key()
@@ -357,11 +356,11 @@ class Transport:
         return snapshot  # still in the air for whoever asks: it was accepted
 
     def _may_resend(self, submission: Submission, exc: EvolinkError) -> bool:
-        fate = protocol.rule_of(exc)[1]
-        final = fate is protocol.Submit.REFUSED or exc is submission.objection
+        refused = not (exc.may_have_been_accepted or exc.resendable)
+        final = refused or exc is submission.objection
         if self.closing or final or _too_patient(exc):
             return False
-        if fate is protocol.Submit.UNCERTAIN or submission.doubt is not None:
+        if exc.may_have_been_accepted or submission.doubt is not None:
             return self._policy.resend_uncertain
         return True
 
@@ -447,7 +446,7 @@ class Transport:
                     failure = InvalidResponseError("the batch answer has none of the tasks")
         except EvolinkError as exc:
             failure = exc
-            paid = protocol.is_throttle(exc) or self._budget.take(exc)
+            paid = exc.is_throttle or self._budget.take(exc)
             answers = dict.fromkeys(ids, exc if single else self._batch.meaning(exc))
         finally:
             self._gate.leave(entered=entered)
@@ -482,9 +481,7 @@ class Transport:
             finally:
                 self._gate.leave(entered=entered)
 
-        return await self._retrying(
-            attempt, lambda exc: not self.closing and protocol.rule_of(exc)[0]
-        )
+        return await self._retrying(attempt, lambda exc: not self.closing and exc.retryable)
 
     def wait_after(self, failures: int, *, paid: bool) -> float:
         """Seconds until a task whose read failed so often in a row is read again."""

@@ -13,12 +13,13 @@ from typing import Any, Final, Self
 
 from attrs import field, fields, frozen
 
+from evolink_async._checks import refuse_field
 from evolink_async._hosts import check_callback_url
 from evolink_async._model.json import (
     MAX_DEPTH,
     is_deep,
 )
-from evolink_async._text import printable, shown
+from evolink_async._text import printable
 from evolink_async.errors import (
     RequestValidationError,
 )
@@ -51,23 +52,16 @@ def check_task_id(task_id: object) -> str:
     """
     if isinstance(task_id, str) and is_task_id(task_id):
         return task_id
-    raise _refuse("task_id", task_id, "4 to 128 characters of A-Z a-z 0-9 . _ : -, not dots alone")
+    raise refuse_field(
+        "task_id", task_id, "4 to 128 characters of A-Z a-z 0-9 . _ : -, not dots alone"
+    )
 
 
 def is_task_id(text: str) -> bool:
     return _TASK_ID.fullmatch(text) is not None and text.strip(".") != ""
 
 
-def _refuse(name: str, value: object, allowed: str, hint: str = "") -> RequestValidationError:
-    return RequestValidationError(
-        f"{name}={shown(value)} is not allowed: {allowed}{hint}",
-        field=name,
-        value=value,
-        allowed=allowed,
-    )
-
-
-_UNCHECKED_HINT = "; to let the API decide, pass validate=False"
+_UNCHECKED = {"way_past": "validate", "advice": "to let the API decide, pass validate=False"}
 
 
 @frozen
@@ -108,7 +102,7 @@ class ImageRequest:
         if self.extra or type(self.extra) is not dict:
             object.__setattr__(self, "extra", _private_copy("extra", self.extra, _BODY_FIELDS))
         if not isinstance(self.validate, bool):
-            raise _refuse("validate", self.validate, "True or False")
+            raise refuse_field("validate", self.validate, "True or False")
         if self.validate:
             _check_contract(self)
         for name in _BODY_FIELDS:
@@ -147,7 +141,7 @@ class ImageRequest:
         """
         _check_names(value, cls)
         if "prompt" not in value:
-            raise _refuse("prompt", None, "it is required")
+            raise refuse_field("prompt", None, "it is required")
         return cls(**value)
 
 
@@ -175,7 +169,7 @@ class RawRequest:
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.path, str) or not _PATH.fullmatch(self.path):
-            raise _refuse(
+            raise refuse_field(
                 "path", self.path, 'a plain absolute path such as "/v1/videos/generations"'
             )
         object.__setattr__(self, "body_fields", _private_copy("body", self.body_fields))
@@ -214,7 +208,7 @@ class RawRequest:
             RequestValidationError: A field is unknown, missing or not allowed.
         """
         if not isinstance(value, Mapping) or set(value) != {"path", "body"}:
-            raise _refuse("request", value, "a mapping of exactly the fields path and body")
+            raise refuse_field("request", value, "a mapping of exactly the fields path and body")
         return cls(value["path"], body=value["body"])
 
 
@@ -233,16 +227,18 @@ def as_request(request: object, /, **given: Any) -> ImageRequest | RawRequest:
         return RawRequest.from_json(value) if "path" in value else ImageRequest.from_json(value)
     if isinstance(request, ImageRequest | RawRequest):
         if given:
-            raise _refuse(
+            raise refuse_field(
                 "request", request, "fields beside a prompt or mapping; a request has its own"
             )
         return request
-    raise _refuse("request", request, "a prompt, a mapping of fields, ImageRequest or RawRequest")
+    raise refuse_field(
+        "request", request, "a prompt, a mapping of fields, ImageRequest or RawRequest"
+    )
 
 
 def _check_names(value: object, cls: type) -> None:
     if not isinstance(value, Mapping):
-        raise _refuse("request", value, "a mapping of field names to values")
+        raise refuse_field("request", value, "a mapping of field names to values")
     known = {f.name for f in fields(cls)}
     for name in value:
         if name not in known:
@@ -258,10 +254,10 @@ def _check_names(value: object, cls: type) -> None:
 def _private_copy(name: str, value: object, reserved: tuple[str, ...] = ()) -> Mapping[str, Any]:
     """A copy of a JSON object nobody else can change."""
     if not isinstance(value, Mapping):
-        raise _refuse(name, value, "a mapping of field names to JSON values")
+        raise refuse_field(name, value, "a mapping of field names to JSON values")
     for key in value:
         if not isinstance(key, str) or key in reserved:
-            raise _refuse(name, key, "names that are strings and not a field of their own")
+            raise refuse_field(name, key, "names that are strings and not a field of their own")
     copy: dict[str, Any] = _json_copy(name, dict(value))
     return copy
 
@@ -273,9 +269,9 @@ def _json_copy(name: str, value: object) -> Any:
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")
         copy = json.loads(text)
     except (TypeError, ValueError, RecursionError) as exc:
-        raise _refuse(name, value, f"JSON values only ({printable(str(exc), 100)})") from exc
+        raise refuse_field(name, value, f"JSON values only ({printable(str(exc), 100)})") from exc
     if is_deep(copy):
-        raise _refuse(name, value, f"at most {MAX_DEPTH} levels of nesting")
+        raise refuse_field(name, value, f"at most {MAX_DEPTH} levels of nesting")
     return copy
 
 
@@ -283,44 +279,44 @@ def _check_contract(request: ImageRequest) -> None:
     """Every rule the API's page states for ``wan2.5-text-to-image``."""
     if request.model != DEFAULT_MODEL:
         allowed = f"{DEFAULT_MODEL!r} is the model whose rules are known here"
-        raise _refuse("model", request.model, allowed, _UNCHECKED_HINT)
+        raise refuse_field("model", request.model, allowed, **_UNCHECKED)
     _check_prompt(request.prompt)
     if request.size is not None:
         _check_size(request.size)
     if request.n is not None and (type(request.n) is not int or request.n not in {1, 2, 4}):
-        raise _refuse("n", request.n, "1, 2 or 4", _UNCHECKED_HINT)
+        raise refuse_field("n", request.n, "1, 2 or 4", **_UNCHECKED)
     if request.prompt_extend is not None and not isinstance(request.prompt_extend, bool):
-        raise _refuse("prompt_extend", request.prompt_extend, "True or False")
+        raise refuse_field("prompt_extend", request.prompt_extend, "True or False")
     if request.callback_url is not None:
         _check_callback(request.callback_url)
 
 
 def _check_prompt(prompt: object) -> None:
     if not isinstance(prompt, str) or not prompt.strip():
-        raise _refuse("prompt", prompt, "a text that is not blank")
+        raise refuse_field("prompt", prompt, "a text that is not blank")
     if len(prompt) > _PROMPT_LIMIT:
-        raise _refuse(
+        raise refuse_field(
             "prompt",
             prompt,
             f"at most {_PROMPT_LIMIT} characters, this has {len(prompt)}",
-            _UNCHECKED_HINT,
+            **_UNCHECKED,
         )
 
 
 def _check_size(size: object) -> None:
     match = _SIZE.fullmatch(size) if isinstance(size, str) else None
     if match is None:
-        raise _refuse("size", size, 'WIDTHxHEIGHT in pixels, such as "1280x1280"')
+        raise refuse_field("size", size, 'WIDTHxHEIGHT in pixels, such as "1280x1280"')
     width, height = int(match[1]), int(match[2])
     if not _MIN_PIXELS <= width * height <= _MAX_PIXELS:
         allowed = f"768x768 ({_MIN_PIXELS}) to 1440x1440 ({_MAX_PIXELS}) pixels in total"
-        raise _refuse("size", size, f"{allowed}, this has {width * height}", _UNCHECKED_HINT)
+        raise refuse_field("size", size, f"{allowed}, this has {width * height}", **_UNCHECKED)
     if not (width <= 4 * height and height <= 4 * width):
-        raise _refuse("size", size, "width/height from 1/4 to 4", _UNCHECKED_HINT)
+        raise refuse_field("size", size, "width/height from 1/4 to 4", **_UNCHECKED)
 
 
 def _check_callback(url: object) -> None:
     reason = check_callback_url(url) if isinstance(url, str) else "it is not a string"
     if reason is not None:
         allowed = "an https URL of at most 2048 characters on a public host"
-        raise _refuse("callback_url", url, f"{allowed} ({reason})")
+        raise refuse_field("callback_url", url, f"{allowed} ({reason})")

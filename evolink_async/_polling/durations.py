@@ -10,9 +10,9 @@ from typing import Final
 
 from attrs import define, field, frozen
 
+from evolink_async._checks import is_number
 from evolink_async._polling.policy import (
     PollPolicy,
-    _is_number,
 )
 
 __all__ = ["AgeGrid", "DurationModel"]
@@ -46,9 +46,9 @@ KNOWN_PER_LEARNING: Final = 25
 """But not for less than one in so many of the ends it is known from."""
 
 
-LOOKS_PER_LEARNING: Final = 100
+POLLS_PER_LEARNING: Final = 100
 ROUNDS_PER_LEARNING: Final = 8
-"""Or after so many looks at each running task, if that is more."""
+"""Or after so many polls at each running task, if that is more."""
 
 
 WHISPER: Final = 1e-3
@@ -111,7 +111,7 @@ class AgeGrid:
 
 def _first_guess(estimate: object, policy: PollPolicy) -> tuple[float, float]:
     """Median and sigma to start from, whatever the server's ``estimated_time`` was."""
-    if not _is_number(estimate) or not 0 < estimate < math.inf:
+    if not is_number(estimate) or not 0 < estimate < math.inf:
         return policy.max_interval / 2, BLIND_SIGMA
     longest = policy.max_interval * HORIZON / 4
     return float(min(max(estimate, policy.min_interval), longest)), PRIOR_SIGMA
@@ -171,7 +171,7 @@ class DurationModel:
     _offset: float = field(init=False)
     _last_look: float = field(init=False)
     _enough_ends: float = field(default=1, init=False)
-    _enough_looks: float = field(default=LOOKS_PER_LEARNING, init=False)
+    _enough_looks: float = field(default=POLLS_PER_LEARNING, init=False)
 
     def __attrs_post_init__(self) -> None:
         count, deadline = self.grid.count, self.policy.deadline
@@ -232,11 +232,11 @@ class DurationModel:
         """One end, spread over (*last_age*, *age*] as is believed now.
 
         *duration*, where the server told one, is taken for the age of the end if it lies
-        between the two looks; elsewhere it measures something else and is not used.
+        between the two polls; elsewhere it measures something else and is not used.
         """
         if not 0 <= last_age <= age:
             return
-        if _is_number(duration) and last_age < duration <= age:
+        if is_number(duration) and last_age < duration <= age:
             self._add_end(last_age, duration, exactly=True)
         else:
             self._add_end(last_age, age, exactly=False)
@@ -278,12 +278,12 @@ class DurationModel:
             total = sum(likely)
         return [part / total for part in likely]
 
-    def next_age(self, age: float, price: float, looks: int = 0) -> float:
+    def next_age(self, age: float, price: float, polls: int = 0) -> float:
         """Age at which to look next, the last look was sent at *age*, 0 right after submit.
 
-        *price* is in seconds per read; *looks* has no say.
+        *price* is in seconds per read; *polls* has no say.
         """
-        del looks
+        del polls
         if self._fresh >= self._enough_ends or self._looks >= self._enough_looks:
             self.learn()
         if price != self._row_price:
@@ -345,7 +345,7 @@ class DurationModel:
         # After each of the first ends, but not in a crowd.
         enough = max(ENDS_PER_LEARNING, crowd) if self._seen > 20 else max(1, crowd // 4)
         self._enough_ends = max(enough, sum(self._ends) / KNOWN_PER_LEARNING)
-        self._enough_looks = max(LOOKS_PER_LEARNING, ROUNDS_PER_LEARNING * self._running)
+        self._enough_looks = max(POLLS_PER_LEARNING, ROUNDS_PER_LEARNING * self._running)
 
     def _move_prior(self) -> None:
         """Move the prior to where the present belief is, as wide as it is.

@@ -22,32 +22,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from attrs import Attribute, define, field, frozen
 
-from evolink_async.errors import ConfigurationError
+from evolink_async._checks import number, refuse, valid
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from typing_extensions import TypeIs
 
 __all__ = ["Backoff", "PollPolicy", "Schedule"]
 
 
-def _is_number(value: object) -> TypeIs[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_number(
-    minimum: float, *, optional: bool = False
-) -> Callable[[object, Attribute[Any], object], None]:
-    allowed = f"a number from {minimum:g} to 1e9" + (" or None" if optional else "")
-
-    def check(_: object, attribute: Attribute[Any], value: object) -> None:
-        if value is None and optional:
-            return
-        if not _is_number(value) or not minimum <= value <= 1e9:
-            raise ConfigurationError(f"{attribute.name}={value!r} is not allowed: {allowed}")
-
-    return check
+def _from(least: float, *, optional: bool = False) -> Callable[[object, Any, object], None]:
+    return valid(number, least=least, optional=optional)
 
 
 def _check_wait(_: object, attribute: Attribute[Any], value: object) -> None:
@@ -58,9 +43,7 @@ def _check_wait(_: object, attribute: Attribute[Any], value: object) -> None:
         for attempt in (1, 2, 10, 1_000):
             _ask(value, attempt)
     except Exception as error:
-        raise ConfigurationError(
-            f"{attribute.name}={value!r} is not allowed: {allowed} ({error})"
-        ) from error
+        raise refuse(attribute.name, value, allowed, error) from error
 
 
 def _ask(wait: Any, attempt: int) -> float:
@@ -76,7 +59,7 @@ def _ask(wait: Any, attempt: int) -> float:
 class PollPolicy:
     """How a session decides when to look at its running tasks.
 
-    By default it learns how long tasks take and looks where that pays. All times are
+    By default it learns how long tasks take and polls where that pays. All times are
     seconds and scale together: for generations ten times as fast, divide all of them by
     ten.
 
@@ -84,29 +67,28 @@ class PollPolicy:
         price: Seconds of delay that one read is worth. More means fewer reads and later
             news; 0.5 is about five reads and two seconds for a lone 27 s generation. A
             read of many tasks is shared by them, and so is its price.
-        min_interval: Least time between two looks at one task. Where more tasks run than one
+        min_interval: Least time between two polls at one task. Where more tasks run than one
             read can ask for, reads go out in bursts, 2.5 of it apart, unless *wait* is given.
-        max_interval: Most time between two looks at one task.
+        max_interval: Most time between two polls at one task.
         deadline: Age at which a task is given up, None for never.
         wait: A tenacity wait strategy, for plain backoff instead of learning. It sees the
-            number of looks as ``attempt_number`` and nothing else; its answer is kept
+            number of polls as ``attempt_number`` and nothing else; its answer is kept
             within the two intervals.
 
     Raises:
         ConfigurationError: A value is not allowed.
     """
 
-    price: float = field(default=0.5, validator=_check_number(1e-6))
-    min_interval: float = field(default=0.25, validator=_check_number(1e-6))
-    max_interval: float = field(default=60.0, validator=_check_number(1e-6))
-    deadline: float | None = field(default=3600.0, validator=_check_number(1e-6, optional=True))
+    price: float = field(default=0.5, validator=_from(1e-6))
+    min_interval: float = field(default=0.25, validator=_from(1e-6))
+    max_interval: float = field(default=60.0, validator=_from(1e-6))
+    deadline: float | None = field(default=3600.0, validator=_from(1e-6, optional=True))
     wait: Any = field(default=None, validator=_check_wait)
 
     def __attrs_post_init__(self) -> None:
         if self.max_interval < self.min_interval:
-            raise ConfigurationError(
-                f"max_interval={self.max_interval!r} is not allowed:"
-                f" at least min_interval={self.min_interval!r}"
+            raise refuse(
+                "max_interval", self.max_interval, f"at least min_interval={self.min_interval!r}"
             )
 
     def clamp(self, age: float, proposed: float) -> float:
@@ -127,8 +109,8 @@ class Schedule(Protocol):
         """Learned median duration in seconds, None while nothing was learned."""
         ...
 
-    def next_age(self, age: float, price: float, looks: int = 0) -> float:
-        """Age at which to look next, after *looks* looks, the last one sent at *age*."""
+    def next_age(self, age: float, price: float, polls: int = 0) -> float:
+        """Age at which to look next, after *polls* polls, the last one sent at *age*."""
         ...
 
     def saw_running(self, last_age: float, age: float, tasks: int = 1) -> None:
@@ -150,15 +132,15 @@ class Schedule(Protocol):
 
 @define(eq=False)
 class Backoff:
-    """The schedule of ``PollPolicy(wait=...)``: counts looks, learns nothing."""
+    """The schedule of ``PollPolicy(wait=...)``: counts polls, learns nothing."""
 
     policy: PollPolicy
     typical: None = field(default=None, init=False)
 
-    def next_age(self, age: float, price: float, looks: int = 0) -> float:
+    def next_age(self, age: float, price: float, polls: int = 0) -> float:
         """*price* has no say."""
         del price
-        return self.policy.clamp(age, age + _ask(self.policy.wait, looks + 1))
+        return self.policy.clamp(age, age + _ask(self.policy.wait, polls + 1))
 
     def saw_running(self, last_age: float, age: float, tasks: int = 1) -> None:
         """Nothing to learn."""

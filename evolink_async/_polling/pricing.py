@@ -42,7 +42,7 @@ class SharedReads:
     price of a read divided by it. The watcher's loop::
 
         batch = the earliest-due tasks, up to limit
-        shared.saw_read(now, [(task.last_look, task.due, 1) for task in batch])
+        shared.saw_read(now, [(task.last_poll, task.due, 1) for task in batch])
         price = shared.price(running)
         for each task of the answer still running:
             due = task.submitted + schedule.next_age(now - task.submitted, price)
@@ -53,7 +53,7 @@ class SharedReads:
         limit: Most tasks in one read; 1 where reads cannot be shared.
         min_interval: Least seconds from one look at a task to the next.
         max_interval: Most.
-        beats: False where looks are to keep their own time.
+        beats: False where polls are to keep their own time.
         usefulness: Mean usefulness of a seat, from 0 to 1.
     """
 
@@ -72,22 +72,22 @@ class SharedReads:
         """Seconds of delay that one seat is worth while *running* tasks are watched."""
         return self.base_price / self.share(running)
 
-    def on_beat(self, due: float, looked: float, running: int) -> float:
+    def on_beat(self, due: float, polled: float, running: int) -> float:
         """When to look at a task due at *due*: then, or together with others due about then.
 
         A request by itself costs the machine twice what it costs in a burst. Where one
         request is not enough for all *running* tasks, those that follow each other closely
         go out on the same beat, half of them a little early, half a little late; but not
-        sooner than the shortest interval after they were last *looked* at. Who would be
-        looked at too late by that, or is read singly, keeps to *due*.
+        sooner than the shortest interval after they were last *polled* at. Who would be
+        polled at too late by that, or is read singly, keeps to *due*.
         """
         if running <= self.limit or self.limit == 1 or not self.beats:
             return due
         tempo = BEAT * self.min_interval
         beat = math.floor(due / tempo + 0.5) * tempo
-        if beat < looked + self.min_interval:
+        if beat < polled + self.min_interval:
             beat += tempo
-        return beat if beat <= looked + self.max_interval else due
+        return beat if beat <= polled + self.max_interval else due
 
     def saw_read(self, now: float, seats: Sequence[tuple[float, float, int]]) -> None:
         """A read is sent *now* with so many seats each for tasks of (last look, due, tasks)."""
@@ -99,11 +99,11 @@ class SharedReads:
     def fill(now: float, seats: Iterable[tuple[float, float, int]]) -> float:
         """Useful seats of a read sent *now* for tasks of (last look, due, tasks)."""
         total = 0.0
-        for last_look, due, tasks in seats:
+        for last_poll, due, tasks in seats:
             if now >= due:
                 total += tasks
-            elif now > last_look:
-                total += tasks * ((now - last_look) / (due - last_look)) ** 3
+            elif now > last_poll:
+                total += tasks * ((now - last_poll) / (due - last_poll)) ** 3
         return total
 
 

@@ -1,4 +1,4 @@
-"""What is watched: tasks, the groups they are looked at in, and the order those are due in."""
+"""What is watched: tasks, the groups they are polled at in, and the order those are due in."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Futures = list["asyncio.Future[None]"]
 
 @define(eq=False)
 class Cohort:
-    """Tasks of one kind, submitted at about the same time, which are looked at alike.
+    """Tasks of one kind, submitted at about the same time, which are polled at alike.
 
     Attributes:
         schedule: When to look at tasks of their kind.
@@ -34,7 +34,7 @@ class Cohort:
         deadline: When the first of them is given up.
         teaches: True if what is seen of them says how long tasks of their kind take.
         calls_back: True if a callback is to tell when they have ended.
-        sentinel: True for one looked at like any other although it calls back, to notice
+        sentinel: True for one polled at like any other although it calls back, to notice
             callbacks that stop.
         unread: Those that wait for their first look together, while others may join them.
     """
@@ -50,27 +50,27 @@ class Cohort:
 
 @define(eq=False, weakref_slot=False)  # with many tasks running there are many of them
 class Group:
-    """Tasks of one cohort that were last looked at together, and are due together.
+    """Tasks of one cohort that were last polled at together, and are due together.
 
     What a look says of nearly all of them, that they go on, is noted once for all.
 
     Attributes:
         cohort: What they belong to.
-        looked: When they were last looked at, on the session's clock; before the first look
+        polled: When they were last polled at, on the session's clock; before the first look
             when they were submitted.
-        watches: The tasks; who is looked at by itself, or has ended, leaves.
-        due: When they are looked at next, `READING` while a read of them is in the air.
-        looks: How often they were looked at.
+        watches: The tasks; who is polled at by itself, or has ended, leaves.
+        due: When they are polled at next, `READING` while a read of them is in the air.
+        polls: How often they were polled at.
         page: What the last look said of all of them, None if it was not one for all.
         own: True if some have a snapshot of their own, which the next page replaces.
         plain: True if an answer that they go on is no news to anybody.
     """
 
     cohort: Cohort
-    looked: float
+    polled: float
     watches: list[Watch] = field(factory=list)
     due: float = math.inf
-    looks: int = 0
+    polls: int = 0
     page: Page | None = None
     own: bool = True
     plain: bool = True
@@ -79,9 +79,9 @@ class Group:
         """All but the first *count*, as a group of their own."""
         rest = Group(
             self.cohort,
-            self.looked,
+            self.polled,
             self.watches[count:],
-            looks=self.looks,
+            polls=self.polls,
             page=self.page,
             own=self.own,
             plain=self.plain,
@@ -92,21 +92,21 @@ class Group:
         return rest
 
     def join(self, other: Group) -> None:
-        """Take in those of *other*, which are looked at together with these."""
+        """Take in those of *other*, which are polled at together with these."""
         for watch in other.watches:
             watch.group = self
         self.watches += other.watches
         self.own = self.own or other.own
         other.watches = []
 
-    def saw(self, page: Page, looked: float) -> None:
-        """Note that all go on, by the answer to a read sent when they were *looked* at."""
+    def saw(self, page: Page, polled: float) -> None:
+        """Note that all go on, by the answer to a read sent when they were *polled* at."""
         if self.own:
             for watch in self.watches:
                 watch.seen = None
             self.own = False
-        self.page, self.looked, self.plain = page, looked, True
-        self.looks += 1
+        self.page, self.polled, self.plain = page, polled, True
+        self.polls += 1
 
 
 @define(eq=False)
@@ -117,7 +117,7 @@ class Watch:
         id: The task's id.
         started: When it was submitted, or picked up by its id.
         deadline: When it is given up.
-        group: The tasks it is looked at with.
+        group: The tasks it is polled at with.
         request: What was submitted, None if it was not this session that did.
         idempotency_key: The key it was submitted with.
         seen: What was last read of it alone; None if its group's page says it.
@@ -160,7 +160,7 @@ class Watch:
 
     @property
     def cohort(self) -> Cohort:
-        """The tasks it is looked at like."""
+        """The tasks it is polled at like."""
         return self.group.cohort
 
     @property
@@ -198,10 +198,10 @@ class Watch:
             group.watches.remove(self)
             self.group = Group(
                 group.cohort,
-                group.looked,
+                group.polled,
                 [self],
                 due=group.due,
-                looks=group.looks,
+                polls=group.polls,
                 page=group.page,
                 own=group.own,
             )
@@ -209,7 +209,7 @@ class Watch:
         return self.group
 
     def end(self) -> None:
-        """Nothing more will be read; nothing is kept of those it was looked at with."""
+        """Nothing more will be read; nothing is kept of those it was polled at with."""
         self.leave().watches.clear()
         self.ended = True
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Container, Mapping
 from typing import Final, Protocol
 
 from evolink_async._clock import Clock, LoopClock
-from evolink_async._http.protocol import is_throttle, rule_of
 from evolink_async._model.requests import ImageRequest, RawRequest
 from evolink_async._model.snapshots import RUNNING, TERMINAL, Page, TaskSnapshot
 from evolink_async._polling.policy import PollPolicy, Schedule
@@ -54,7 +53,7 @@ _SUSPENDED: Final = 30.0
 _ATTACHED: Final = "attached"
 """The kind of tasks found by their id, of which nothing else is known."""
 _SENTINELS: Final = 128
-"""One in so many tasks with a callback is looked at as if it had none."""
+"""One in so many tasks with a callback is polled at as if it had none."""
 _FIRST_SENTINELS: Final = 8
 """One in so many of the first 128 while hardly any callback has come; then one in twice as many."""
 _PROVEN: Final = 32
@@ -191,7 +190,7 @@ class Watcher:
         """Watch a task this session has just submitted.
 
         *on_end* is called once it has ended. A *replayed* answer may be of long ago: such a
-        task is looked at like one found by its id.
+        task is polled at like one found by its id.
         """
         watch = self._live.get(snapshot.id)
         if watch is not None:  # an idempotent repeat of a submit whose task is watched already
@@ -237,7 +236,7 @@ class Watcher:
         return Group(Cohort(schedule, now, self._deadline(now), teaches=False), now)
 
     def _group(self, schedule: Schedule, started: float, *, calls_back: bool) -> Group:
-        """Those a task submitted at *started* is looked at first with."""
+        """Those a task submitted at *started* is polled at first with."""
         cohort = self._cohort(schedule, started, calls_back=calls_back)
         if (group := cohort.unread) is not None and len(group.watches) < _MOST:
             return group
@@ -316,7 +315,7 @@ class Watcher:
             watch.called = True
         elif watch.trouble is None:
             self._hurry(
-                watch, group.looked + self._policy.min_interval if group.looks else _AT_ONCE
+                watch, group.polled + self._policy.min_interval if group.polls else _AT_ONCE
             )
         return True
 
@@ -379,7 +378,7 @@ class Watcher:
         if cohort.sentinel:
             return self._policy.price / max(1.0, _SENTINEL_SHARE * self._sentinels)
         trust = self._pacer.callbacks
-        # While callbacks come, the seats of a read that looks for a lost one are of no use
+        # While callbacks come, the seats of a read that polls for a lost one are of no use
         # to each other, so that there is nothing to share its price with.
         shared = min(1.0, trust.missed / _ONE_MISSED)
         return trust.price(shared * price + (1 - shared) * self._policy.price)
@@ -389,7 +388,7 @@ class Watcher:
         group = watch.leave()
         if due >= group.cohort.deadline:
             due = group.cohort.deadline - self._policy.min_interval
-            read_before = self._policy.min_interval if group.looks or watch.trouble else 0.0
+            read_before = self._policy.min_interval if group.polls or watch.trouble else 0.0
             if due <= self._clock.now() + read_before:
                 group.due = watch.deadline  # that look has been
                 return
@@ -515,7 +514,7 @@ class Watcher:
             group.due = READING
             hasty = hasty or (not groups and (group.watches[0].nudged or group.cohort.sentinel))
             groups.append(group)
-            seats.append((group.looked, due, len(group.watches)))
+            seats.append((group.polled, due, len(group.watches)))
             room -= len(group.watches)
         self._pacer.shared.limit = limit
         if not hasty:
@@ -563,27 +562,27 @@ class Watcher:
             if not group.watches:
                 continue
             cohort = group.cohort
-            if cohort.teaches and group.looked >= self._resumed_at:
+            if cohort.teaches and group.polled >= self._resumed_at:
                 started = cohort.started
                 cohort.schedule.saw_running(
-                    group.looked - started, reading.sent_at - started, len(group.watches)
+                    group.polled - started, reading.sent_at - started, len(group.watches)
                 )
             first = going.setdefault(cohort, group)
             if first is not group:
                 first.join(group)
         for cohort, group in going.items():
             group.saw(page, reading.sent_at)
-            self._queue_again(group, self._next_look(cohort, reading, price, group.looks))
+            self._queue_again(group, self._next_look(cohort, reading, price, group.polls))
 
-    def _next_look(self, cohort: Cohort, reading: _Reading, price: float, looks: int) -> float:
+    def _next_look(self, cohort: Cohort, reading: _Reading, price: float, polls: int) -> float:
         age = reading.sent_at - cohort.started
         price = self._price(cohort, price)
-        due = cohort.started + cohort.schedule.next_age(age, price, looks)
+        due = cohort.started + cohort.schedule.next_age(age, price, polls)
         due = self._pacer.shared.on_beat(due, reading.sent_at, len(self._live))
         return max(reading.received_at, due)
 
     def _queue_again(self, group: Group, due: float) -> None:
-        """Queue tasks that were looked at together."""
+        """Queue tasks that were polled at together."""
         if due < group.cohort.deadline:
             self._push(self._shared, group, due)
         else:
@@ -640,26 +639,26 @@ class Watcher:
         else:
             watch.missing = watch.spoiled = 0
         # What was seen of tasks of unknown age, or across a suspension, teaches nothing.
-        cohort, looked = group.cohort, group.looked
-        instructive = cohort.teaches and looked >= self._resumed_at
+        cohort, polled = group.cohort, group.polled
+        instructive = cohort.teaches and polled >= self._resumed_at
         started = cohort.started
         if snapshot.status in TERMINAL:
             if instructive:
                 cohort.schedule.saw_end(
-                    looked - started, reading.received_at - started, snapshot.duration
+                    polled - started, reading.received_at - started, snapshot.duration
                 )
             self._end(watch)
             return
         if instructive:
-            cohort.schedule.saw_running(looked - started, reading.sent_at - started)
-        group.looked = reading.sent_at
-        group.looks += 1
+            cohort.schedule.saw_running(polled - started, reading.sent_at - started)
+        group.polled = reading.sent_at
+        group.polls += 1
         watch.nudged, watch.called = watch.called, False
         # Who may have to be read singly shares the price of a read with nobody.
         price = self._policy.price if watch.missing else price
-        due = self._next_look(cohort, reading, price, group.looks)
+        due = self._next_look(cohort, reading, price, group.polls)
         if watch.nudged:
-            due = max(reading.received_at, min(due, group.looked + self._policy.min_interval))
+            due = max(reading.received_at, min(due, group.polled + self._policy.min_interval))
         self._queue(watch, due)
         if snapshot.status not in RUNNING:
             self._log_unknown(snapshot.status)
@@ -707,7 +706,7 @@ class Watcher:
         now = self._clock.now()
         trouble = watch.trouble = watch.trouble or Trouble(error, reading.sent_at)
         trouble.failures += 1
-        throttled = is_throttle(error)
+        throttled = error.is_throttle
         trouble.throttled += throttled
         if reading.single and _strike(watch, trouble, error, now):
             self._end(watch, error)
@@ -729,7 +728,7 @@ class Watcher:
         """Note whether a batch read worked."""
         if failure is None:
             self._batch_worked_at = reading.sent_at
-        if not is_throttle(failure):
+        if failure is None or not failure.is_throttle:
             self._batch_failing += _FAILING_RATE * ((failure is not None) - self._batch_failing)
 
     def _suspect(self, watch: Watch, trouble: Trouble) -> None:
@@ -798,7 +797,7 @@ class Watcher:
             cohort = group.cohort
             if cohort.calls_back and group.watches[0].trouble is None:
                 age = cohort.schedule.next_age(
-                    group.looked - cohort.started, self._price(cohort, price), group.looks
+                    group.polled - cohort.started, self._price(cohort, price), group.polls
                 )
                 if (sooner := max(now, cohort.started + age)) < group.due:
                     self._push(self._shared, group, sooner)
@@ -922,7 +921,7 @@ def _on_page(page: Page, task_id: str) -> TaskSnapshot | EvolinkError:
 
 
 def _plan(watch: Watch, now: float, ready_at: float = -math.inf) -> str:
-    """What comes next for a task that was just looked at, in words."""
+    """What comes next for a task that was just polled at, in words."""
     if watch.group.due < watch.deadline:
         return f"next look in {max(watch.group.due, ready_at) - now:.2f} s"
     return f"no look before its deadline in {watch.deadline - now:.2f} s"
@@ -951,7 +950,7 @@ def _may_lag(watch: Watch, now: float) -> bool:
 
 def _strike(watch: Watch, trouble: Trouble, error: EvolinkError, now: float) -> bool:
     """Note a final refusal of a single read; True if it was the last that was needed."""
-    if not isinstance(error, APIStatusError) or not error.from_api or rule_of(error)[0]:
+    if not isinstance(error, APIStatusError) or not error.from_api or error.retryable:
         return False
     missing = isinstance(error, NotFoundError)
     if missing and _may_lag(watch, now):

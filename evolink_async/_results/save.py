@@ -129,7 +129,7 @@ def _all_saved(outcomes: Sequence[Path | BaseException], task_id: str) -> tuple[
     error = _plain(
         first,
         f"{len(failures)} of {len(outcomes)} results of task {printable(task_id)} could not be "
-        f"saved (saved: {names}): {first}",
+        f"saved (saved: {names}): {first.problem}",
         task_id=task_id,
     )
     error.saved = saved
@@ -189,7 +189,7 @@ async def save(
             sleep=sleep,
         )
     except DownloadError as exc:
-        raise _plain(exc, str(exc), task_id=task_id) from exc.__cause__
+        raise _plain(exc, exc.problem, task_id=task_id) from exc.__cause__
     except (Refused, OSError) as exc:
         raise _not_saved(exc, url, partial.folder, task_id) from exc
     finally:
@@ -235,6 +235,8 @@ def _plain(error: DownloadError, message: str, *, task_id: str | None) -> Downlo
         status=error.status,
         expired=error.expired,
         task_id=task_id,
+        advice=error.advice,
+        way_past=error.way_past,
     )
 
 
@@ -248,6 +250,7 @@ def _not_saved(
             url=bare,
             path=exc.path,
             task_id=task_id,
+            **exc.advice,
         )
     return DownloadError(
         f"cannot save to {printable(str(folder))}: {_why(exc)}",

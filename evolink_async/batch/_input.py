@@ -18,6 +18,7 @@ from typing import IO, Any, Final
 
 from attrs import fields
 
+from evolink_async._checks import refuse
 from evolink_async._model.requests import ImageRequest, RawRequest, as_request
 from evolink_async._text import printable, shown
 from evolink_async.batch._ledger import Entry, Invalid
@@ -40,7 +41,7 @@ _CONTROL: Final = {
     False: re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]"),
 }
 """What no line of JSON (True) or text (False) holds; a tab may be."""
-_UNCHECKED: Final = 'write it as an object with "validate": false'
+_UNCHECKED: Final = '; to let the API decide, write it as an object with "validate": false'
 _NO_PROMPT: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 """No prompt has these, wherever it comes from; lines and tabs are fine."""
 
@@ -65,10 +66,8 @@ def read(source: Source) -> Iterator[Entry | Invalid]:
     if isinstance(source, str | os.PathLike):
         return _of_file(os.fspath(source))
     if isinstance(source, Mapping | bytes) or not isinstance(source, Iterable):
-        raise ConfigurationError(
-            f"source={shown(source)} is not allowed: a path, '-' for standard input, or an "
-            "iterable of prompts, mappings or requests"
-        )
+        allowed = "a path, '-' for standard input, or an iterable of prompts, mappings or requests"
+        raise refuse("source", source, allowed)
     return (_entry(line, item) for line, item in enumerate(source, 1))
 
 
@@ -152,8 +151,10 @@ def _refuse_constant(name: str) -> None:
 def _entry(line: int, item: object) -> Entry | Invalid:
     try:
         return _checked(line, item)
-    except (_BadLineError, RequestValidationError) as exc:
-        return Invalid(line, str(exc).replace("pass validate=False", _UNCHECKED))
+    except _BadLineError as exc:
+        return Invalid(line, str(exc))
+    except RequestValidationError as exc:
+        return Invalid(line, exc.problem + (_UNCHECKED if exc.way_past == "validate" else ""))
 
 
 def _checked(line: int, item: object) -> Entry:

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from evolink_async._checks import number, refuse
 from evolink_async._clock import hold
 from evolink_async._session import Session
-from evolink_async._text import printable, shown
+from evolink_async._text import printable
 from evolink_async.batch._files import is_foreign, set_aside, sweep
 from evolink_async.batch._input import Source, read
 from evolink_async.batch._items import EXPIRED, NOT_FOUND, BatchProgress, Options, Run
@@ -115,9 +116,13 @@ async def run_batch(
     options = Options(
         resend_uncertain=resend_uncertain,
         resubmit_expired=resubmit_expired,
-        max_credits=_credits(max_credits),
-        grace=_seconds("grace", grace),
-        patience=_seconds("patience", patience),
+        max_credits=(
+            None
+            if max_credits is None
+            else number("max_credits", max_credits, most=1e15, unit="None, or credits")
+        ),
+        grace=number("grace", grace, unit="seconds"),
+        patience=number("patience", patience, unit="seconds"),
     )
     await asyncio.to_thread(_check_readable, source)
     folder = await asyncio.to_thread(_make_folder, out)
@@ -163,31 +168,14 @@ async def _claim(ledger: Ledger, session: Session, *, emulated: bool, new_key: b
     await ledger.claim(session.base_url, session.fingerprint, replace_key=new_key)
 
 
-def _credits(value: object) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e15:
-        raise ConfigurationError(
-            f"max_credits={value!r} is not allowed: a number of credits, 0 or more, or None"
-        )
-    return float(value)
-
-
-def _seconds(name: str, value: object) -> float:
-    number = not isinstance(value, bool) and isinstance(value, int | float)
-    if not number or not 0 <= value < 1e9:  # type: ignore[operator]  # number says so
-        raise ConfigurationError(f"{name}={shown(value)} is not allowed: seconds, 0 or more")
-    return float(value)  # type: ignore[arg-type]  # as above
-
-
 def _check(name: str, value: object, fits: bool, allowed: str) -> None:  # noqa: FBT001 - private
     if value is not None and not fits:
-        raise ConfigurationError(f"{name}={shown(value)} is not allowed: {allowed}, or None")
+        raise refuse(name, value, f"{allowed}, or None")
 
 
 def _make_folder(out: str | os.PathLike[str]) -> Path:
     if not isinstance(out, str | os.PathLike) or not os.fspath(out):
-        raise ConfigurationError(f"out={shown(out)} is not allowed: the path of a folder")
+        raise refuse("out", out, "the path of a folder")
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +200,7 @@ def _check_readable(source: Source) -> None:
             raise ConfigurationError("the prompts cannot be read: standard input is closed")
         return
     if not os.fspath(source):
-        raise ConfigurationError("source='' is not allowed: the path of a file, or '-'")
+        raise refuse("source", source, "the path of a file, or '-'")
     try:
         mode = Path(source).stat().st_mode  # not opened: a pipe can be read only once
     except (OSError, ValueError) as exc:

@@ -156,7 +156,7 @@ def submit(api: Emulator, **fields: Any) -> str:
         ),
         (["generate", "A lake", "--size", "1x1"], "size='1x1' is not allowed"),
         (["generate", "A lake", "--model", "other"], "model='other' is not allowed"),
-        (["generate", "A lake"], "no API key: set EVOLINK_API_KEY;"),
+        (["generate", "A lake"], "no API key is given; set EVOLINK_API_KEY;"),
         (["generate", "A lake", "--emulator", "--idempotency-key", "short"], "idempotency_key="),
         (["status", "no/id"], "task_id='no/id' is not allowed"),
         (["list", "--status", "dreaming"], "'dreaming' is not one of"),

@@ -18,7 +18,7 @@ DOWN = ServerError("down", status=500, from_api=True)
 THROTTLE = RateLimitError("patience", status=429, from_api=True)
 REFUSAL = InvalidRequestError("no", status=400, from_api=True)
 ABSENT = NotFoundError("no such path", status=404, from_api=True)
-LOST = NotFoundError("<html>", status=404, from_api=False)
+LOST = NotFoundError("<html>", status=404, from_api=False, retryable=True)
 
 
 @pytest.fixture

@@ -42,11 +42,19 @@ from evolink_async._http.protocol import (
     encode,
     is_quota,
     new_idempotency_key,
-    rule_of,
     task_path,
 )
 
 REFUSED, RESEND, UNCERTAIN = Submit.REFUSED, Submit.RESEND, Submit.UNCERTAIN
+
+
+def meaning(error: EvolinkError) -> tuple[bool, Submit]:
+    """May a read be tried again, and what became of a submit."""
+    assert not (error.resendable and error.may_have_been_accepted)
+    fate = RESEND if error.resendable else REFUSED
+    return error.retryable, UNCERTAIN if error.may_have_been_accepted else fate
+
+
 YES, NO = True, False
 API, PAGE = "the API's JSON error object", "something else"
 PAGES = (b"", b"<html>503</html>", b"{}", b"[]", b'{"error": "no"}', b'{"message": "no"}', b"\xff")
@@ -128,7 +136,7 @@ def test_the_table_of_answers(
     for body in (error_body(code),) if whose is API else PAGES:
         error = error_of(status, body)
         assert type(error) is kind
-        assert rule_of(error) == (read, fate)
+        assert meaning(error) == (read, fate)
         assert error.status == status
         assert error.from_api is (whose is API)
 
@@ -137,7 +145,7 @@ def test_a_rate_limit_page_of_a_proxy_is_retried_by_reads_only() -> None:
     """A 429 that is not the API's own is an "other 4xx" to a submit, and passing to a read."""
     error = error_of(429, b"<html>slow down</html>")
     assert type(error) is RateLimitError
-    assert rule_of(error) == (YES, REFUSED)
+    assert meaning(error) == (YES, REFUSED)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +165,7 @@ def test_a_success_without_json_is_uncertain(status: int, body: bytes, text: str
     """A 2xx whose body cannot be used: a read is retried, a submit was probably paid for."""
     with pytest.raises(InvalidResponseError, match=text) as caught:
         decipher(status, lambda: {"X-Request-Id": "req-1"}, body)
-    assert rule_of(caught.value) == (YES, UNCERTAIN)
+    assert meaning(caught.value) == (YES, UNCERTAIN)
     assert (caught.value.status, caught.value.request_id) == (status, "req-1")
     assert str(caught.value).startswith(f"HTTP {status}, but ")
 
@@ -167,6 +175,30 @@ def test_a_success_is_its_json() -> None:
     assert decipher(200, dict, b'{"id": "task-1"}') == {"id": "task-1"}
     assert decipher(201, dict, b"null") is None
     assert decipher(200, dict, error_body(500))["error"]["code"] == 500
+
+
+@pytest.mark.parametrize(
+    ("status", "told", "throttle"),
+    [
+        (429, {}, True),
+        (503, {}, True),
+        (503, {"code": "no_available_channel"}, True),
+        (429, {"code": "insufficient_quota"}, False),
+        (429, {"type": "insufficient_quota_error"}, False),
+        (402, {}, False),
+        (500, {}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("from_api", [True, False])
+def test_what_asks_the_session_to_wait(
+    *, status: int, told: dict[str, str], throttle: bool, from_api: bool
+) -> None:
+    """429 and 503 do, whoever says so, unless the API's code is that the quota is used up."""
+    body = json.dumps({"error": {"message": "no", **told}}) if from_api else "no"
+    with pytest.raises(APIStatusError) as caught:
+        decipher(status, dict, body.encode())
+    assert caught.value.is_throttle is (throttle or (status == 429 and not from_api))
 
 
 NO_ANSWER: list[tuple[EvolinkError, bool, Submit]] = [
@@ -181,7 +213,7 @@ NO_ANSWER: list[tuple[EvolinkError, bool, Submit]] = [
 @pytest.mark.parametrize(("error", "read", "fate"), NO_ANSWER, ids=str)
 def test_the_table_where_no_answer_came(*, error: EvolinkError, read: bool, fate: Submit) -> None:
     """A submit that never left may be resent; one that may have arrived is uncertain."""
-    assert rule_of(error) == (read, fate)
+    assert meaning(error) == (read, fate)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +306,7 @@ def test_what_is_not_the_apis_error(error: object) -> None:
     """An error without a usable code or message is not known to be the API's."""
     found = error_of(503, json.dumps({"error": error}).encode())
     assert not found.from_api
-    assert rule_of(found)[1] is UNCERTAIN
+    assert meaning(found)[1] is UNCERTAIN
 
 
 @pytest.mark.parametrize("error", [{"message": "Busy."}, {"code": "busy"}, {"code": 0}])

@@ -18,12 +18,10 @@ from evolink_async import (
     APITimeoutError,
     ConfigurationError,
     EvolinkError,
-    InsufficientCreditsError,
     RateLimitError,
     RetryPolicy,
     ServerError,
 )
-from evolink_async._http.protocol import is_throttle
 from evolink_async._http.retry import MAX_RETRY_AFTER, RetryBudget, run
 
 PLAIN = RetryPolicy(wait_jitter=0)
@@ -180,28 +178,6 @@ def test_a_success_gives_1_back() -> None:
         assert budget.level == level
 
 
-# -- throttles ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("error", "throttle"),
-    [
-        (RateLimitError("", status=429), True),
-        (ServerError("", status=503), True),
-        (ServerError("", status=503, from_api=True, code="no_available_channel"), True),
-        (InsufficientCreditsError("", status=429, code="insufficient_quota"), False),
-        (InsufficientCreditsError("", status=402), False),
-        (ServerError("", status=500), False),
-        (BROKEN, False),
-        (None, False),
-    ],
-    ids=range(8),
-)
-def test_what_asks_the_session_for_patience(*, error: BaseException | None, throttle: bool) -> None:
-    """429 and 503 do, unless their code says that the quota is used up."""
-    assert is_throttle(error) is throttle
-
-
 # -- the loop ----------------------------------------------------------------------------------
 
 
@@ -252,7 +228,7 @@ async def test_errors_that_are_not_ours_pass(error: BaseException) -> None:
 
 async def test_a_throttle_is_waited_out_at_the_gate() -> None:
     """After a 429 or 503 the next attempt is made at once: the gate holds it back."""
-    call = Call([THROTTLED, BROKEN, ServerError("busy", status=503)])
+    call = Call([THROTTLED, BROKEN, ServerError("busy", status=503, is_throttle=True)])
     assert await tried(call) == 4
     assert call.clock.slept == [1.0]
 

@@ -29,7 +29,7 @@ ages = st.floats(min_value=0, max_value=1e12) | st.floats(min_value=1e-9, max_va
 any_float = st.floats(allow_nan=True, allow_infinity=True)
 estimates = st.sampled_from(JUNK_ESTIMATES) | any_float | st.integers() | st.text(max_size=3)
 prices = st.floats(min_value=1e-9, max_value=1e9)
-looks = st.tuples(
+polls = st.tuples(
     st.sampled_from(["running", "end", "started", "left", "next", "learn"]),
     ages | any_float,
     ages | any_float,
@@ -134,7 +134,7 @@ def test_wait_gives_the_strategy_the_number_of_looks() -> None:
     policy = PollPolicy(wait=tenacity.wait_incrementing(start=1, increment=2))
     schedule = Pacer(policy).model("kind", 30)
     assert isinstance(schedule, Backoff)
-    assert [schedule.next_age(10, 0.5, looks) for looks in range(3)] == [11, 13, 15]
+    assert [schedule.next_age(10, 0.5, polls) for polls in range(3)] == [11, 13, 15]
     live(schedule, 20)
     assert schedule.typical is None
     assert schedule.next_age(10, 0.5, 0) == 11
@@ -168,7 +168,7 @@ def test_wait_is_kept_within_the_intervals(wait: Any, expected: float) -> None:
     ],
 )
 def test_wait_refuses_what_cannot_answer(wait: object) -> None:
-    """A strategy that looks at outcomes is refused when the policy is made, not later."""
+    """A strategy that polls at outcomes is refused when the policy is made, not later."""
     with pytest.raises(ConfigurationError, match=r"wait=.*only the attempt number"):
         PollPolicy(wait=wait)
 
@@ -210,7 +210,7 @@ def happen(model: DurationModel, kind: str, a: float, b: float, told: Any) -> No
 @settings(max_examples=200)
 @given(
     estimate=estimates,
-    events=st.lists(looks, max_size=40),
+    events=st.lists(polls, max_size=40),
     age=ages,
     price=prices,
     deadline=st.none() | st.floats(min_value=1, max_value=1e9),
@@ -328,7 +328,7 @@ def test_the_prior_moves_to_where_the_data_are() -> None:
 
 
 def test_durations_that_hardly_vary_are_met_closely() -> None:
-    """The belief gets as narrow as the law, so about two looks meet the end within a second."""
+    """The belief gets as narrow as the law, so about two polls meet the end within a second."""
     model, rng = make(), random.Random(5)
     durations = [rng.lognormvariate(math.log(25), 0.03) for _ in range(400)]
     costs = [0.5 * reads + delay for reads, delay in (live(model, d) for d in durations)]
@@ -368,7 +368,7 @@ def test_survivors_count_as_much_as_ends() -> None:
 
 
 def test_looks_at_a_running_task_add_up() -> None:
-    """Ten looks on the way are the same survival as one look at the end."""
+    """Ten polls on the way are the same survival as one look at the end."""
     often, once = make(), make()
     for _ in range(20):
         for a, b in pairwise([0.0, 0.1, 0.2, 3.0, 3.1, 8.0, 9.0, 15.5, 16.0]):
@@ -391,7 +391,7 @@ def test_survival_alone_is_taken_in() -> None:
 
 
 def test_a_told_duration_is_used_exactly() -> None:
-    """One that lies between the two looks narrows the end down."""
+    """One that lies between the two polls narrows the end down."""
     told, untold = make(), make()
     for _ in range(200):
         seen(told, 0.0, 40.0, 12.0)
@@ -404,7 +404,7 @@ def test_a_told_duration_is_used_exactly() -> None:
 
 @pytest.mark.parametrize("duration", [5.0, 10.0, 20.1, -1.0, math.nan, math.inf, "15", 10**400])
 def test_a_told_duration_that_cannot_be_is_not_used(duration: Any) -> None:
-    """The looks are ours, the number is not: outside of them it measures something else."""
+    """The polls are ours, the number is not: outside of them it measures something else."""
     model, untold = make(), make()
     for _ in range(50):
         model.saw_end(10.0, 20.0, duration)
@@ -440,7 +440,7 @@ def test_an_end_beyond_all_belief_is_still_learned() -> None:
 
 
 def test_ages_beyond_the_last_bin_are_the_last_bin() -> None:
-    """A task that runs for days is looked at at the longest interval."""
+    """A task that runs for days is polled at at the longest interval."""
     model = make(deadline=None)
     for _ in range(30):
         seen(model, 1e7, 1e7 + 60)
@@ -579,42 +579,42 @@ def test_useful_seats_make_looks_cheaper() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(
-    looked=st.floats(0, 2e9),
+    polled=st.floats(0, 2e9),
     min_interval=st.floats(0.01, 60),
     wait=st.floats(1, 1000),
     running=st.integers(51, 10_000),
 )
 def test_a_beat_is_about_when_a_look_is_due(
-    looked: float, min_interval: float, wait: float, running: int
+    polled: float, min_interval: float, wait: float, running: int
 ) -> None:
-    """All that is due about then shares it; nobody is looked at too soon or much too late."""
-    due = looked + wait * min_interval
+    """All that is due about then shares it; nobody is polled at too soon or much too late."""
+    due = polled + wait * min_interval
     shared = SharedReads(0.5, min_interval=min_interval)
-    beat = shared.on_beat(due, looked, running)
+    beat = shared.on_beat(due, polled, running)
     tempo = BEAT * min_interval
-    slack = 1e-6 * max(1.0, looked) + 1e-6
+    slack = 1e-6 * max(1.0, polled) + 1e-6
     assert beat / tempo == pytest.approx(round(beat / tempo), abs=slack)
-    assert looked + min_interval <= beat
+    assert polled + min_interval <= beat
     assert due - tempo / 2 - slack <= beat <= due + tempo + slack
-    assert shared.on_beat(due, looked, 50) == due
+    assert shared.on_beat(due, polled, 50) == due
 
 
 @settings(max_examples=300, deadline=None)
 @given(
-    looked=st.floats(0, 1e6),
+    polled=st.floats(0, 1e6),
     min_interval=st.floats(0.01, 60),
     more=st.floats(1, 10),
     part=st.floats(0, 1),
 )
 def test_a_beat_is_within_the_two_intervals(
-    looked: float, min_interval: float, more: float, part: float
+    polled: float, min_interval: float, more: float, part: float
 ) -> None:
     """However near the longest interval is to the shortest, no beat leads out of them."""
     longest = min_interval * more
-    due = looked + min_interval + part * (longest - min_interval)
+    due = polled + min_interval + part * (longest - min_interval)
     shared = SharedReads(0.5, min_interval=min_interval, max_interval=longest)
-    beat = shared.on_beat(due, looked, 1000)
-    assert looked + min_interval - 1e-6 <= beat <= looked + longest + 1e-6
+    beat = shared.on_beat(due, polled, 1000)
+    assert polled + min_interval - 1e-6 <= beat <= polled + longest + 1e-6
 
 
 def test_who_is_read_singly_or_at_given_times_keeps_them() -> None:
@@ -666,7 +666,7 @@ def test_missed_callbacks_turn_into_plain_polling() -> None:
 
 
 def test_trust_in_callbacks_comes_back() -> None:
-    """A hundred callbacks after an outage looks are rare again."""
+    """A hundred callbacks after an outage polls are rare again."""
     trust = CallbackTrust()
     for _ in range(1000):
         trust.saw_missed()

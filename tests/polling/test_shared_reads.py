@@ -645,7 +645,7 @@ async def test_the_request_rate_is_kept(crowd: Emulator) -> None:
 
 
 async def test_submits_leave_tokens_of_the_rate_to_reads(crowd: Emulator) -> None:
-    """While hundreds wait to be submitted, those that run are looked at."""
+    """While hundreds wait to be submitted, those that run are polled at."""
     async with connect(crowd, max_in_flight=300, max_requests_per_second=2) as session:
         start = crowd.clock.now()
         tasks = [asyncio.create_task(session.generate(f"lake {i}")) for i in range(300)]
@@ -767,7 +767,7 @@ async def test_plain_backoff_of_many(clock: ManualClock, without: tuple[str, ...
 
 
 def test_wait_strategies_that_need_an_outcome_are_refused() -> None:
-    """There is no outcome to look at between two looks: refused at once."""
+    """There is no outcome to look at between two polls: refused at once."""
     with pytest.raises(ConfigurationError, match="wait"):
         PollPolicy(wait=tenacity.wait_exception(lambda _: 1.0))
 
@@ -792,7 +792,7 @@ async def test_tasks_with_callbacks_are_hardly_looked_at(crowd: Emulator) -> Non
 
 
 async def test_lost_callbacks_degrade_to_plain_polling(crowd: Emulator) -> None:
-    """When no callback ever comes, the looks soon are as frequent as without."""
+    """When no callback ever comes, the polls soon are as frequent as without."""
     async with connect(crowd, callback="https://example.com/hook") as session:
         delays = []
         for i in range(20):
@@ -898,7 +898,7 @@ async def test_a_suspension_means_new_connections(crowd: Emulator) -> None:
 async def test_a_submit_right_after_a_suspension(
     crowd: Emulator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It does not go out on a connection from before, also if no task was looked at yet."""
+    """It does not go out on a connection from before, also if no task was polled at yet."""
     real, ahead = time.time, 0.0
     monkeypatch.setattr(time, "time", lambda: real() + ahead)
     async with connect(crowd, clock=LoopClock(), max_in_flight=2) as session:

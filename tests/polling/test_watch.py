@@ -1,4 +1,4 @@
-"""Groups of tasks that are looked at together: each task's newest answer, and no other's."""
+"""Groups of tasks that are polled at together: each task's newest answer, and no other's."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def page(progress: int) -> Page:
     return found
 
 
-def make(*ids: str, looked: float = 0.0) -> Group:
+def make(*ids: str, polled: float = 0.0) -> Group:
     """A group of a cohort of its own."""
-    group = Group(Cohort(Backoff(PollPolicy()), 0.0, 3600.0), looked)
+    group = Group(Cohort(Backoff(PollPolicy()), 0.0, 3600.0), polled)
     for task_id in ids:
         group.watches.append(Watch(task_id, started=0.0, deadline=3600.0, group=group))
     group.cohort.unread = group
@@ -39,7 +39,7 @@ def progress(watch: Watch) -> int | None:
 
 
 def test_a_snapshot_is_the_newest_answer() -> None:
-    """Also of a task that was looked at in between, which had its own until then."""
+    """Also of a task that was polled at in between, which had its own until then."""
     group = make(*IDS[:2])
     first, second = group.watches
     assert first.snapshot is None
@@ -48,7 +48,7 @@ def test_a_snapshot_is_the_newest_answer() -> None:
         assert progress(first) == told
         assert first.snapshot is first.snapshot
     assert progress(second) == 30
-    assert (group.looked, group.looks) == (30.0, 3)
+    assert (group.polled, group.polls) == (30.0, 3)
 
 
 def test_groups_that_join_are_told_together() -> None:
@@ -72,7 +72,7 @@ def test_groups_that_split_are_told_apart() -> None:
     watches = list(group.watches)
     assert progress(watches[3]) == 10
     rest = group.split(1)
-    assert (rest.looked, rest.looks, rest.plain) == (1.0, 1, True)
+    assert (rest.polled, rest.polls, rest.plain) == (1.0, 1, True)
     assert progress(watches[1]) == 10
     rest.saw(page(20), 2.0)
     assert [progress(watch) for watch in watches] == [10, 20, 20, 20]

@@ -372,13 +372,13 @@ async def test_nudge_and_look(make: Make, reader: Reader, clock: ManualClock) ->
     await watcher.look(watch)
     assert reader.ages(start) == [0]
     reader.gate = asyncio.Event()
-    looks = [asyncio.create_task(watcher.look(watch)) for _ in range(3)]
+    polls = [asyncio.create_task(watcher.look(watch)) for _ in range(3)]
     while reader.in_air == 0:  # noqa: ASYNC110 - it has no event
         await asyncio.sleep(0)
-    looks += [asyncio.create_task(watcher.look(watch)) for _ in range(3)]
+    polls += [asyncio.create_task(watcher.look(watch)) for _ in range(3)]
     await asyncio.sleep(0)
     reader.gate.set()
-    await asyncio.gather(*looks)
+    await asyncio.gather(*polls)
     assert reader.ages(start) == [0, 0, 0]
 
 
@@ -636,7 +636,7 @@ async def test_the_last_look_is_one_look(
 async def test_deadlines_are_kept_whatever_the_intervals(
     make: Make, reader: Reader, clock: ManualClock
 ) -> None:
-    """Each task is given up when its own has passed, though they are looked at seldom."""
+    """Each task is given up when its own has passed, though they are polled at seldom."""
     watcher = make(min_interval=60, deadline=10)
     start = clock.now()
     given_up = []
@@ -652,7 +652,7 @@ async def test_deadlines_are_kept_whatever_the_intervals(
 async def test_a_near_deadline_leaves_time_for_a_look(
     make: Make, reader: Reader, clock: ManualClock
 ) -> None:
-    """A task that would be looked at after its deadline is looked at half-way to it."""
+    """A task that would be polled at after its deadline is polled at half-way to it."""
     watcher = make(min_interval=5, deadline=5)
     start = clock.now()
     await watcher.until_ended(submit(watcher, clock, "task-1"))
@@ -723,7 +723,7 @@ async def test_who_is_asked_for_comes_before_all_that_is_late(
 async def test_the_log_says_why_nothing_is_read(
     make: Make, reader: Reader, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """First looks, looks asked for, and what holds reads up are in the DEBUG log."""
+    """First polls, polls asked for, and what holds reads up are in the DEBUG log."""
     caplog.set_level(logging.DEBUG)
     reader.say = lambda i: task(i, "completed")
     reader_closed_until[0] = clock.now() + 40
