@@ -1,4 +1,4 @@
-"""Callbacks: what they save, what lost ones cost, and what forged ones cannot do.
+"""Callbacks: what they save, what lost ones cost, and how many forged ones are refused.
 
 ::
 
@@ -49,8 +49,8 @@ async def served(app: web.Application) -> AsyncIterator[int]:
         await runner.cleanup()
 
 
-def door() -> tuple[web.Application, dict[str, CallbackReceiver]]:
-    """An application whose receiver is put in later."""
+def application() -> tuple[web.Application, dict[str, CallbackReceiver]]:
+    """An application and the place where its receiver is set later."""
     inside: dict[str, CallbackReceiver] = {}
 
     async def handle(request: web.Request) -> web.Response:
@@ -66,7 +66,7 @@ def door() -> tuple[web.Application, dict[str, CallbackReceiver]]:
 
 async def generate(count: int, *, lost: float | None, in_flight: int) -> tuple[float, ...]:
     """Requests and ids read per task, mean and worst delay in seconds; None: no callbacks."""
-    app, inside = door()
+    app, inside = application()
     async with (
         served(app) as port,
         Emulator(
@@ -141,7 +141,7 @@ def send(port: int, payload: bytes, count: int, status: bytes) -> None:
 
 
 async def flood(count: int) -> None:
-    app, inside = door()
+    app, inside = application()
     policy = PollPolicy(min_interval=0.25)
     async with (
         served(app) as port,
@@ -173,7 +173,7 @@ async def flood(count: int) -> None:
             f"{(after.received - before.received) / took:.0f} a second"
         )
         print(
-            f"turned away {after.forged - before.forged}, to a leaked URL "
+            f"refused {after.forged - before.forged}, to a leaked URL "
             f"{after.nudged - before.nudged}"
         )
         print(f"reads {extra}; the bound, one per leaked task and min_interval: {bound:.0f}")
