@@ -1,4 +1,9 @@
-"""Names and renames on disk that hold on every file system."""
+"""File names that are safe on every system, and renames that replace nothing by accident.
+
+A picture is named in two steps: `safe_name` makes a name of the task's id (or of ``name=``),
+and `_results.save.save_all` adds the number and the extension: ``<name>-<k>.<ext>``. In a
+batch the name comes from `batch._files.stems`.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +16,27 @@ from typing import Any, Final
 
 from evolink_async._text import printable
 
-__all__ = ["NAME_LIMIT", "Refused", "exists", "rename", "safe_name", "sync_folder"]
+__all__ = [
+    "MAX_NAME",
+    "CannotSaveError",
+    "already_exists",
+    "rename",
+    "safe_name",
+    "sync_folder",
+]
 
-NAME_LIMIT: Final = 120
+MAX_NAME: Final = 120
+"""Characters of a file name without its extension."""
 
 
-class Refused(Exception):  # noqa: N818 - a verdict on its way to becoming a DownloadError
-    """What arrived, or where it should go, cannot be used, and another try would not help.
+class CannotSaveError(Exception):
+    """A file cannot be saved, and another attempt would not help.
+
+    It becomes a `DownloadError`, which knows the link and the task.
 
     Attributes:
-        path: The file it is about, if any.
-        advice: How to get past it: the data of an `EvolinkError`.
+        path: The file or folder the message is about, None if it is about neither.
+        advice: Values for ``advice`` and ``way_past`` of the `DownloadError`.
     """
 
     def __init__(self, message: str, path: Path | None = None, **advice: Any) -> None:
@@ -30,8 +45,8 @@ class Refused(Exception):  # noqa: N818 - a verdict on its way to becoming a Dow
         self.advice = advice
 
 
-def exists(path: Path) -> Refused:
-    return Refused(
+def already_exists(path: Path) -> CannotSaveError:
+    return CannotSaveError(
         f"{printable(str(path))} exists",
         path,
         way_past="overwrite",
@@ -40,7 +55,7 @@ def exists(path: Path) -> Refused:
 
 
 def rename(source: Path, target: Path, *, overwrite: bool) -> None:
-    """Give *source* the name *target*; unless *overwrite*, only if nobody has it."""
+    """Rename *source* to *target*; an existing *target* is replaced only if *overwrite*."""
     if overwrite:
         source.replace(target)
         return
@@ -48,8 +63,8 @@ def rename(source: Path, target: Path, *, overwrite: bool) -> None:
         # Unlike a check followed by a rename, this cannot replace a file made in between.
         target.hardlink_to(source)
     except FileExistsError:
-        raise exists(target) from None
-    except OSError:  # a file system without links
+        raise already_exists(target) from None
+    except OSError:  # a file system without hard links
         _rename_into_reservation(source, target)
     else:
         source.unlink()
@@ -59,7 +74,7 @@ def _rename_into_reservation(source: Path, target: Path) -> None:
     try:
         target.touch(exist_ok=False)
     except FileExistsError:
-        raise exists(target) from None
+        raise already_exists(target) from None
     try:
         source.replace(target)
     except OSError:
@@ -68,7 +83,7 @@ def _rename_into_reservation(source: Path, target: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    # The file is there under its name already: where a folder cannot be flushed, so be it.
+    # The file already has its name, so a folder that cannot be flushed is no error.
     with contextlib.suppress(OSError, AttributeError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -77,16 +92,15 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-_DEVICE: Final = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|$)", re.IGNORECASE)
+def safe_name(text: str, limit: int = MAX_NAME) -> str:
+    """*text* as a file name without extension that is valid on every system.
 
-
-def safe_name(text: str, limit: int = NAME_LIMIT) -> str:
-    """*text* as a file name, without extension, on any system; *text* itself if it is one.
-
-    Otherwise what is not allowed is replaced, and a hash keeps different texts apart.
+    A *text* that is such a name already is returned as it is. Otherwise the characters that
+    are not allowed are replaced, and a hash keeps the names of different texts different.
     """
     name = re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip(".-").rstrip(".") or "file"
-    if _DEVICE.match(name):
+    device = r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|$)"  # reserved on Windows
+    if re.match(device, name, re.IGNORECASE):
         name = f"_{name}"
     if name == text and len(name) <= limit:
         return name

@@ -1,8 +1,8 @@
-"""Result links: opened on foreign hosts, as little trusted as the answers that named them.
+"""Opens result links on hosts that are not trusted.
 
-Its connections are its own: no API key, no cookie, nothing from a netrc file. Every hop
-must be https to a public host, by its spelling and by what it resolves to, so that no
-answer can make us fetch from the network we run in.
+`ResultClient` has connections of its own: it sends no API key, no cookie and nothing from a
+netrc file. Each hop must be https to a public host, by its spelling and by the addresses it
+resolves to, so that no answer can make us fetch from the network we run in.
 
 Imported when a session opens, because aiohttp is slow to import.
 """
@@ -30,38 +30,29 @@ from evolink_async._hosts import (
     split_url,
 )
 from evolink_async._http.proxy import environment_proxy
-from evolink_async._results.stream import Interrupted
+from evolink_async._results.stream import TransientDownloadError
 from evolink_async._text import printable
 from evolink_async.errors import DownloadError, SessionClosedError
 
 __all__ = ["ResultClient", "ResultStream"]
 
-_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS: Final = 5
-_EXPIRED: Final = frozenset({403, 404, 410})
-_URL_LIMIT: Final = 8192
-_PATH_SAFE: Final = "/%:@!$&'()*+,;=~-._"
-_QUERY_SAFE: Final = _PATH_SAFE + "?"
-_CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
-_HEADERS: Final = {
-    "Accept": "*/*",
-    "Accept-Encoding": "identity",
-    "User-Agent": "evolink-async",
-}
+_MAX_URL: Final = 8192
+"""Characters of a link."""
 
 
 @define
 class ResultStream:
-    """A result that has begun to arrive.
+    """A result whose download has begun.
 
     Attributes:
-        status: 200, or 206 for what follows *offset*.
-        offset: Position of the first byte; 0 if the host sends all of it again.
-        content_type: What the host calls it, None if it does not say.
-        content_length: Bytes that will follow, None if the host does not say.
-        total: Bytes of the whole result, None if the host does not say.
-        etag: Its strong entity tag, None if it has none.
-        accepts_ranges: False if the host says it cannot resume.
+        status: 200, or 206 for the rest from *offset* on.
+        offset: Position of the first byte; 0 if the host sends the whole result.
+        content_type: The ``Content-Type`` header, None if there is none.
+        content_length: Bytes that will follow, None if unknown.
+        total: Size of the whole result in bytes, None if unknown.
+        etag: Strong entity tag, None if there is none.
+        accepts_ranges: False if the host says that it cannot resume.
     """
 
     status: int
@@ -72,7 +63,7 @@ class ResultStream:
     etag: str | None = field(kw_only=True)
     accepts_ranges: bool = field(kw_only=True)
     _body: aiohttp.StreamReader = field(kw_only=True)
-    _pace: _Pace = field(kw_only=True)
+    _stall_timer: _StallTimer = field(kw_only=True)
     _shown: str = field(kw_only=True)
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
@@ -82,25 +73,26 @@ class ResultStream:
             DownloadError: The connection broke, or was slower than the minimum rate.
         """
         try:
-            while data := await self._pace.wait_for(self._body):
+            while data := await self._stall_timer.wait_for(self._body):
                 yield data
         except TimeoutError:
-            raise Interrupted(
-                f"{self._shown} stalled: less than {self._pace.describe()} arrived", url=self._shown
+            raise TransientDownloadError(
+                f"{self._shown} stalled: less than {self._stall_timer.describe()} arrived",
+                url=self._shown,
             ) from None
         except (aiohttp.ClientError, OSError, RuntimeError) as exc:
-            # RuntimeError is aiohttp's word for a connection that we closed ourselves.
-            raise Interrupted(
+            # aiohttp raises RuntimeError for a connection that we closed ourselves.
+            raise TransientDownloadError(
                 f"{self._shown} broke off: {_words(exc)}", url=self._shown
             ) from _safe_cause(exc)
 
 
 @define
-class _Pace:
-    """The least rate a body must arrive at; the time its reader takes does not count."""
+class _StallTimer:
+    """Breaks off a body that arrives too slowly; the time its reader takes does not count."""
 
     seconds: float
-    least: int
+    min_bytes: int
     _waited: float = field(default=0.0, init=False)
     _got: int = field(default=0, init=False)
 
@@ -108,7 +100,7 @@ class _Pace:
         """The next bytes.
 
         Raises:
-            TimeoutError: Fewer than *least* bytes came in *seconds* of waiting.
+            TimeoutError: Fewer than *min_bytes* came in *seconds* of waiting.
         """
         now = asyncio.get_running_loop().time
         began = now()
@@ -116,17 +108,17 @@ class _Pace:
             data = await body.readany()
         self._waited += now() - began
         self._got += len(data)
-        if self._got >= self.least:
+        if self._got >= self.min_bytes:
             self._waited, self._got = 0.0, 0
         return data
 
     def describe(self) -> str:
-        return f"{self.least} bytes in {self.seconds:g} s"
+        return f"{self.min_bytes} bytes in {self.seconds:g} s"
 
 
 @frozen
 class _Hop:
-    """One checked address on the way to a result."""
+    """A link, or the target of a redirect, that has been checked."""
 
     url: URL
     proxy: str | None = field(kw_only=True)
@@ -134,14 +126,13 @@ class _Hop:
 
 
 class _InternalAddressError(OSError):
-    """A name that leads into the network we run in."""
+    """A host name that resolves to an internal address."""
 
 
 class _GuardedResolver(AbstractResolver):
-    """Resolves names, leaving out internal addresses.
+    """Resolves names and leaves out internal addresses.
 
-    A later answer of the name server cannot differ: aiohttp connects to the addresses
-    returned here and does not resolve again.
+    aiohttp connects to the addresses returned here and does not resolve the name again.
     """
 
     def __init__(self, inner: AbstractResolver) -> None:
@@ -150,7 +141,7 @@ class _GuardedResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        """Addresses of *host* that may be connected to; for ``localhost``, this machine's."""
+        """Public addresses of *host*; for ``localhost``, loopback addresses."""
         found = await self._inner.resolve(host, port, family)
         allowed = is_loopback_host if is_loopback_host(host) else is_public_address
         usable = [entry for entry in found if allowed(entry["host"])]
@@ -160,12 +151,12 @@ class _GuardedResolver(AbstractResolver):
         return usable
 
     async def close(self) -> None:
-        """Close the resolver within."""
+        """Close the inner resolver."""
         await self._inner.close()
 
 
 class ResultClient:
-    """Opens result links. Belongs to one event loop; its connections are made when needed."""
+    """Opens result links. Belongs to one event loop and connects when needed."""
 
     def __init__(
         self,
@@ -178,23 +169,22 @@ class ResultClient:
         trust_env: bool = True,
         resolver: AbstractResolver | None = None,
     ) -> None:
-        """A client that has not connected yet.
+        """Prepare a client; nothing is opened yet.
 
         Args:
-            allow_loopback: Whether links may also lead to this machine, then also by http.
+            allow_loopback: Whether links may lead to this machine, by http as well.
             max_connections: Results open at the same time; more wait.
             connect_timeout: Seconds to make a connection, TLS included.
-            stall_timeout: Seconds without progress after which a download is broken off.
-            min_rate: Bytes per second, averaged over *stall_timeout*, below which there is
-                no progress.
-            trust_env: Whether to use the environment's proxies. Names are then resolved by
-                the proxy, so only the spelling of a host can be checked here.
-            resolver: What resolves names; aiohttp's default if None.
+            stall_timeout: Seconds over which the rate of a download is measured.
+            min_rate: Bytes per second below which a download is broken off.
+            trust_env: Whether to use the environment's proxies. The proxy then resolves
+                names, so only the spelling of a host is checked here.
+            resolver: Resolves names; aiohttp's default if None.
         """
         self._allow_loopback = allow_loopback
         self._connect_timeout = connect_timeout
         self._stall_timeout = stall_timeout
-        self._least = max(1, int(min_rate * stall_timeout))
+        self._min_bytes = max(1, int(min_rate * stall_timeout))
         self._trust_env = trust_env
         self._resolver = resolver
         self._guard: _GuardedResolver | None = None
@@ -207,19 +197,22 @@ class ResultClient:
     async def open(
         self, url: str, *, offset: int = 0, etag: str | None = None
     ) -> AsyncIterator[ResultStream]:
-        """The result behind *url*, from byte *offset* on if the host can and it is still *etag*.
+        """The result behind *url*.
+
+        It starts at byte *offset* if the host can resume and the result still has *etag*,
+        otherwise at the first byte.
 
         Raises:
-            DownloadError: The link is not allowed, has expired, or does not answer;
-                `Interrupted` if another try may help.
+            TransientDownloadError: The host did not answer as it should; try again.
+            DownloadError: The link is not allowed or has expired.
         """
         async with self._slots, contextlib.AsyncExitStack() as stack:
             hop = self._hop(url, None)
             headers = _request_headers(offset, etag)
             for _ in range(_MAX_REDIRECTS + 1):
                 response = await self._request(hop, headers)
-                stack.callback(_leave, response)
-                if response.status not in _REDIRECTS:
+                stack.callback(_release, response)
+                if response.status not in {301, 302, 303, 307, 308}:
                     yield self._stream(response, hop, offset)
                     return
                 response.close()
@@ -227,44 +220,44 @@ class ResultClient:
             raise DownloadError(f"{hop.shown}: more than {_MAX_REDIRECTS} redirects", url=hop.shown)
 
     async def aclose(self) -> None:
-        """Close the connections; open streams break off. May be called again."""
+        """Close the connections and break off open streams. May be called again."""
         self._closed = True
         for session in (self._direct, self._proxied):
             if session is not None:
                 await session.close()
-        if self._guard is not None:  # a connector does not close a resolver it was given
+        if self._guard is not None:  # a connector does not close the resolver it was given
             await self._guard.close()
 
     def _hop(self, url: str, previous: _Hop | None) -> _Hop:
-        """*url*, checked.
+        """*url* once it has been checked.
 
         Raises:
-            DownloadError: It may not be fetched.
+            DownloadError: It must not be fetched.
         """
         shown = shown_url(url)
         came_from = "" if previous is None else f" (redirected from {previous.shown})"
-        # A redirect from elsewhere to this machine is never meant well.
+        # A redirect from another host to this machine is an attack.
         loopback = self._allow_loopback and (
             previous is None or is_loopback_host(previous.url.raw_host or "")
         )
         try:
             parts = _checked(url, loopback=loopback)
             target = _encoded(parts)
-            # The name aiohttp connects to, not as it was spelled.
+            # The name that aiohttp connects to may be spelled differently in the link.
             _check_host(target.raw_host or "", loopback=loopback)
             return _Hop(target, proxy=self._proxy_for(target), shown=shown)
         except ValueError as exc:
             raise DownloadError(f"{shown}{came_from} is not fetched: {exc}", url=shown) from None
 
     def _proxy_for(self, url: URL) -> str | None:
-        """The environment's proxy for *url*; this machine is never reached through one."""
+        """The environment's proxy for *url*, None for this machine."""
         return environment_proxy(str(url)) if self._trust_env else None
 
     async def _request(self, hop: _Hop, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
-        """The answer's head.
+        """The status and headers of the answer.
 
         Raises:
-            DownloadError: There is none.
+            DownloadError: No answer came.
         """
         session = self._session(proxied=hop.proxy is not None)
         limit = self._connect_timeout + self._stall_timeout
@@ -282,7 +275,7 @@ class ResultClient:
         except (aiohttp.ClientError, OSError) as exc:
             if (reason := _internal(exc)) is not None:
                 raise DownloadError(f"{hop.shown} is not fetched: {reason}", url=hop.shown) from exc
-            raise Interrupted(
+            raise TransientDownloadError(
                 f"{hop.shown} does not answer: {_words(exc)}", url=hop.shown
             ) from _safe_cause(exc)
 
@@ -290,7 +283,7 @@ class ResultClient:
         if self._closed:
             raise SessionClosedError("the session is closed; make a new one")
         if proxied:
-            # The resolver only ever sees the proxy's own name, which may well be internal.
+            # No guard: the only name to resolve is the proxy's own, which may be internal.
             self._proxied = self._proxied or self._new_session(aiohttp.TCPConnector(limit=0))
             return self._proxied
         if self._direct is None:
@@ -303,16 +296,20 @@ class ResultClient:
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
-            headers=_HEADERS,
+            headers={
+                "Accept": "*/*",
+                "Accept-Encoding": "identity",
+                "User-Agent": "evolink-async",
+            },
             timeout=aiohttp.ClientTimeout(total=None, connect=self._connect_timeout),
             trust_env=False,
         )
 
     def _stream(self, response: aiohttp.ClientResponse, hop: _Hop, asked: int) -> ResultStream:
-        """What the answer's head promises.
+        """The stream that belongs to *response*.
 
         Raises:
-            DownloadError: It is not the result.
+            DownloadError: *response* is not the result.
         """
         _check_status(response.status, hop.shown, asked)
         coding = response.headers.get("Content-Encoding", "identity").strip().lower()
@@ -332,7 +329,7 @@ class ResultClient:
             etag=_strong(response.headers.get("ETag")),
             accepts_ranges=response.headers.get("Accept-Ranges", "").strip().lower() != "none",
             body=response.content,
-            pace=_Pace(self._stall_timeout, self._least),
+            stall_timer=_StallTimer(self._stall_timeout, self._min_bytes),
             shown=hop.shown,
         )
 
@@ -344,12 +341,12 @@ def _request_headers(offset: int, etag: str | None) -> dict[str, str]:
 
 
 def _strong(etag: str | None) -> str | None:
-    """*etag* if it may stand in ``If-Range``: weak ones do not promise the same bytes."""
+    """*etag* if it is a strong one: a weak one does not guarantee the same bytes."""
     return etag if etag is not None and re.fullmatch(r'"[!#-~]{1,200}"', etag) else None
 
 
-def _leave(response: aiohttp.ClientResponse) -> None:
-    """Keep the connection if all of the body was read, drop it otherwise."""
+def _release(response: aiohttp.ClientResponse) -> None:
+    """Keep the connection if the whole body was read, close it otherwise."""
     if response.content.at_eof():
         response.release()
     else:
@@ -357,16 +354,16 @@ def _leave(response: aiohttp.ClientResponse) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Where a link leads
+# Links
 
 
 def _checked(url: str, *, loopback: bool) -> SplitResult:
-    """The parts of a link that may be followed.
+    """The parts of a link that may be fetched.
 
     Raises:
-        ValueError: It may not; the message says why.
+        ValueError: It must not be fetched; the message says why.
     """
-    if len(url) > _URL_LIMIT:
+    if len(url) > _MAX_URL:
         raise ValueError(f"the link has {len(url)} characters")
     try:
         parts = split_url(_without_spaces(url))
@@ -381,7 +378,7 @@ def _checked(url: str, *, loopback: bool) -> SplitResult:
 
 
 def _without_spaces(url: str) -> str:
-    """Spaces inside the path or query, which some hosts leave unquoted, quoted."""
+    """*url* with the spaces in its path and query quoted, which some hosts leave as they are."""
     head, slash, rest = url.partition("://")
     authority, separator, path = rest.partition("/")
     return f"{head}{slash}{authority}{separator}{path.replace(' ', '%20')}"
@@ -395,21 +392,22 @@ def _check_host(host: str, *, loopback: bool) -> None:
 
 
 def _encoded(parts: SplitResult) -> URL:
-    """The link as aiohttp sends it. Already quoted parts stay as they are: they may be signed."""
+    """The link as aiohttp sends it; quoted parts are kept, because a signature may cover them."""
     host = parts.hostname or ""
     host = f"[{host}]" if ":" in host else host
     port = "" if parts.port is None else f":{parts.port}"
     ascii_host = URL(f"{parts.scheme}://{host}{port}/").raw_authority
-    path = quote(parts.path or "/", safe=_PATH_SAFE)
-    query = quote(parts.query, safe=_QUERY_SAFE)
+    safe = "/%:@!$&'()*+,;=~-._"
+    path = quote(parts.path or "/", safe=safe)
+    query = quote(parts.query, safe=f"{safe}?")
     return URL(urlunsplit((parts.scheme, ascii_host, path, query, "")), encoded=True)
 
 
 def _target(response: aiohttp.ClientResponse, hop: _Hop) -> str:
-    """Where a redirect leads.
+    """The target of a redirect.
 
     Raises:
-        DownloadError: It does not say.
+        DownloadError: It has none.
     """
     location = response.headers.get("Location", "")
     try:
@@ -423,13 +421,13 @@ def _target(response: aiohttp.ClientResponse, hop: _Hop) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# What an answer means
+# Answers
 
 
 def _check_status(status: int, shown: str, asked: int) -> None:
     if status == 200 or (status == 206 and asked):
         return
-    if status in _EXPIRED:
+    if status in {403, 404, 410}:
         raise DownloadError(
             f"{shown}: the link has expired or is gone ({status}). Result links live 24 hours "
             "after the task completed; reading the task again gives the same links, so "
@@ -439,38 +437,43 @@ def _check_status(status: int, shown: str, asked: int) -> None:
             expired=True,
         )
     if status == 416 and asked:
-        raise Interrupted(f"{shown}: cannot be resumed", url=shown, status=status, restart=True)
-    kind = Interrupted if status in {408, 425, 429} or status >= 500 else DownloadError
+        raise TransientDownloadError(
+            f"{shown}: cannot be resumed", url=shown, status=status, resumable=False
+        )
+    kind = TransientDownloadError if status in {408, 425, 429} or status >= 500 else DownloadError
     raise kind(f"{shown}: the host answered {status}", url=shown, status=status)
 
 
 def _range_of(response: aiohttp.ClientResponse, shown: str, asked: int) -> tuple[int, int | None]:
-    """Position of the first byte, and size of the whole.
+    """Position of the first byte, and size of the whole result.
 
     Raises:
-        Interrupted: It is not the part that was asked for.
+        TransientDownloadError: The answer is not the part that was asked for.
     """
     if response.status == 200:
         return 0, response.content_length
-    match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "").strip())
+    match = re.fullmatch(
+        r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)",
+        response.headers.get("Content-Range", "").strip(),
+    )
     if match is None or int(match[1]) != asked:
-        raise Interrupted(
+        raise TransientDownloadError(
             f"{shown}: the host sent another part than asked for",
             url=shown,
             status=response.status,
-            restart=True,
+            resumable=False,
         )
     return asked, None if match[3] == "*" else int(match[3])
 
 
 def _internal(exc: BaseException) -> str | None:
-    """The words of the resolver's refusal, if that is what *exc* is about."""
+    """Why the resolver refused the host, None if *exc* has another cause."""
     inner = getattr(exc, "os_error", None)
     return str(inner) if isinstance(inner, _InternalAddressError) else None
 
 
 def _words(exc: BaseException) -> str:
-    """What went wrong, without the link's query, which some of aiohttp's messages hold."""
+    """A message for *exc* without the link's query, which some of aiohttp's messages hold."""
     if isinstance(exc, aiohttp.ClientHttpProxyError):
         return f"the proxy answered {exc.status}"
     if isinstance(exc, aiohttp.ClientResponseError):

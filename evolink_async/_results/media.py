@@ -1,4 +1,4 @@
-"""What a file is, judged by its bytes."""
+"""The type of a file, and whether it is complete, judged by its bytes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import IO, Final
 
 __all__ = ["EXTENSIONS", "is_whole", "media_type"]
 
-_TAIL: Final = 64 * 1024
 _SIGNATURES: Final = (
     (re.compile(rb"\x89PNG\r\n\x1a\n"), "png"),
     (re.compile(rb"\xff\xd8\xff"), "jpg"),
     (re.compile(rb"RIFF.{4}WEBP", re.DOTALL), "webp"),
     (re.compile(rb"RIFF.{4}WAVE", re.DOTALL), "wav"),
     (re.compile(rb"GIF8[79]a"), "gif"),
-    # "BM" alone begins many a text: the size of the second header must be one that exists.
+    # Many texts begin with "BM", so the size of the second header must be a known one too.
     (re.compile(rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", re.DOTALL), "bmp"),
     (re.compile(rb"II\*\0|MM\0\*"), "tiff"),
     (re.compile(rb".{4}ftypavi[fs]|.{4}ftypm[is]f1.{0,40}avif", re.DOTALL), "avif"),
@@ -40,11 +39,11 @@ def media_type(head: bytes) -> str | None:
 
 
 def is_whole(file: IO[bytes], extension: str, head: bytes) -> bool:
-    """False if a file of that type surely misses its end; tolerates bytes after it."""
+    """False if the end of a file of that type is missing; bytes after its end are allowed."""
     size = file.seek(0, os.SEEK_END)
     if extension == "webp":
         return size >= int.from_bytes(head[4:8], "little") + 8
-    file.seek(max(0, size - _TAIL))
+    file.seek(max(0, size - 64 * 1024))
     tail = file.read()
     if extension == "gif":
         return tail.rstrip(b"\0").endswith(b";")

@@ -1,7 +1,11 @@
-"""A result stream to a file: under a temporary name until it is whole, checked and on disk.
+"""Saves results as files, each under a temporary name until it is complete and on disk.
 
-Nothing about the name or the type is taken from outside: the name comes from the task's id,
-the extension from the first bytes. Knows no HTTP; what it reads from is a `Stream`.
+A picture's file name is made here: `save_all` calls the k-th result of a task
+``<stem>-<k>.<ext>``. The stem is the task's id, or what ``name=`` or a batch gives, made safe
+by `_files.safe_name`; the extension comes from the first bytes of the file. Neither the link
+nor a header has a say in it.
+
+Knows no HTTP: it reads from a `Stream`.
 """
 
 from __future__ import annotations
@@ -21,35 +25,37 @@ from typing import IO, Final
 from attrs import define, field
 
 from evolink_async._files import (
-    NAME_LIMIT,
-    Refused,
-    exists,
+    MAX_NAME,
+    CannotSaveError,
+    already_exists,
     rename,
     safe_name,
     sync_folder,
 )
 from evolink_async._hosts import shown_url
 from evolink_async._results.media import EXTENSIONS, is_whole, media_type
-from evolink_async._results.stream import Interrupted, OpenResult, Stream
+from evolink_async._results.stream import OpenResult, Stream, TransientDownloadError
 from evolink_async._text import printable
 from evolink_async.errors import DownloadError
 
-__all__ = ["MAX_BYTES", "MAX_FILES", "MakeWay", "save", "save_all"]
+__all__ = ["MAX_BYTES", "MAX_FILES", "BeforeRename", "save", "save_all"]
 
 logger = logging.getLogger(__name__)
 
 MAX_BYTES: Final = 64 * 1024 * 1024
-"""Largest file that is saved unless told otherwise: ten 1440x1440 pictures, uncompressed."""
+"""Default limit of one file, in bytes: ten uncompressed 1440x1440 pictures."""
 MAX_FILES: Final = 100
-"""Most links of one task that are followed; the API's page allows 4 pictures."""
+"""Links of one task that are opened; the API's page allows 4 pictures."""
 
 _ATTEMPTS: Final = 5
-_HEAD: Final = 64
-_FLUSH_AT: Final = 512 * 1024
+"""Default number of attempts at one file."""
+_HEAD_BYTES: Final = 64
+"""Bytes from which `media_type` knows the type of a file."""
+_WRITE_BYTES: Final = 512 * 1024
+"""Bytes that are collected before they are written."""
 
-
-MakeWay = Callable[[Path, Path], None]
-"""Told of a whole file, and of the name it gets next."""
+BeforeRename = Callable[[Path, Path], None]
+"""Called with the temporary path of a complete file and the name it gets next."""
 
 
 def _backoff(failures: int) -> float:
@@ -67,10 +73,10 @@ async def save_all(
     *,
     task_id: str,
     stem: str | None = None,
-    there: Mapping[int, Path] = MappingProxyType({}),
+    existing: Mapping[int, Path] = MappingProxyType({}),
     overwrite: bool = False,
-    make_way: MakeWay | None = None,
-    patient: bool = False,
+    before_rename: BeforeRename | None = None,
+    retry_expired: bool = False,
     max_bytes: int = MAX_BYTES,
     attempts: int = _ATTEMPTS,
     wait_after: Callable[[int], float] = _backoff,
@@ -78,11 +84,12 @@ async def save_all(
 ) -> tuple[Path, ...]:
     """Save every link of a task as ``<folder>/<stem>-<k>.<ext>``, k from 1; returns the paths.
 
-    All are tried, at the same time, but those that are *there*, by k. *stem* is the task's id
-    unless told; the other parameters are those of `save`.
+    All links are downloaded at the same time, and one that fails does not stop the others.
+    *stem* is by default the task's id. *existing* are files that were saved earlier, by k; they
+    are not downloaded. The other parameters are those of `save`.
 
     Raises:
-        DownloadError: The first of the failures, saying which files were saved; they stay.
+        DownloadError: The first failure; it says which files were saved, and those stay.
     """
     if len(urls) > MAX_FILES:
         raise DownloadError(
@@ -90,8 +97,8 @@ async def save_all(
             url="",
             task_id=task_id,
         )
-    stem = safe_name(task_id if stem is None else stem, NAME_LIMIT - 8)
-    wanted = {k: url for k, url in enumerate(urls, 1) if k not in there}
+    stem = safe_name(task_id if stem is None else stem, MAX_NAME - 8)
+    wanted = {k: url for k, url in enumerate(urls, 1) if k not in existing}
     outcomes = await asyncio.gather(
         *(
             save(
@@ -100,8 +107,8 @@ async def save_all(
                 folder,
                 f"{stem}-{k}",
                 overwrite=overwrite,
-                make_way=make_way,
-                patient=patient,
+                before_rename=before_rename,
+                retry_expired=retry_expired,
                 max_bytes=max_bytes,
                 task_id=task_id,
                 attempts=attempts,
@@ -112,7 +119,7 @@ async def save_all(
         ),
         return_exceptions=True,
     )
-    all_ = {**there, **dict(zip(wanted, outcomes, strict=True))}
+    all_ = {**existing, **dict(zip(wanted, outcomes, strict=True))}
     return _all_saved([all_[k] for k in range(1, len(urls) + 1)], task_id)
 
 
@@ -121,12 +128,12 @@ def _all_saved(outcomes: Sequence[Path | BaseException], task_id: str) -> tuple[
     failures = [o for o in outcomes if not isinstance(o, Path)]
     if not failures:
         return saved
-    # A closed session, a cancelled save, a mistake of ours: not about this file.
+    # Another error, such as a closed session, is about all files and goes first.
     first = next((f for f in failures if not isinstance(f, DownloadError)), failures[0])
     if len(outcomes) == 1 or not isinstance(first, DownloadError):
         raise first
     names = ", ".join(path.name for path in saved) or "none"
-    error = _plain(
+    error = _final_error(
         first,
         f"{len(failures)} of {len(outcomes)} results of task {printable(task_id)} could not be "
         f"saved (saved: {names}): {first.problem}",
@@ -143,8 +150,8 @@ async def save(
     stem: str,
     *,
     overwrite: bool = False,
-    make_way: MakeWay | None = None,
-    patient: bool = False,
+    before_rename: BeforeRename | None = None,
+    retry_expired: bool = False,
     max_bytes: int = MAX_BYTES,
     task_id: str | None = None,
     attempts: int = _ATTEMPTS,
@@ -153,8 +160,8 @@ async def save(
 ) -> Path:
     """Save the result behind *url* as ``<folder>/<stem>.<ext>``; returns that path.
 
-    The extension is that of what really arrived. Under that name there is, at any moment,
-    either nothing, what was there before, or the whole file.
+    The extension is that of the bytes that arrived. Under its final name a file is always
+    complete: the rename is the last step.
 
     Args:
         open_result: Opens the link.
@@ -162,72 +169,73 @@ async def save(
         folder: Where to save; made if missing.
         stem: Name without extension; made safe by `safe_name`.
         overwrite: Whether an existing file may be replaced.
-        make_way: Called, in a thread, before the whole file gets its name.
-        patient: Whether a link that seems to have expired is tried again, as one that is
-            known to be fresh should be.
+        before_rename: Called, in a thread, before the complete file gets its final name.
+        retry_expired: Whether to try again if the link seems to have expired; for a link that
+            is known to be new.
         max_bytes: Largest file, in bytes, that is accepted.
         task_id: For the errors.
-        attempts: How often to try in all. A broken download goes on where it broke off if
-            the host can do that and the result is still the same, else it starts over.
+        attempts: Attempts in all. The next one resumes the download if the host can do that
+            and the result is still the same, otherwise it starts over.
         wait_after: Seconds to wait after that many failures.
         sleep: Waits that long.
 
     Raises:
-        DownloadError: It could not be saved; nothing is left behind.
+        DownloadError: The file could not be saved; nothing is left behind.
     """
-    partial = _Partial(Path(folder), stem=safe_name(stem), overwrite=overwrite, make_way=make_way)
-    transfer = _Transfer(partial, max_bytes=max_bytes)
+    file = _TemporaryFile(
+        Path(folder), stem=safe_name(stem), overwrite=overwrite, before_rename=before_rename
+    )
+    download = _Download(file, max_bytes=max_bytes)
     try:
-        await asyncio.to_thread(partial.create)
-        return await _persist(
+        await asyncio.to_thread(file.create)
+        return await _save_with_retries(
             open_result,
             url,
-            transfer,
-            patient=patient,
+            download,
+            retry_expired=retry_expired,
             attempts=attempts,
             wait_after=wait_after,
             sleep=sleep,
         )
     except DownloadError as exc:
-        raise _plain(exc, exc.problem, task_id=task_id) from exc.__cause__
-    except (Refused, OSError) as exc:
-        raise _not_saved(exc, url, partial.folder, task_id) from exc
+        raise _final_error(exc, exc.problem, task_id=task_id) from exc.__cause__
+    except (CannotSaveError, OSError) as exc:
+        raise _cannot_save(exc, url, file.folder, task_id) from exc
     finally:
-        if partial.pending:
-            # In an executor's future, not in an asyncio task: cancelling us again, or closing
-            # the loop, must not keep the file from being removed.
-            removal = asyncio.get_running_loop().run_in_executor(None, partial.discard)
+        if file.pending:
+            # Neither another cancellation nor the end of the loop stops an executor's call.
+            removal = asyncio.get_running_loop().run_in_executor(None, file.discard)
             await asyncio.shield(removal)
 
 
-async def _persist(
+async def _save_with_retries(
     open_result: OpenResult,
     url: str,
-    transfer: _Transfer,
+    download: _Download,
     *,
-    patient: bool,
+    retry_expired: bool,
     attempts: int,
     wait_after: Callable[[int], float],
     sleep: Callable[[float], Awaitable[object]],
 ) -> Path:
-    """Attempts until one succeeds."""
+    """Make attempts until one succeeds; the last failure is raised."""
     failures = 0
     while True:
         try:
-            await transfer.receive(open_result, url)
-            return await transfer.publish(url)
+            await download.receive(open_result, url)
+            return await download.publish(url)
         except DownloadError as exc:
             failures += 1
-            may_pass = isinstance(exc, Interrupted) or (patient and exc.expired)
-            if not may_pass or failures >= attempts:
+            transient = isinstance(exc, TransientDownloadError)
+            if failures >= attempts or not (transient or (retry_expired and exc.expired)):
                 raise
-            if isinstance(exc, Interrupted) and exc.restart:
-                transfer.forget()
+            if isinstance(exc, TransientDownloadError) and not exc.resumable:
+                download.start_over()
             logger.warning("download attempt %d: %s", failures, exc)
             await sleep(wait_after(failures))
 
 
-def _plain(error: DownloadError, message: str, *, task_id: str | None) -> DownloadError:
+def _final_error(error: DownloadError, message: str, *, task_id: str | None) -> DownloadError:
     return DownloadError(
         message,
         url=error.url,
@@ -240,11 +248,11 @@ def _plain(error: DownloadError, message: str, *, task_id: str | None) -> Downlo
     )
 
 
-def _not_saved(
-    exc: Refused | OSError, url: str, folder: Path, task_id: str | None
+def _cannot_save(
+    exc: CannotSaveError | OSError, url: str, folder: Path, task_id: str | None
 ) -> DownloadError:
     bare = shown_url(url)
-    if isinstance(exc, Refused):
+    if isinstance(exc, CannotSaveError):
         return DownloadError(
             f"{bare}: {exc}" if exc.path is None else str(exc),
             url=bare,
@@ -253,15 +261,15 @@ def _not_saved(
             **exc.advice,
         )
     return DownloadError(
-        f"cannot save to {printable(str(folder))}: {_why(exc)}",
+        f"cannot save to {printable(str(folder))}: {_reason(exc)}",
         url=bare,
         path=folder,
         task_id=task_id,
     )
 
 
-def _why(exc: OSError) -> str:
-    words = {
+def _reason(exc: OSError) -> str:
+    messages = {
         errno.ENOSPC: "the disk is full",
         errno.EDQUOT: "the disk quota is used up",
         errno.EACCES: "no permission to write there",
@@ -270,7 +278,7 @@ def _why(exc: OSError) -> str:
         errno.ENOTDIR: "part of the path is a file, not a folder",
         errno.EISDIR: "there is a folder of the file's name",
     }
-    return words.get(exc.errno or 0, exc.strerror or type(exc).__name__)
+    return messages.get(exc.errno or 0, exc.strerror or type(exc).__name__)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -278,46 +286,46 @@ def _why(exc: OSError) -> str:
 
 
 @define(eq=False)
-class _Transfer:
-    """What has been received so far, over however many attempts."""
+class _Download:
+    """The bytes received so far, over all attempts."""
 
-    _partial: _Partial
+    _file: _TemporaryFile
     _max_bytes: int = field(kw_only=True)
     _received: int = field(default=0, init=False)
     _total: int | None = field(default=None, init=False)
     _etag: str | None = field(default=None, init=False)
     _head: bytes = field(default=b"", init=False)
-    _type: str | None = field(default=None, init=False)
+    _extension: str | None = field(default=None, init=False)
     _buffer: list[bytes] = field(factory=list, init=False)
     _buffered: int = field(default=0, init=False)
     _rewind: bool = field(default=False, init=False)
 
-    def forget(self) -> None:
-        """Start over with the next attempt."""
+    def start_over(self) -> None:
+        """Begin at the first byte with the next attempt."""
         self._received = self._buffered = 0
-        self._total = self._etag = self._type = None
+        self._total = self._etag = self._extension = None
         self._head = b""
         self._buffer.clear()
         self._rewind = True
 
     async def receive(self, open_result: OpenResult, url: str) -> None:
-        """One attempt: everything, or what is still missing.
+        """Make one attempt at the bytes that are still missing.
 
         Raises:
-            Interrupted: It broke off.
+            TransientDownloadError: They did not arrive, or not all of them.
         """
-        if self._etag is None:  # nothing says that the rest would belong to this beginning
-            self.forget()
+        if self._etag is None:  # without one the rest may belong to another version
+            self.start_over()
         async with open_result(url, offset=self._received, etag=self._etag) as stream:
-            self._begin(stream, url)
+            self._check_start(stream, url)
             async with contextlib.aclosing(stream.chunks()) as chunks:
                 async for chunk in chunks:
-                    await self._take(chunk)
-        self._end(url)
+                    await self._add(chunk)
+        self._check_end(url)
 
-    def _begin(self, stream: Stream, url: str) -> None:
+    def _check_start(self, stream: Stream, url: str) -> None:
         if stream.offset != self._received:
-            self.forget()
+            self.start_over()
         if self._received:
             self._check_same(stream, url)
         else:
@@ -329,29 +337,29 @@ class _Transfer:
     def _check_same(self, stream: Stream, url: str) -> None:
         same_size = stream.total is None or stream.total == self._total
         if not same_size or stream.etag not in {None, self._etag}:
-            raise Interrupted(
+            raise TransientDownloadError(
                 f"{shown_url(url)} changed while it was downloaded",
                 url=shown_url(url),
-                restart=True,
+                resumable=False,
             )
 
-    async def _take(self, chunk: bytes) -> None:
+    async def _add(self, chunk: bytes) -> None:
         self._received += len(chunk)
         if self._received > self._max_bytes:
             raise _too_large(self._max_bytes)
         self._buffer.append(chunk)
         self._buffered += len(chunk)
-        if len(self._head) < _HEAD:
-            self._head += chunk[: _HEAD - len(self._head)]
-            if len(self._head) == _HEAD:
-                self._recognise()
-        if self._buffered >= _FLUSH_AT:
+        if len(self._head) < _HEAD_BYTES:
+            self._head += chunk[: _HEAD_BYTES - len(self._head)]
+            if len(self._head) == _HEAD_BYTES:
+                self._find_extension()
+        if self._buffered >= _WRITE_BYTES:
             await self._flush()
 
-    def _recognise(self) -> None:
-        self._type = media_type(self._head)
-        if self._type is None:
-            raise Refused(
+    def _find_extension(self) -> None:
+        self._extension = media_type(self._head)
+        if self._extension is None:
+            raise CannotSaveError(
                 "what the host sent is no picture, video or sound that is known here; "
                 f"it begins with {printable(repr(self._head[:40]))}"
             )
@@ -360,41 +368,41 @@ class _Transfer:
         data, rewind = b"".join(self._buffer), self._rewind
         self._buffer.clear()
         self._buffered, self._rewind = 0, False
-        await asyncio.to_thread(self._partial.write, data, rewind=rewind)
+        await asyncio.to_thread(self._file.write, data, rewind=rewind)
 
-    def _end(self, url: str) -> None:
+    def _check_end(self, url: str) -> None:
         missing = self._total is not None and self._received != self._total
         if missing or not self._received:
             expected = "more" if self._total is None else self._total
-            raise Interrupted(
+            raise TransientDownloadError(
                 f"{shown_url(url)} ended after {self._received} bytes, {expected} were announced",
                 url=shown_url(url),
-                restart=not missing,
+                resumable=missing,
             )
-        if self._type is None:
-            self._recognise()
+        if self._extension is None:
+            self._find_extension()
 
     async def publish(self, url: str) -> Path:
         """Give the file its final name.
 
         Raises:
-            Interrupted: It is not whole.
+            TransientDownloadError: It is incomplete.
         """
         await self._flush()
-        path = await asyncio.to_thread(self._partial.publish, self._type or "", self._head)
+        path = await asyncio.to_thread(self._file.publish, self._extension or "", self._head)
         if path is None:
-            raise Interrupted(
+            raise TransientDownloadError(
                 f"{shown_url(url)} is incomplete: {self._received} bytes arrived, without the end "
-                f"of a {self._type} file",
+                f"of a {self._extension} file",
                 url=shown_url(url),
-                restart=True,
+                resumable=False,
             )
         return path
 
 
-def _too_large(limit: int, size: int | None = None) -> Refused:
+def _too_large(limit: int, size: int | None = None) -> CannotSaveError:
     has = "it has more" if size is None else f"it has {size}"
-    return Refused(f"at most {limit} bytes are accepted (max_bytes), {has}")
+    return CannotSaveError(f"at most {limit} bytes are accepted (max_bytes), {has}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -402,17 +410,17 @@ def _too_large(limit: int, size: int | None = None) -> Refused:
 
 
 @define(eq=False)
-class _Partial:
+class _TemporaryFile:
     """A file that does not have its final name yet.
 
-    A thread cannot be cancelled: the lock makes `discard` wait for a write still under
-    way, and keeps a late `create` from leaving a file behind.
+    Its methods run in threads, which cannot be cancelled. Because of the lock `discard` waits
+    for a write that is under way, and a `create` that runs late makes no file.
     """
 
     folder: Path
     _stem: str = field(kw_only=True)
     _overwrite: bool = field(kw_only=True)
-    _make_way: MakeWay | None = field(default=None, kw_only=True)
+    _before_rename: BeforeRename | None = field(default=None, kw_only=True)
     _lock: threading.Lock = field(factory=threading.Lock, init=False)
     _file: IO[bytes] | None = field(default=None, init=False)
     _temporary: Path = field(default=Path(), init=False)
@@ -420,15 +428,18 @@ class _Partial:
     pending: bool = field(default=True, init=False)
 
     def create(self) -> None:
-        """Make the folder if it is missing, and in it the temporary file."""
+        """Make the temporary file, and its folder if that is missing."""
         with self._lock:
             if self._discarded:
                 return
             self._make_folder()
             if not self._overwrite:
                 self._check_free()
+            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
+            for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"):  # not on every system
+                flags |= getattr(os, name, 0)
             self._temporary = self.folder / f".{self._stem}.{secrets.token_hex(8)}.part"
-            self._file = os.fdopen(os.open(self._temporary, _OPEN_FLAGS, 0o666), "r+b")
+            self._file = os.fdopen(os.open(self._temporary, flags, 0o666), "r+b")
 
     def _make_folder(self) -> None:
         try:
@@ -439,15 +450,15 @@ class _Partial:
             why = "cannot be the name of a folder"
         else:
             return
-        raise Refused(f"{printable(str(self.folder))} {why}", self.folder)
+        raise CannotSaveError(f"{printable(str(self.folder))} {why}", self.folder)
 
     def _check_free(self) -> None:
         for path in (self.folder / f"{self._stem}.{extension}" for extension in EXTENSIONS):
             if os.path.lexists(path):
-                raise exists(path)
+                raise already_exists(path)
 
     def write(self, data: bytes, *, rewind: bool) -> None:
-        """Append *data*; instead of what there is if *rewind*."""
+        """Append *data*; if *rewind*, drop all earlier bytes first."""
         with self._lock:
             if self._file is None:
                 return
@@ -457,7 +468,7 @@ class _Partial:
             self._file.write(data)
 
     def publish(self, extension: str, head: bytes) -> Path | None:
-        """Flush to disk and rename; None if the file is not whole."""
+        """Flush to disk and rename; returns None if the file is incomplete."""
         with self._lock:
             if self._file is None:
                 return None
@@ -467,8 +478,8 @@ class _Partial:
             os.fsync(self._file.fileno())
             self._file.close()
             target = self.folder / f"{self._stem}.{extension}"
-            if self._make_way is not None:
-                self._make_way(self._temporary, target)
+            if self._before_rename is not None:
+                self._before_rename(self._temporary, target)
             rename(self._temporary, target, overwrite=self._overwrite)
             self._file = None
             self.pending = False
@@ -486,17 +497,3 @@ class _Partial:
             with contextlib.suppress(OSError):
                 self._temporary.unlink()
             self._file = None
-
-
-_OPEN_FLAGS: Final = (
-    os.O_CREAT
-    | os.O_EXCL
-    | os.O_RDWR
-    | getattr(os, "O_NOFOLLOW", 0)
-    | getattr(os, "O_CLOEXEC", 0)
-    | getattr(os, "O_BINARY", 0)
-)
-
-
-# ---------------------------------------------------------------------------------------------
-# Names and types

@@ -1,4 +1,4 @@
-"""What saving needs of a result that is being fetched."""
+"""What `save` needs to know about a download: how to open a link, and what it yields."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any, Protocol
 
 from evolink_async.errors import DownloadError
 
-__all__ = ["Interrupted", "OpenResult", "Stream"]
+__all__ = ["OpenResult", "Stream", "TransientDownloadError"]
 
 
-class Interrupted(DownloadError):  # noqa: N818 - an event in a download, rarely its end
-    """A download that broke off, or could not begin, for a reason that may pass.
+class TransientDownloadError(DownloadError):
+    """A download failed in a way that another attempt may mend.
 
-    Never leaves this package: `save` tries again, and in the end raises `DownloadError`.
+    It stays inside this folder: `save` tries again, and in the end raises `DownloadError`.
 
     Attributes:
-        restart: True if what has been received so far cannot be continued.
+        resumable: False if the next attempt must start at the first byte.
     """
 
-    def __init__(self, message: str, *, restart: bool = False, **data: Any) -> None:
+    def __init__(self, message: str, *, resumable: bool = True, **data: Any) -> None:
         super().__init__(message, **data)
-        self.restart = restart
+        self.resumable = resumable
 
 
 class Stream(Protocol):
@@ -35,17 +35,17 @@ class Stream(Protocol):
 
     @property
     def total(self) -> int | None:
-        """Bytes of the whole result, if known."""
+        """Size of the whole result in bytes, None if unknown."""
         ...
 
     @property
     def etag(self) -> str | None:
-        """Strong entity tag, if any."""
+        """Strong entity tag, None if there is none."""
         ...
 
     @property
     def accepts_ranges(self) -> bool:
-        """False if it cannot be resumed."""
+        """False if the host cannot resume a download."""
         ...
 
     def chunks(self) -> AsyncGenerator[bytes, None]:
@@ -54,7 +54,7 @@ class Stream(Protocol):
 
 
 class OpenResult(Protocol):
-    """Opens a link, from a byte on where the host can."""
+    """Opens a link, at byte *offset* if the host supports that."""
 
     def __call__(
         self, url: str, /, *, offset: int = 0, etag: str | None = None

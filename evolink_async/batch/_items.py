@@ -716,7 +716,7 @@ class Run:
         item = job.item
         old = _is_old(item, result)
         try:
-            paths = await self._download(item, result, stem, patient=not old)
+            paths = await self._download(item, result, stem, retry_expired=not old)
         except DownloadError as exc:
             if (why := disk_error(exc)) is not None:
                 self._halt("disk", f"{exc}; {why}, then run the same batch again")
@@ -734,7 +734,7 @@ class Run:
             await self._saved(job, paths)
 
     async def _download(
-        self, item: Item, result: GenerationResult, stem: str, *, patient: bool
+        self, item: Item, result: GenerationResult, stem: str, *, retry_expired: bool
     ) -> tuple[Path, ...]:
         """Its files: those that are there as they were saved, and the others anew."""
         with hold(self._clock):
@@ -745,10 +745,10 @@ class Run:
             result,
             self.folder,
             stem=stem,
-            there={k: self.folder / file.name for k, file in recorded.items() if file in files},
+            existing={k: self.folder / file.name for k, file in recorded.items() if file in files},
             overwrite=True,
-            make_way=self._make_way,
-            patient=patient,
+            before_rename=self._make_way,
+            retry_expired=retry_expired,
         )
 
     def _make_way(self, new: Path, target: Path) -> None:

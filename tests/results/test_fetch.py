@@ -27,7 +27,7 @@ from hostile_results import (
 )
 
 from evolink_async._results.fetch import ResultClient
-from evolink_async._results.stream import Interrupted
+from evolink_async._results.stream import TransientDownloadError
 from evolink_async.errors import DownloadError, SessionClosedError
 
 PICTURE = png()
@@ -96,15 +96,15 @@ async def refusal(client: ResultClient, url: str) -> DownloadError:
     """The error of a link that must not be opened, for good."""
     with pytest.raises(DownloadError) as caught:
         await fetch(client, url)
-    assert not isinstance(caught.value, Interrupted)
+    assert not isinstance(caught.value, TransientDownloadError)
     return caught.value
 
 
 async def interruption(
     client: ResultClient, url: str, *, offset: int = 0, etag: str | None = None
-) -> Interrupted:
+) -> TransientDownloadError:
     """The error of a link that may work the next time."""
-    with pytest.raises(Interrupted) as caught:
+    with pytest.raises(TransientDownloadError) as caught:
         await fetch(client, url, offset=offset, etag=etag)
     return caught.value
 
@@ -382,7 +382,7 @@ async def test_final_status(client: ResultClient, host: HostileHost, status: int
 async def test_passing_status(client: ResultClient, host: HostileHost, status: int) -> None:
     """A status that may pass is worth another try."""
     error = await interruption(client, host.url("/a.png", reply(b"", status)))
-    assert (error.status, error.restart) == (status, False)
+    assert (error.status, error.resumable) == (status, True)
 
 
 @pytest.mark.parametrize(
@@ -401,13 +401,13 @@ async def test_passing_status(client: ResultClient, host: HostileHost, status: i
 async def test_lying_range(client: ResultClient, host: HostileHost, content_range: str) -> None:
     """A part that is not the one asked for cannot be continued with."""
     url = host.url("/a.png", reply(PICTURE, 206, {"Content-Range": content_range}))
-    assert (await interruption(client, url, offset=30, etag='"v1"')).restart
+    assert not (await interruption(client, url, offset=30, etag='"v1"')).resumable
 
 
 async def test_range_beyond_the_end(client: ResultClient, host: HostileHost) -> None:
     """A host that has no such part makes the download start over."""
     url = host.url("/a.png", reply(b"", 416))
-    assert (await interruption(client, url, offset=30, etag='"v1"')).restart
+    assert not (await interruption(client, url, offset=30, etag='"v1"')).resumable
 
 
 async def test_range_of_unknown_total(client: ResultClient, host: HostileHost) -> None:
@@ -586,7 +586,7 @@ async def test_close(client: ResultClient, host: HostileHost) -> None:
     """A closed client breaks off open streams and opens no more; closing twice is fine."""
     async with client.open(host.url("/a.png", cut(PICTURE, 50))) as stream:
         await client.aclose()
-        with pytest.raises(Interrupted):
+        with pytest.raises(TransientDownloadError):
             _ = [chunk async for chunk in stream.chunks()]
     await client.aclose()
     with pytest.raises(SessionClosedError):

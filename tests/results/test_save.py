@@ -38,7 +38,7 @@ from evolink_async._results import save as saving
 from evolink_async._results.fetch import ResultClient
 from evolink_async._results.media import media_type
 from evolink_async._results.save import MAX_BYTES, MAX_FILES, save, save_all
-from evolink_async._results.stream import Interrupted
+from evolink_async._results.stream import TransientDownloadError
 from evolink_async.errors import DownloadError, SessionClosedError
 
 PICTURE = png(3000)
@@ -659,7 +659,7 @@ async def test_cancelled_in_a_thread(
     loop = asyncio.get_running_loop()
     loop.set_default_executor(ThreadPoolExecutor(1))
     reached, go_on = asyncio.Event(), threading.Event()
-    owner: Any = {"mkdir": Path, "write": saving._Partial}.get(step, os)
+    owner: Any = {"mkdir": Path, "write": saving._TemporaryFile}.get(step, os)
     real = getattr(owner, step)
 
     def slow(*args: Any, **given: Any) -> Any:
@@ -703,11 +703,11 @@ async def test_cancelled_at_any_moment(
 
 def test_nothing_is_written_after_giving_up(tmp_path: Path) -> None:
     """A thread that comes late to a file that was given up leaves nothing behind."""
-    late = saving._Partial(tmp_path / "late", stem="x", overwrite=False)
+    late = saving._TemporaryFile(tmp_path / "late", stem="x", overwrite=False)
     late.discard()
     late.create()
     assert not (tmp_path / "late").exists()
-    partial = saving._Partial(tmp_path, stem="x", overwrite=False)
+    partial = saving._TemporaryFile(tmp_path, stem="x", overwrite=False)
     partial.create()
     partial.discard()
     partial.write(PICTURE, rewind=False)
@@ -846,6 +846,8 @@ async def test_hostile_task_id(client: ResultClient, host: HostileHost, tmp_path
 
 def test_interrupted_is_ours() -> None:
     """What the loop catches is a download error like any other."""
-    error = Interrupted("broke off", url="https://h.example/", status=503, restart=True)
+    error = TransientDownloadError(
+        "broke off", url="https://h.example/", status=503, resumable=False
+    )
     assert isinstance(error, DownloadError)
-    assert (error.status, error.restart) == (503, True)
+    assert (error.status, error.resumable) == (503, False)
