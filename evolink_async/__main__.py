@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     code = _run(argv)
     if code == _INTERRUPTED and argv is None:
-        # A thread may still be looking up a name, and the interpreter would wait for it.
+        # A thread may still be resolving a name, and the interpreter would wait for it.
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
@@ -39,17 +39,17 @@ def _run(argv: Sequence[str] | None) -> int:
                 "pip install 'evolink-async[cli]'\n"
             )
             return _USAGE
-        from evolink_async._cli.commands import run  # noqa: PLC0415 - needs what was just looked for
+        from evolink_async._cli.commands import run  # noqa: PLC0415 - needs the extra
 
         return run(argv)
-    except KeyboardInterrupt:  # before there was anything to interrupt
+    except KeyboardInterrupt:  # before a command has started
         return _INTERRUPTED
 
 
 def _has_extra() -> bool:
     try:
-        import click  # noqa: F401, PLC0415 - only whether it is there
-        import rich  # noqa: F401, PLC0415 - only whether it is there
+        import click  # noqa: F401, PLC0415 - only to see whether it is installed
+        import rich  # noqa: F401, PLC0415 - only to see whether it is installed
     except ImportError:
         return False
     return True

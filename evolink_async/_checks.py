@@ -1,4 +1,4 @@
-"""One wording for a value that is not allowed, and the checks that many settings share."""
+"""One wording for values that are not allowed, and the checks that many settings share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def refuse(field: str, value: object, allowed: str, why: object = "") -> Configu
 
 
 def refuse_field(field: str, value: object, allowed: str, **advice: Any) -> RequestValidationError:
-    """The same for a field of a request."""
+    """The error for a field of a request, with the same wording."""
     return RequestValidationError(
         _not_allowed(field, value, allowed), field=field, value=value, allowed=allowed, **advice
     )
@@ -37,7 +37,7 @@ def _not_allowed(field: str, value: object, allowed: str) -> str:
 
 
 def is_number(value: object) -> TypeIs[float]:
-    """True for a number that is neither a bool, infinite nor none."""
+    """True for a finite number; a bool is none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:
@@ -90,7 +90,7 @@ def instance(field: str, value: object, kind: type[T]) -> T:
 def valid(
     check: Callable[..., object], *, optional: bool = False, **bounds: Any
 ) -> Callable[[object, Any, object], None]:
-    """*check* as a validator of attrs; None passes if *optional*."""
+    """*check* as a validator of attrs; None is allowed if *optional*."""
 
     def validate(_: object, attribute: Any, value: object) -> None:
         if not (optional and value is None):

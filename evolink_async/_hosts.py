@@ -1,9 +1,9 @@
-"""Which hosts and URLs may be public: no I/O, every spelling of an internal address.
+"""Which hosts and URLs are public, without I/O and for every spelling of an address.
 
-A callback URL must be reachable by the API, which takes https on a public host only
-(API page of the model, ``callback_url``). A result link must lead to a public host, or
-a lying answer could make us fetch from the network we run in. The base URL may be
-anything trusted, but the API key is never sent over plain http to another machine.
+A callback URL must be https on a public host (API page of the model, ``callback_url``). A
+result link must lead to a public host, otherwise a false answer could make us fetch from the
+network we run in. The base URL may be any trusted host, but the API key is sent to another
+machine over https only.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ __all__ = [
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-_CALLBACK_LIMIT: Final = 2048
 _RESERVED: Final = "a reserved address"
 
-# Written out, because what ipaddress calls global differs between patch releases of Python.
+# Listed here, because `ipaddress.is_global` differs between patch releases of Python.
 _INTERNAL: Final = tuple(
     (ipaddress.ip_network(network), words)
     for network, words in (
@@ -87,8 +86,8 @@ _NETLOC: Final = re.compile(r"(\[[^\[\]@]*:[^\[\]@]*\]|[^\[\]:@]+)(?::([0-9]{1,5
 _DEFAULT_PORTS: Final = {"https": 443, "http": 80}
 _BASE_PATH: Final = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*/?")
 _UNSEEN: Final = frozenset({"Cc", "Cf", "Cs", "Zs", "Zl", "Zp"})
-# What IDNA and resolvers skip without being a format character: joiners, fillers, variation
-# selectors (DerivedCoreProperties.txt, Default_Ignorable_Code_Point).
+# Characters that IDNA and resolvers skip although they are no format characters: joiners,
+# fillers, variation selectors (DerivedCoreProperties.txt, Default_Ignorable_Code_Point).
 _IGNORED: Final = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
 )
@@ -98,7 +97,7 @@ _DOTS: Final = str.maketrans(dict.fromkeys("\u3002\uff0e\uff61", "."))
 def is_public_address(ip: str | Address) -> bool:
     """True if *ip* is a unicast address of the public internet; False for any other text.
 
-    An IPv4 address wrapped in an IPv6 one (mapped, 6to4, NAT64) is judged itself.
+    For an IPv4 address inside an IPv6 one (mapped, 6to4, NAT64) the IPv4 address decides.
     """
     try:
         return _internal_address_reason(ipaddress.ip_address(ip)) is None
@@ -116,7 +115,7 @@ def _internal_address_reason(address: Address) -> str | None:
 
 
 def _unwrapped(address: Address) -> Address:
-    """The address a packet to *address* is really delivered to."""
+    """The address that packets to *address* are delivered to."""
     if isinstance(address, ipaddress.IPv4Address):
         return address
     if address in _NAT64:
@@ -128,12 +127,12 @@ def internal_host_reason(host: str) -> str | None:
     """Why *host* cannot be a public host, in words; None if it may be one.
 
     Args:
-        host: A name or an address as it stands in a URL, brackets or not. Spelled in
-            any way some resolver accepts: ``127.1``, ``0x7f000001``, full-width digits.
+        host: A name or an address from a URL, with or without brackets, in any spelling that
+            some resolver accepts: ``127.1``, ``0x7f000001``, full-width digits.
     """
     if ":" in host or "[" in host:
         return _ipv6_reason(host)
-    name = _plain(host)
+    name = _normalised(host)
     labels = name.split(".")
     if _NUMBER.fullmatch(labels[-1]):
         return _ipv4_reason(name)
@@ -158,9 +157,9 @@ def _ipv4_reason(name: str) -> str | None:
     number = _read_ipv4(name)
     if number is None:
         return "not an address"
-    # 010.8.8.8 is 8.8.8.8 to one resolver and 10.8.8.8 to another: no odd spelling is safe.
-    odd = None if _CANONICAL_V4.fullmatch(name) else "an IPv4 address in an ambiguous spelling"
-    return _internal_address_reason(ipaddress.IPv4Address(number)) or odd
+    # Resolvers read 010.8.8.8 as 8.8.8.8 or as 10.8.8.8, so only the usual spelling is safe.
+    unusual = None if _CANONICAL_V4.fullmatch(name) else "an IPv4 address in an ambiguous spelling"
+    return _internal_address_reason(ipaddress.IPv4Address(number)) or unusual
 
 
 def _read_ipv4(name: str) -> int | None:
@@ -183,8 +182,8 @@ def _read_number(text: str) -> int:
     return int(text, 8) if len(text) > 1 and text.startswith("0") else int(text)
 
 
-def _plain(host: str) -> str:
-    """*host* as a lenient resolver may read it: compatibility forms, case, invisible characters."""
+def _normalised(host: str) -> str:
+    """*host* as a lenient resolver may read it: lower case, ASCII forms, nothing invisible."""
     text = unicodedata.normalize("NFKC", host).casefold().translate(_DOTS)
     text = _IGNORED.sub("", unicodedata.normalize("NFKC", text))
     shown = (c for c in text if unicodedata.category(c) != "Cf")
@@ -204,25 +203,25 @@ def _is_label(label: str) -> bool:
 
 def is_loopback_host(host: str) -> bool:
     """True for ``localhost``, ``127.0.0.0/8`` and ``::1`` in their usual spellings only."""
-    plain = host.lower().removeprefix("[").removesuffix("]")
-    if plain == "localhost":
+    bare = host.lower().removeprefix("[").removesuffix("]")
+    if bare == "localhost":
         return True
     try:
-        return ipaddress.ip_address(plain).is_loopback and "%" not in plain
+        return ipaddress.ip_address(bare).is_loopback and "%" not in bare
     except ValueError:
         return False
 
 
 def split_url(url: str) -> SplitResult:
-    """*url* in parts, if every parser reads the same host and port from it.
+    """The parts of *url*, if every parser reads the same host and port from it.
 
     The result has a host, no user info, and a port that is absent or 1 to 65535.
 
     Raises:
-        ValueError: Its message says what is wrong, never quoting the URL.
+        ValueError: The URL is ambiguous; the message says why, without the URL.
     """
     if "\\" in url or any(unicodedata.category(c) in _UNSEEN for c in url):
-        # urlsplit drops tabs and line ends, others do not; a backslash is a slash to browsers.
+        # Parsers differ: urlsplit drops tabs and line ends, browsers read a backslash as a slash.
         raise ValueError("it holds a space, a control character or a backslash")
     try:
         parts = urlsplit(url)
@@ -241,19 +240,19 @@ def split_url(url: str) -> SplitResult:
 
 
 def shown_url(url: str) -> str:
-    """*url* for a message: without user info, and without its query, which may be signed."""
+    """*url* for a message: without user info and query, which may hold secrets."""
     scheme, separator, rest = re.split(r"[?#]", url, maxsplit=1)[0].partition("//")
     authority, slash, path = rest.partition("/")
     return printable(f"{scheme}{separator}{authority.rpartition('@')[2]}{slash}{path}", 200)
 
 
 def check_callback_url(url: str) -> str | None:
-    """Why the API would refuse *url* as a callback, None if it would not.
+    """Why the API would refuse *url* as a callback URL, None if it would not.
 
     The rules of the API's page: https, at most 2048 characters, no internal address.
     Names are not resolved.
     """
-    if len(url) > _CALLBACK_LIMIT:
+    if len(url) > 2048:
         return f"it has {len(url)} characters"
     try:
         parts = split_url(url)
@@ -283,17 +282,17 @@ def check_base_url(url: str) -> str:
         raise ValueError("it has a query or a fragment")
     if not _BASE_PATH.fullmatch(parts.path):
         raise ValueError("its path is not plain")
-    if not loopback and not _is_plain_host(host):
+    if not loopback and not _is_unambiguous_host(host):
         raise ValueError("its host is not a plain host name or address")
     host = f"[{host}]" if ":" in host else host
     port = "" if parts.port in {None, _DEFAULT_PORTS[parts.scheme]} else f":{parts.port}"
     return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
 
 
-def _is_plain_host(host: str) -> bool:
-    """True for what every parser reads alike; internal or not."""
+def _is_unambiguous_host(host: str) -> bool:
+    """True for a host that every parser reads alike; it may be internal."""
     if ":" in host:
         return "%" not in host and internal_host_reason(host) != "not an address"
-    if _NUMBER.fullmatch(_plain(host).split(".")[-1]):
+    if _NUMBER.fullmatch(_normalised(host).split(".")[-1]):
         return _CANONICAL_V4.fullmatch(host) is not None and _read_ipv4(host) is not None
     return host.isascii() and not host.endswith(".") and _is_name(host.split("."))

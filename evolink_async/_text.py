@@ -1,4 +1,4 @@
-"""Making text from outside fit to be shown: no control characters, bounded length."""
+"""Makes text from outside safe to print: no control characters, bounded length."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _UNSHOWN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 def printable(text: str, limit: int = 300) -> str:
-    """*text* on one line without anything a terminal would obey, at most *limit* characters."""
+    """*text* on one line, without terminal control sequences, at most *limit* characters."""
     head = text[: limit + 1]
     shown = "".join(" " if unicodedata.category(c) in _UNSHOWN else c for c in head)
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """Any value as `repr` shows it, fit for a message; its type if it cannot be shown."""
+    """The `repr` of any value, safe to print; the name of its type if it has no repr."""
     try:
         return printable(repr(value), limit)
     except (ValueError, RecursionError):  # an integer of thousands of digits; nested too deeply
@@ -27,5 +27,5 @@ def shown(value: object, limit: int = 80) -> str:
 
 
 def lines_of(ids: Sequence[str], size: int = 50) -> Iterator[str]:
-    """*ids* for the log, *size* in a line."""
+    """*ids* as lines for the log, *size* ids a line."""
     return (", ".join(ids[k : k + size]) for k in range(0, len(ids), size))

@@ -78,13 +78,13 @@ class EvolinkError(Exception):
     """Base of everything this package raises.
 
     Attributes:
-        advice: What to do about it, as the end of the message says it; ``""`` if there is
-            nothing, or the message says it in other words.
-        way_past: Name of the argument that is the way past it, e.g. ``"validate"``; None if
-            there is none.
+        advice: What to do about it; the message ends with it. ``""`` if there is nothing to
+            add.
+        way_past: Name of the argument that avoids it, e.g. ``"validate"``; None if there is
+            none.
         retryable: True if the same call may succeed later.
-        resendable: True if a submit that ended so was surely not accepted, and may be sent
-            again as it is.
+        resendable: True if a submit that ended so was certainly not accepted, and may be
+            sent again unchanged.
         may_have_been_accepted: True if a submit that ended so may be paid for.
         is_throttle: True if it asks the whole session to wait before the next request.
     """
@@ -163,7 +163,7 @@ class APIConnectionError(EvolinkError):
     """No answer arrived: the connection could not be made, or broke.
 
     Attributes:
-        sent: False if no byte of the request can have left; True if it may have.
+        sent: False if the request cannot have left; True if it may have.
     """
 
     retryable = True
@@ -302,7 +302,7 @@ class InvalidResponseError(EvolinkError):
 
 
 class SubmitUncertainError(EvolinkError):
-    """A submit that may have been accepted, and so paid for, without our learning its task id.
+    """A submit that may have been accepted, and paid for; its task id is not known.
 
     Nothing was resent. Ask again with the same key when you choose to, and the
     gateway answers a repeat with the first response instead of charging again::
@@ -380,8 +380,7 @@ class SessionClosedError(EvolinkError):
     """The session was closed while, or before, this was asked of it.
 
     Attributes:
-        task_id: The task that was being waited for; it goes on without us.
-            None if there was none.
+        task_id: The task that was being waited for, which goes on; None if there was none.
     """
 
     def __init__(self, message: str, *, task_id: str | None = None) -> None:

@@ -7,7 +7,7 @@
         await my_program.main()            # makes its own Session(), as in production
         assert evolink_emulator.books.submits(prompt="A peaceful lake")
 
-The fixtures are plain ones: they work under any plugin for asynchronous tests, and in
+The fixtures are synchronous: they work with any plugin for asynchronous tests, and in
 synchronous tests of programs that run a loop of their own.
 """
 
@@ -27,7 +27,7 @@ __all__ = ["evolink_emulator", "evolink_session", "pytest_configure"]
 
 _MARKER = (
     "evolink(*faults, **settings): faults the evolink_emulator fixture makes, and settings "
-    "of the evolink_async.emulator.Emulator it is."
+    "of its evolink_async.emulator.Emulator."
 )
 
 
@@ -43,18 +43,18 @@ def evolink_emulator(
     """An emulated API in a thread and event loop of its own, with small pictures.
 
     ``EVOLINK_API_KEY`` and ``EVOLINK_BASE_URL`` point to it, so a ``Session()`` made
-    anywhere in the process talks to it and lives in its time, which jumps to the next
-    event whenever nobody is busy: a generation of ten minutes takes milliseconds.
+    anywhere in the process uses the emulator and its clock. That clock jumps to the next event
+    whenever nothing is running: a generation of ten minutes takes milliseconds.
 
-    ``@pytest.mark.evolink(*faults, **settings)`` tells it what to do wrong and how to be;
-    ``time_scale=60, estimate=1`` gives it real time at 60 times the speed, for programs in
-    other processes: their own time is not scaled, and they wait by the estimate. Settings of
-    a mark on the test go before those of its class and module, faults of all marks add up.
+    ``@pytest.mark.evolink(*faults, **settings)`` sets its faults and settings. For a program in
+    another process use ``time_scale=60, estimate=1``: real time at 60 times the speed. That
+    program's own time is not scaled, and it waits by the estimate. Settings of a mark on the
+    test win over those of its class and module; the faults of all marks add up.
     """
     with _emulator(list(request.node.iter_markers("evolink"))) as emulator:
         monkeypatch.setenv("EVOLINK_API_KEY", emulator.api_key)
         monkeypatch.setenv("EVOLINK_BASE_URL", emulator.base_url)
-        # Sessions made by the program under test are given no clock; this is the default.
+        # The program under test gives its sessions no clock, so the default is replaced.
         monkeypatch.setattr("evolink_async._clock.default", lambda: emulator.clock)
         yield emulator
 
@@ -62,7 +62,7 @@ def evolink_emulator(
 @pytest.fixture
 def evolink_session(evolink_emulator: Emulator) -> Session:
     """A session with that emulator, to be entered by the test: ``async with evolink_session``."""
-    from evolink_async import Session  # noqa: PLC0415 - see above
+    from evolink_async import Session  # noqa: PLC0415 - see _emulator
 
     return Session(
         evolink_emulator.api_key,
@@ -72,8 +72,8 @@ def evolink_session(evolink_emulator: Emulator) -> Session:
 
 
 def _emulator(marks: Sequence[pytest.Mark]) -> Emulator:
-    """The emulator that *marks*, the nearest first, ask for."""
-    # Here, not above: a plugin is imported by every run of pytest, aiohttp need not be.
+    """The emulator with the faults and settings of *marks*, which begin with the nearest."""
+    # Imported here, because every run of pytest imports this module and few need aiohttp.
     from evolink_async.emulator import Emulator, ManualClock  # noqa: PLC0415
 
     settings: dict[str, Any] = {}

@@ -1,7 +1,9 @@
-"""Requests: what is asked for, checked by the API's page before anything is sent.
+"""Requests for generations, checked against the API's page before anything is sent.
 
-Wire facts are those of the API's page for ``wan2.5-text-to-image``
-(https://docs.evolink.ai, image series).
+Another image model is added here: `ImageRequest` has the fields, `_check_contract` the rules of
+the one model whose page is known, ``wan2.5-text-to-image`` (https://docs.evolink.ai, image
+series). Until its rules are here, a model can be asked for with ``validate=False``, or with a
+`RawRequest` at any other endpoint.
 """
 
 from __future__ import annotations
@@ -15,14 +17,9 @@ from attrs import field, fields, frozen
 
 from evolink_async._checks import refuse_field
 from evolink_async._hosts import check_callback_url
-from evolink_async._model.json import (
-    MAX_DEPTH,
-    is_deep,
-)
+from evolink_async._model.json import MAX_DEPTH, is_deep
 from evolink_async._text import printable
-from evolink_async.errors import (
-    RequestValidationError,
-)
+from evolink_async.errors import RequestValidationError
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -36,19 +33,14 @@ __all__ = [
 
 DEFAULT_MODEL: Final = "wan2.5-text-to-image"
 IMAGES_PATH: Final = "/v1/images/generations"
-_PROMPT_LIMIT: Final = 2000
-_MIN_PIXELS: Final = 768 * 768
-_MAX_PIXELS: Final = 1440 * 1440
-_SIZE: Final = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 _TASK_ID: Final = re.compile(r"[A-Za-z0-9._:-]{4,128}")
-_PATH: Final = re.compile(r"/[A-Za-z0-9_~-][A-Za-z0-9._~-]*(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*")
 
 
 def check_task_id(task_id: object) -> str:
-    """*task_id* itself, if it looks like one: 4-128 characters of ``A-Za-z0-9._:-``.
+    """*task_id* itself, if it can be one: 4-128 characters of ``A-Za-z0-9._:-``.
 
     Raises:
-        RequestValidationError: It does not.
+        RequestValidationError: It cannot.
     """
     if isinstance(task_id, str) and is_task_id(task_id):
         return task_id
@@ -59,9 +51,6 @@ def check_task_id(task_id: object) -> str:
 
 def is_task_id(text: str) -> bool:
     return _TASK_ID.fullmatch(text) is not None and text.strip(".") != ""
-
-
-_UNCHECKED = {"way_past": "validate", "advice": "to let the API decide, pass validate=False"}
 
 
 @frozen
@@ -116,7 +105,7 @@ class ImageRequest:
         return IMAGES_PATH
 
     def _given(self) -> dict[str, Any]:
-        """The page's fields that are not left to the API."""
+        """The fields that are not None."""
         return {name: value for name in _BODY_FIELDS if (value := getattr(self, name)) is not None}
 
     def body(self) -> dict[str, Any]:
@@ -150,7 +139,7 @@ _BODY_FIELDS: Final = ("model", "prompt", "size", "n", "prompt_extend", "callbac
 
 @frozen
 class RawRequest:
-    """A request to any other generation endpoint; its tasks live and are polled alike.
+    """A request to any other generation endpoint; its tasks are watched like all others.
 
     Example:
         ``RawRequest("/v1/videos/generations", body={"model": "...", "prompt": "..."})``
@@ -168,7 +157,8 @@ class RawRequest:
     body_fields: Mapping[str, Any] = field(kw_only=True, alias="body", hash=False)
 
     def __attrs_post_init__(self) -> None:
-        if not isinstance(self.path, str) or not _PATH.fullmatch(self.path):
+        segment = "/[A-Za-z0-9_~-][A-Za-z0-9._~-]*"
+        if not isinstance(self.path, str) or not re.fullmatch(f"(?:{segment})+", self.path):
             raise refuse_field(
                 "path", self.path, 'a plain absolute path such as "/v1/videos/generations"'
             )
@@ -252,7 +242,7 @@ def _check_names(value: object, cls: type) -> None:
 
 
 def _private_copy(name: str, value: object, reserved: tuple[str, ...] = ()) -> Mapping[str, Any]:
-    """A copy of a JSON object nobody else can change."""
+    """A copy of a JSON object, which later changes of *value* do not reach."""
     if not isinstance(value, Mapping):
         raise refuse_field(name, value, "a mapping of field names to JSON values")
     for key in value:
@@ -263,7 +253,7 @@ def _private_copy(name: str, value: object, reserved: tuple[str, ...] = ()) -> M
 
 
 def _json_copy(name: str, value: object) -> Any:
-    """*value* as JSON brings it back; refuses what JSON, or UTF-8, cannot say."""
+    """*value* after a round trip through JSON; refuses what JSON or UTF-8 cannot hold."""
     try:
         text = json.dumps(value, allow_nan=False)
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")
@@ -279,40 +269,48 @@ def _check_contract(request: ImageRequest) -> None:
     """Every rule the API's page states for ``wan2.5-text-to-image``."""
     if request.model != DEFAULT_MODEL:
         allowed = f"{DEFAULT_MODEL!r} is the model whose rules are known here"
-        raise refuse_field("model", request.model, allowed, **_UNCHECKED)
+        raise _breaks_rule("model", request.model, allowed)
     _check_prompt(request.prompt)
     if request.size is not None:
         _check_size(request.size)
     if request.n is not None and (type(request.n) is not int or request.n not in {1, 2, 4}):
-        raise refuse_field("n", request.n, "1, 2 or 4", **_UNCHECKED)
+        raise _breaks_rule("n", request.n, "1, 2 or 4")
     if request.prompt_extend is not None and not isinstance(request.prompt_extend, bool):
         raise refuse_field("prompt_extend", request.prompt_extend, "True or False")
     if request.callback_url is not None:
         _check_callback(request.callback_url)
 
 
+def _breaks_rule(field: str, value: object, allowed: str) -> RequestValidationError:
+    """The error for a rule that the API may have relaxed; it says how to send it anyway."""
+    return refuse_field(
+        field,
+        value,
+        allowed,
+        way_past="validate",
+        advice="to let the API decide, pass validate=False",
+    )
+
+
 def _check_prompt(prompt: object) -> None:
     if not isinstance(prompt, str) or not prompt.strip():
         raise refuse_field("prompt", prompt, "a text that is not blank")
-    if len(prompt) > _PROMPT_LIMIT:
-        raise refuse_field(
-            "prompt",
-            prompt,
-            f"at most {_PROMPT_LIMIT} characters, this has {len(prompt)}",
-            **_UNCHECKED,
-        )
+    if len(prompt) > 2000:
+        raise _breaks_rule("prompt", prompt, f"at most 2000 characters, this has {len(prompt)}")
 
 
 def _check_size(size: object) -> None:
-    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    side = "([1-9][0-9]{0,4})"
+    match = re.fullmatch(f"{side}x{side}", size) if isinstance(size, str) else None
     if match is None:
         raise refuse_field("size", size, 'WIDTHxHEIGHT in pixels, such as "1280x1280"')
     width, height = int(match[1]), int(match[2])
-    if not _MIN_PIXELS <= width * height <= _MAX_PIXELS:
-        allowed = f"768x768 ({_MIN_PIXELS}) to 1440x1440 ({_MAX_PIXELS}) pixels in total"
-        raise refuse_field("size", size, f"{allowed}, this has {width * height}", **_UNCHECKED)
+    least, most = 768 * 768, 1440 * 1440
+    if not least <= width * height <= most:
+        allowed = f"768x768 ({least}) to 1440x1440 ({most}) pixels in total"
+        raise _breaks_rule("size", size, f"{allowed}, this has {width * height}")
     if not (width <= 4 * height and height <= 4 * width):
-        raise refuse_field("size", size, "width/height from 1/4 to 4", **_UNCHECKED)
+        raise _breaks_rule("size", size, "width/height from 1/4 to 4")
 
 
 def _check_callback(url: object) -> None:

@@ -1,4 +1,4 @@
-"""The values a user meets: requests, snapshots, results. Frozen, checked, without I/O.
+"""What the API says about tasks: snapshots, results, list rows, credits. Values without I/O.
 
 Wire facts are those of the API's page for ``wan2.5-text-to-image``
 (https://docs.evolink.ai, image series) unless a docstring says "observed".
@@ -20,12 +20,8 @@ from evolink_async._model.json import (
     loads,
     unusable,
 )
-from evolink_async._model.requests import (
-    is_task_id,
-)
-from evolink_async.errors import (
-    InvalidResponseError,
-)
+from evolink_async._model.requests import is_task_id
+from evolink_async.errors import InvalidResponseError
 
 __all__ = [
     "RESUBMITTABLE",
@@ -55,13 +51,6 @@ RESUBMITTABLE: Final = frozenset(
 )
 """Task error codes after which the same request may succeed later (API page on error codes)."""
 
-_MOST: Final = 1e9
-"""No task costs more: what says so is a mistake."""
-
-
-# ---------------------------------------------------------------------------------------------
-# What comes back
-
 
 def _number(value: object) -> float | None:
     """A finite JSON number, None for anything else."""
@@ -75,9 +64,9 @@ def _number(value: object) -> float | None:
 
 
 def _amount(value: object) -> float | None:
-    """What one task may cost; None for anything else, which would undo every sum it enters."""
+    """A number that can be the cost of a task, None for anything else."""
     number = _number(value)
-    return number if number is not None and 0 <= number <= _MOST else None
+    return number if number is not None and 0 <= number <= 1e9 else None
 
 
 def _text(value: object) -> str | None:
@@ -92,7 +81,7 @@ def _object(value: object) -> Mapping[str, Any]:
 class Usage:
     """What a task reserved and cost, in credits; None where the API did not say.
 
-    A number that is negative or above 1e9 is no cost, and counts as not said.
+    A negative number, or one above 1e9, is a mistake of the API and reads as None.
 
     Attributes:
         credits_reserved: Held when the task was accepted; may be fractional.
@@ -110,7 +99,7 @@ class Usage:
 
     @classmethod
     def from_json(cls, value: object) -> Self:
-        """Read what can be read; anything of an unexpected type counts as absent."""
+        """Read a usage object; a field of an unexpected type reads as None."""
         given = _object(value)
         return cls(
             credits_reserved=_amount(given.get("credits_reserved")),
@@ -196,14 +185,14 @@ _ROOM: Final = 3 << 20
 
 @frozen
 class TaskSnapshot:
-    """One look at a task. The answer's body is kept as bytes and parsed on access.
+    """A task as one poll found it. The answer's body is kept as bytes and parsed on access.
 
     Optional fields of an unexpected type read as None; `raw` has them as they came.
 
     Attributes:
         id: The task's id.
-        status: The API's word: ``pending``, ``processing``, ``completed``, ``failed``,
-            ``cancelled``, or one it has added since (which counts as running).
+        status: The API's word for its state: ``pending``, ``processing``, ``completed``,
+            ``failed``, ``cancelled``, or one it has added since (which counts as running).
         progress: 0 to 100, None if the API did not say.
     """
 
@@ -228,8 +217,8 @@ class TaskSnapshot:
             value: The parsed object.
             body: The text it was parsed from by `parse_json`, if that holds it alone; or
                 *value* again, if nobody else holds that and `check_depth` was content.
-            status: What to assume where the object has no usable status; without
-                it such an object is refused.
+            status: Assumed if the object has no usable status; without it such an object is
+                refused.
 
         Raises:
             InvalidResponseError: *value* is not an object with a usable id and status.
@@ -370,7 +359,7 @@ class GenerationResult:
     Attributes:
         task_id: The task's id.
         urls: Links to the results, valid for 24 hours after completion.
-        snapshot: The task as last read.
+        snapshot: The task as last polled.
     """
 
     task_id: str
@@ -517,7 +506,3 @@ class Credits:
             "unlimited_credits": self.token_unlimited,
         }
         return {"data": {"user": user, "token": token}}
-
-
-# ---------------------------------------------------------------------------------------------
-# Settings and outcomes

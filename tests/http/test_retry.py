@@ -21,6 +21,7 @@ from evolink_async import (
     RateLimitError,
     RetryPolicy,
     ServerError,
+    Timeout,
 )
 from evolink_async._http.retry import MAX_RETRY_AFTER, RetryBudget, run
 
@@ -298,3 +299,16 @@ async def test_the_error_decides() -> None:
     with pytest.raises(APIStatusError):
         await tried(call, again=lambda error: isinstance(error, APIConnectionError))
     assert call.times == 2
+
+
+def test_timeouts_have_defaults() -> None:
+    """10 s to connect, 60 s for a submit, 30 s for anything else."""
+    assert Timeout() == Timeout(connect=10, submit=60, read=30)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, math.nan, math.inf, True, "5", None, 10**400])
+@pytest.mark.parametrize("name", ["connect", "submit", "read"])
+def test_timeouts_are_seconds_above_zero(name: str, seconds: object) -> None:
+    """Anything else is a setting that is refused by its name."""
+    with pytest.raises(ConfigurationError, match=name):
+        Timeout(**{name: seconds})  # type: ignore[arg-type]  # what is being tested

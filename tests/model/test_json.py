@@ -1,4 +1,4 @@
-"""`loads` is `json.loads`, with msgspec and without."""
+"""`parse_json` refuses what is not JSON; `loads` is `json.loads`, with msgspec and without."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import bodies, examples, json_values
 
+from evolink_async import EvolinkError, InvalidResponseError
 from evolink_async._model import json as _json
+from evolink_async._model.json import parse_json
 
 
 def outcome(load: Callable[[bytes], Any], text: bytes) -> str:
@@ -65,3 +67,28 @@ def test_loads_gives_what_json_gives(text: bytes) -> None:
 def test_loads_of_odd_texts(text: bytes) -> None:
     """What one library takes and the other does not is as `json` says."""
     assert outcome(_json.loads, text) == outcome(json.loads, text)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"<html>", b'{"id": "task-1"', b"\xff\xfe\x00", b"nul", b"{} {}", b"9" * 5000),
+        *(b"[" * 100_000, b'{"a":' * 100_000, b"[" * 102 + b"]" * 102, b'"\xff"', "\ufeff{}"),
+    ],
+    ids=range(12),
+)
+def test_what_is_not_json(body: bytes | str) -> None:
+    """Cut, deep, absurd or otherwise unusable text is our error, with the head of the body."""
+    with pytest.raises(InvalidResponseError) as caught:
+        parse_json(body)
+    assert len(caught.value.head) <= 200
+
+
+@examples(300)
+@given(st.binary(max_size=30) | st.text(st.characters(), max_size=30))
+def test_any_text_is_json_or_our_error(body: bytes | str) -> None:
+    """Bytes and texts of any kind are parsed, or refused with an EvolinkError."""
+    try:
+        parse_json(body)
+    except EvolinkError as error:
+        assert isinstance(error, InvalidResponseError)  # noqa: PT017 - a value is right too

@@ -1,0 +1,1 @@
+"""Tests of `evolink_async._results`."""
