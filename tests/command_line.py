@@ -29,7 +29,7 @@ UNSEEN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 @frozen
 class Ended:
-    """What a command did."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -75,7 +75,7 @@ async def _awaited(stop: Any) -> None:
 
 
 def submit(api: Emulator, **fields: Any) -> str:
-    """Have *api* complete a task that the command line knows nothing of; its id."""
+    """Submit a task to *api* without the command line; returns its id."""
     fields = {"model": "wan2.5-text-to-image", "prompt": "A lake", **fields}
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     with closing(HTTPConnection(api.base_url.removeprefix("http://"))) as connection:

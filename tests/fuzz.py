@@ -40,7 +40,7 @@ def _assert_one_fate(error: EvolinkError) -> None:
     assert not (error.resendable and error.may_have_been_accepted)
 
 
-def reading_gives_a_value_or_our_error(reader: strategies.Reader, value: object) -> None:
+def from_json_gives_a_value_or_our_error(reader: strategies.Reader, value: object) -> None:
     """A ``from_json`` of anything: a value whose every property can be read, or our error."""
     try:
         read = reader.read(value)
@@ -106,7 +106,7 @@ def properties(seen: Counter[str]) -> dict[str, Property]:
     for reader in strategies.READERS:
         add(
             f"{reader.name}.from_json",
-            reading_gives_a_value_or_our_error,
+            from_json_gives_a_value_or_our_error,
             st.just(reader),
             strategies.values_for(reader.name),
         )

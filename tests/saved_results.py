@@ -19,7 +19,7 @@ TASK = "task-unified-1757156493-imcg5zqt"
 
 
 async def no_wait(_: float) -> None:
-    """Waits between attempts, without the waiting."""
+    """Replaces the wait between two attempts."""
 
 
 async def fetch(client: ResultClient, url: str, folder: Path, **given: Any) -> Path:

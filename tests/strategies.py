@@ -43,7 +43,7 @@ def examples(count: int) -> settings:
 
 @frozen
 class Reader:
-    """A ``from_json`` and what its values look like."""
+    """A ``from_json`` and the shape of its values."""
 
     name: str
     read: Callable[[Any], Any]
@@ -101,12 +101,12 @@ def nested(depth: int, *, objects: bool, leaf: object = None) -> object:
 
 
 deep_values = st.builds(nested, st.integers(2, 3000), objects=st.booleans(), leaf=scalars)
-_plain_values = st.recursive(
+_shallow_values = st.recursive(
     scalars,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(any_text, inner, max_size=4),
     max_leaves=4,
 )
-json_values = _plain_values | deep_values
+json_values = _shallow_values | deep_values
 
 # Half of the values are what the field should hold: pure noise never gets past the first check.
 task_ids = st.sampled_from(["task-1", "task-unified-1757156493-imcg5zqt", "a:b._-", "x" * 128])
@@ -168,7 +168,7 @@ _task = (
 
 
 def values_for(reader: str) -> st.SearchStrategy[Any]:
-    """Anything, and objects that look much like what *reader* reads."""
+    """Anything, and objects that resemble what *reader* reads."""
     fields = {name: _known.get(name, odd) for name in _fields.get(reader, _task)}
     likely = st.fixed_dictionaries({}, optional={k: v | odd for k, v in fields.items()})
     right = st.fixed_dictionaries(fields)

@@ -16,7 +16,7 @@ from evolink_async._files import safe_name
     "task_id", ["task-unified-1757156493-imcg5zqt", "abcd", "a.b_c-D9", "x" * 112]
 )
 def test_ordinary_ids_keep_their_name(task_id: str) -> None:
-    """An id that is a fine file name is left alone."""
+    """An id that is a safe file name is not changed."""
     assert safe_name(task_id) == task_id
 
 
@@ -30,7 +30,7 @@ def test_ordinary_ids_keep_their_name(task_id: str) -> None:
     ],
 )  # fmt: skip
 def test_other_ids_get_a_safe_name(text: str) -> None:
-    """Any other text becomes a name that is safe on every system, and its own."""
+    """Any other text becomes a different name that is safe on every system."""
     name = safe_name(text)
     check_name(name)
     assert name != text

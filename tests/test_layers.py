@@ -1,4 +1,4 @@
-"""The floors of the package: which module may import which, held by reading the imports."""
+"""Which room of the package may import which, checked by parsing the imports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("batch", "webhook"),
     ("__init__", "_cli", "__main__", "pytest_plugin"),
 )
-# What a room may import of its own floor, lower ones apart.
+# What a room may import from its own floor.
 BESIDE: dict[str, str] = {
     "_clock": "",
     "_files": "_text errors",
@@ -34,7 +34,7 @@ BESIDE: dict[str, str] = {
     "_session": "_task _map",
     "__main__": "_cli",
 }
-# Rooms of a lower floor that a room does without.
+# Rooms of a lower floor that a room must not import.
 NEVER: dict[str, str] = {"_polling": "_http", "_map": "_polling"}
 # The front door re-exports the package, and programs may start the emulator.
 PROGRAMS = {"_cli", "pytest_plugin"}
@@ -221,7 +221,7 @@ def test_private_access_is_found(source: str, reaches: list[str]) -> None:
 
 @pytest.mark.parametrize("path", EMULATOR)
 def test_the_emulator_is_independent(path: str) -> None:
-    """The emulator is a second reading of the API: it imports nothing of the client."""
+    """The emulator is a second implementation of the API: it imports nothing of the client."""
     for found in EMULATOR[path]:
         assert own_room(found) in {None, "emulator"}, found
         if found.module == "evolink_async":
@@ -267,6 +267,6 @@ def test_only_one_module_retries() -> None:
     ],
 )
 def test_imports_are_found(source: str, expected: tuple[str, bool]) -> None:
-    """No way of importing escapes the reading that the tests above stand on."""
+    """Every way of importing is found by the function that the tests above rely on."""
     (found,) = imports_of(ast.parse(source))
     assert (own_room(found), found.types_only) == expected

@@ -28,7 +28,7 @@ from evolink_async.emulator import Emulator, ManualClock, RealClock, TaskRecord,
 from evolink_async.webhook import CallbackReceiver
 
 RECIPES = Path(__file__).parent / "recipes"
-PATIENCE = 30.0
+TIMEOUT = 30.0
 SECRET = "kept over restarts"
 FASTAPI, AIOHTTP = (str(RECIPES / f"{name}_service.py") for name in ("fastapi", "aiohttp"))
 UVICORN = "-m uvicorn fastapi_service:app --timeout-graceful-shutdown 1 --no-access-log --port"
@@ -73,7 +73,7 @@ class Service:
 
     def ended(self) -> str:
         assert self.process is not None
-        written, _ = self.process.communicate(timeout=PATIENCE)
+        written, _ = self.process.communicate(timeout=TIMEOUT)
         assert self.process.returncode in {0, -signal.SIGTERM}, written.decode()
         self.http.close()
         self.process = None
@@ -92,7 +92,7 @@ class Service:
 
 def wait_until(condition: Any) -> None:
     """Wait for what happens in other processes."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + TIMEOUT
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -123,7 +123,7 @@ def emulator(port: int) -> Iterator[Emulator]:
 
 
 def settings(emulator: Emulator, folder: Path) -> dict[str, str]:
-    """What a recipe is told by its environment."""
+    """The environment of a recipe."""
     return {
         "EVOLINK_API_KEY": emulator.api_key,
         "EVOLINK_BASE_URL": emulator.base_url,
@@ -144,7 +144,7 @@ def service(
         **settings(emulator, tmp_path),
         "PORT": str(port),
         "PYTHONPATH": path,  # PYTHONSAFEPATH may keep a program from finding its neighbours
-        "LOOK_EVERY": "0.05",
+        "POLL_INTERVAL": "0.05",
         "PYTHONASYNCIODEBUG": "1",  # aiohttp.web writes an access log, unless told not to
     }
     more = [] if request.param in {FASTAPI, AIOHTTP} else [str(port)]
@@ -167,7 +167,7 @@ def record(emulator: Emulator, task_id: str) -> TaskRecord:
 
 
 def test_a_prompt_becomes_pictures(service: Service, emulator: Emulator) -> None:
-    """A prompt is answered with 202 and an id; the callback makes it completed, after one read."""
+    """A prompt is answered with 202 and an id; the callback makes it completed, after one poll."""
     task_id = service.submit("A serene lake")
     assert service.show(task_id) == {"id": task_id, "state": "running", "urls": []}
     emulator.complete(task_id)
@@ -206,7 +206,7 @@ def test_progress_is_streamed(service: Service, emulator: Emulator) -> None:
 
 
 def test_a_client_that_leaves(service: Service, emulator: Emulator) -> None:
-    """Who leaves a stream stops neither the task nor the streams of others."""
+    """A client that disconnects stops neither the task nor the streams of others."""
     task_id = service.submit("A serene lake")
     path = f"/tasks/{task_id}/events"
     with service.http.stream("GET", path) as staying:
@@ -223,8 +223,8 @@ def test_a_client_that_leaves(service: Service, emulator: Emulator) -> None:
     wait_until(lambda: "no luck" in service.show(task_id)["state"])
 
 
-def test_nobody_looks_for_who_has_left(service: Service, emulator: Emulator) -> None:
-    """When the last viewer has left, the service stops looking at a task that goes on."""
+def test_nobody_polls_for_a_viewer_that_left(service: Service, emulator: Emulator) -> None:
+    """When the last viewer has left, the service stops polling for progress."""
     task_id = service.submit("A serene lake")
     with service.http.stream("GET", f"/tasks/{task_id}/events") as stream:
         seen = events(stream.iter_lines())
@@ -232,23 +232,23 @@ def test_nobody_looks_for_who_has_left(service: Service, emulator: Emulator) -> 
         wait_until(lambda: len(emulator.books.reads(task_id)) >= 2)
     quiet: list[int] = []
 
-    def nobody_looks() -> bool:
-        """As many reads as a second ago, which is four shortest intervals."""
+    def nobody_polls() -> bool:
+        """True if no poll came for a second, which is four shortest intervals."""
         quiet.append(len(emulator.books.reads(task_id)))
         return len(quiet) > 50 and quiet[-50] == quiet[-1]
 
-    wait_until(nobody_looks)
+    wait_until(nobody_polls)
     assert service.show(task_id)["state"] == "running"
 
 
 @frozen
 class Held(faults.RequestFault):
-    """Answers once its gate is open; the request has been processed before."""
+    """Processes the request at once and answers when `release` is set."""
 
-    gate: threading.Event = field(factory=threading.Event, kw_only=True)
+    release: threading.Event = field(factory=threading.Event, kw_only=True)
 
     async def after(self, _exchange: Any, response: web.Response) -> web.StreamResponse:
-        while not self.gate.is_set():  # noqa: ASYNC110 - it is opened by another thread
+        while not self.release.is_set():  # noqa: ASYNC110 - another thread sets it
             await asyncio.sleep(0.01)
         return response
 
@@ -259,7 +259,7 @@ class Held(faults.RequestFault):
     ids=["fastapi", "aiohttp", "uvicorn"],
     indirect=True,
 )
-def test_a_submit_in_the_air_is_kept(service: Service, emulator: Emulator) -> None:
+def test_a_submit_in_flight_is_kept(service: Service, emulator: Emulator) -> None:
     """Stopped in the middle of a submit it waits for the answer, and the task is in the store.
 
     Its caller gets the answer, unless a server of somebody else's gives up waiting.
@@ -285,7 +285,7 @@ def test_a_submit_in_the_air_is_kept(service: Service, emulator: Emulator) -> No
         wait_until(lambda: not takes_callbacks())
         if "-m" in service.arguments:
             assert caller.result().status_code == 500
-        held.gate.set()
+        held.release.set()
         written = service.ended()
     (task,) = emulator.books.tasks()
     if "-m" not in service.arguments:
@@ -348,10 +348,10 @@ def images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return module
 
 
-async def test_viewers_share_their_looks(
+async def test_viewers_share_their_polls(
     images: Any, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """However many watch a task, it is looked at every three seconds; a lull has comments."""
+    """However many watch a task, it is polled every three seconds; comments fill the gaps."""
     monkeypatch.setattr(_clock, "default", lambda: clock)
     async with Emulator(clock=clock, duration=600, pictures="tiny") as emulator:
         for name, value in settings(emulator, tmp_path).items():

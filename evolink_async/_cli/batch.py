@@ -24,17 +24,18 @@ from evolink_async.errors import RequestValidationError
 __all__ = ["batch_command"]
 
 
-_LINE_EVERY: Final = 5.0
 _READING: Final = "reading the prompts"
+_LINE_INTERVAL: Final = 5.0
+"""Seconds between two lines of progress in a log."""
 _BAR: Final = 12
-"""Characters of the live line that are the bar; beside it, its words fit 80 columns."""
-_NAMED: Final = 20
-"""Failed items that are told one by one; the manifest has them all."""
+"""Columns of the progress bar; with it the text fits 80 columns."""
+_MAX_PROBLEMS: Final = 20
+"""Failed items that are printed one by one; the manifest has them all."""
 
 
 @frozen(kw_only=True)
-class _Order:
-    """What is wanted of the batch."""
+class _Arguments:
+    """Arguments and options of one batch."""
 
     source: Source
     out: str
@@ -45,7 +46,7 @@ class _Order:
 
 
 def batch_command(console: Console) -> click.Command:
-    """The command, part of the command line that *console* belongs to."""
+    """The command ``batch``, which prints through *console*."""
 
     @click.command("batch")
     @click.argument("source", metavar="FILE")
@@ -79,7 +80,7 @@ def batch_command(console: Console) -> click.Command:
     @click.option(
         "--resubmit-expired",
         is_flag=True,
-        help="Pay again for results that were not fetched in time, and still cannot be had.",
+        help="Pay again for results whose links expired before they were saved.",
     )
     @click.option("--skip-invalid", is_flag=True, help="Go on without the bad lines.")
     @click.option(
@@ -108,7 +109,7 @@ def batch_command(console: Console) -> click.Command:
         Exit codes: 0 all saved, 1 not all, 2 usage or bad lines, 3 API, network or disk,
         130 interrupted.
         """
-        order = _Order(
+        arguments = _Arguments(
             source=source,
             out=out,
             max_in_flight=max_in_flight,
@@ -116,7 +117,7 @@ def batch_command(console: Console) -> click.Command:
             as_json=as_json,
             options=options,
         )
-        return console.drive(_run(order, console))
+        return console.run_cancellable(_run(arguments, console))
 
     return batch
 
@@ -127,7 +128,7 @@ def _number(_context: click.Context, _option: click.Parameter, value: float | No
     return value
 
 
-async def _run(order: _Order, console: Console) -> int:
+async def _run(arguments: _Arguments, console: Console) -> int:
     stop = asyncio.Event()
     running = asyncio.Event()
 
@@ -137,39 +138,39 @@ async def _run(order: _Order, console: Console) -> int:
 
     with _first_interrupt(stop, running, console):
         try:
-            async with _progress(console) as show, _session(order, console) as session:
+            async with _progress(console) as show, _session(arguments, console) as session:
                 report = await run_batch(
                     session,
-                    order.source,
-                    order.out,
+                    arguments.source,
+                    arguments.out,
                     stop=stop,
-                    emulated=order.emulated,
+                    emulated=arguments.emulated,
                     progress=follow,
-                    on_invalid=lambda bad: console.tell(f"line {bad.line}: {bad.reason}"),
-                    **order.options,
+                    on_invalid=lambda bad: console.print_error(f"line {bad.line}: {bad.reason}"),
+                    **arguments.options,
                 )
         except asyncio.CancelledError:
-            console.tell("left at once; run the same command again to go on")
+            console.print_error("left at once; run the same command again to go on")
             raise
         except RequestValidationError as exc:
-            if not order.options["skip_invalid"]:
+            if not arguments.options["skip_invalid"]:
                 exc.add_note("--skip-invalid goes on without bad lines")
             raise
-    _tell_problems(report, console, emulated=order.emulated)
-    if order.as_json:
-        console.say_json(_as_json(report))
+    _print_problems(report, console, emulated=arguments.emulated)
+    if arguments.as_json:
+        console.print_json(_as_json(report))
     else:
-        _summarise(report, console)
+        _print_summary(report, console)
     return report.exit_code
 
 
 @asynccontextmanager
-async def _session(order: _Order, console: Console) -> AsyncIterator[Session]:
-    settings: dict[str, Any] = {"max_in_flight": order.max_in_flight}
-    if order.options["resend_uncertain"]:
+async def _session(arguments: _Arguments, console: Console) -> AsyncIterator[Session]:
+    settings: dict[str, Any] = {"max_in_flight": arguments.max_in_flight}
+    if arguments.options["resend_uncertain"]:
         settings["retry"] = RetryPolicy(resend_uncertain=True)
     async with AsyncExitStack() as stack:
-        if order.emulated:
+        if arguments.emulated:
             emulator = await stack.enter_async_context(console.emulator(EMULATED))
             settings |= {
                 "api_key": emulator.api_key,
@@ -187,54 +188,54 @@ async def _session(order: _Order, console: Console) -> AsyncIterator[Session]:
 
 @asynccontextmanager
 async def _progress(console: Console) -> AsyncIterator[Callable[[BatchProgress], None]]:
-    """Shows how it goes on stderr: a bar on a terminal, a line every few seconds elsewhere."""
+    """Shows progress on stderr: a bar on a terminal, otherwise a line every few seconds."""
     if is_terminal(sys.stderr):
         with _bar() as show:
             yield show
         return
-    lines = _Lines(console.tell)
-    teller = asyncio.create_task(lines.keep_telling())
+    lines = _Lines(console.print_error)
+    repeating = asyncio.create_task(lines.repeat())
     try:
         yield lines.show
     finally:
-        teller.cancel()
-        lines.tell_news()
+        repeating.cancel()
+        lines.print_last()
 
 
 @define(eq=False)
 class _Lines:
-    """Progress for a log: the first state at once, then a line every few seconds, changed or not.
+    """Progress for a log: the first state at once, then a line every few seconds.
 
-    A log that falls silent looks like a process that has died.
+    A line is printed even if nothing has changed, to show that the process is alive.
     """
 
-    _tell: Callable[[str], None]
+    _print_line: Callable[[str], None]
     _words: str = field(default=_READING, init=False)
-    _told: str | None = field(default=None, init=False)
+    _printed: str | None = field(default=None, init=False)
 
     def show(self, now: BatchProgress) -> None:
         self._words = _words(now)
-        if self._told in {None, _READING}:
-            self._tell_now()
+        if self._printed in {None, _READING}:
+            self._print()
 
-    async def keep_telling(self) -> None:
+    async def repeat(self) -> None:
         while True:
-            await asyncio.sleep(_LINE_EVERY)
-            self._tell_now()
+            await asyncio.sleep(_LINE_INTERVAL)
+            self._print()
 
-    def tell_news(self) -> None:
-        """The last state, if nobody has been told of it."""
-        if self._words not in {self._told, _READING}:
-            self._tell_now()
+    def print_last(self) -> None:
+        """Print the last state if it has not been printed yet."""
+        if self._words not in {self._printed, _READING}:
+            self._print()
 
-    def _tell_now(self) -> None:
-        self._told = self._words
-        self._tell(self._words)
+    def _print(self) -> None:
+        self._printed = self._words
+        self._print_line(self._words)
 
 
 @contextmanager
 def _bar() -> Iterator[Callable[[BatchProgress], None]]:
-    # Here, not above: rich takes long to import, and --help needs none of it.
+    # Imported here, because rich takes long to import and --help does not need it.
     from rich.console import Console as RichConsole  # noqa: PLC0415
     from rich.progress import BarColumn, Progress, TextColumn  # noqa: PLC0415
 
@@ -256,7 +257,7 @@ def _bar() -> Iterator[Callable[[BatchProgress], None]]:
 
 
 def _words(now: BatchProgress, width: float = math.inf) -> str:
-    """How it goes, in at most *width* characters if leaving out details can do that."""
+    """The progress in words; details are left out to fit *width* characters."""
     facts = _facts(now)
     for name in ("rate", "to download", "queued", "running", "in doubt", "credits"):
         if len(", ".join(facts.values())) > width:
@@ -267,9 +268,9 @@ def _words(now: BatchProgress, width: float = math.inf) -> str:
 def _facts(now: BatchProgress) -> dict[str, str]:
     facts = {"saved": f"{now.saved} of {now.total} saved"}
     counts = {"running": now.running, "to download": now.completed, "queued": now.queued}
-    troubles = {"failed": now.failed, "uncertain": now.uncertain}
+    failures = {"failed": now.failed, "uncertain": now.uncertain}
     facts |= {name: f"{n} {name}" for name, n in counts.items()}
-    facts |= {name: f"{n} {name}" for name, n in troubles.items() if n}
+    facts |= {name: f"{n} {name}" for name, n in failures.items() if n}
     facts["credits"] = f"{now.credits:.10g} credits"
     if now.credits_in_doubt:
         facts["in doubt"] = f"{now.credits_in_doubt:.10g} in doubt"
@@ -294,33 +295,33 @@ def _span(seconds: float) -> str:
 # The end
 
 
-def _tell_problems(report: BatchReport, console: Console, *, emulated: bool) -> None:
-    """What went wrong, and what can be done about it."""
+def _print_problems(report: BatchReport, console: Console, *, emulated: bool) -> None:
+    """Print what went wrong and what can be done about it."""
     failed = [problem for problem in report.problems if problem.state != "uncertain"]
-    for problem in failed[:_NAMED]:
-        console.tell(_problem(problem))
-    rest = report.total - report.saved - report.queued - report.uncertain - _NAMED
-    if rest > 0:
-        console.tell(f"... and {rest} more items: see the manifest")
+    for problem in failed[:_MAX_PROBLEMS]:
+        console.print_error(_problem(problem))
+    unlisted = report.total - report.saved - report.queued - report.uncertain - _MAX_PROBLEMS
+    if unlisted > 0:
+        console.print_error(f"... and {unlisted} more items: see the manifest")
     for problem in report.problems:
         if problem.state == "uncertain":
-            console.tell(_problem(problem))
+            console.print_error(_problem(problem))
     for path in report.kept:
-        console.tell(
+        console.print_error(
             f"kept as {_name(path)}: what had the name of that picture was changed since it was "
             "saved, or is not of this batch"
         )
     for hint in _hints(report):
-        console.tell(hint)
+        console.print_error(hint)
     if emulated and report.expired:
-        console.tell(
+        console.print_error(
             "each run with --emulator has an emulator of its own, which knows nothing of those "
             "before: --resubmit-expired makes again what was left running there"
         )
     if report.stop is not None and report.stop.kind != "interrupted":
-        console.tell(f"error: {report.stop.message}")
+        console.print_error(f"error: {report.stop.message}")
     for why in report.unwritten:
-        console.tell(f"error: {why}")
+        console.print_error(f"error: {why}")
 
 
 def _problem(problem: Problem) -> str:
@@ -349,7 +350,7 @@ def _hints(report: BatchReport) -> Iterator[str]:
         yield f"{report.retryable} of the failed may succeed later: --retry-failed"
     if report.expired:
         yield (
-            f"{report.expired} were not fetched in time: --resubmit-expired looks for them once "
+            f"{report.expired} were not fetched in time: --resubmit-expired polls them once "
             "more, then pays for them again"
         )
     if report.queued:
@@ -373,7 +374,7 @@ def _rows(report: BatchReport) -> list[tuple[str, str]]:
     rows += [
         ("items", str(report.total)),
         ("credits", f"{report.credits:.10g}"),
-        *_doubt_rows(report),
+        *_uncertain_credits(report),
         ("time", _span(report.seconds)),
         ("folder", _name(report.folder)),
     ]
@@ -382,23 +383,23 @@ def _rows(report: BatchReport) -> list[tuple[str, str]]:
     return rows
 
 
-def _doubt_rows(report: BatchReport) -> list[tuple[str, str]]:
-    doubt = report.credits_in_doubt
-    if doubt is None:
+def _uncertain_credits(report: BatchReport) -> list[tuple[str, str]]:
+    amount = report.credits_in_doubt
+    if amount is None:
         return [("credits in doubt", "unknown")]
-    return [("credits in doubt", f"{doubt:.10g}")] if doubt else []
+    return [("credits in doubt", f"{amount:.10g}")] if amount else []
 
 
 def _name(path: Path) -> str:
     return printable(str(path), 1000)
 
 
-def _summarise(report: BatchReport, console: Console) -> None:
-    """A table on stdout: drawn on a terminal, plain elsewhere."""
+def _print_summary(report: BatchReport, console: Console) -> None:
+    """Print a table on stdout: with lines on a terminal, otherwise without."""
     rows = _rows(report)
     if not is_terminal(sys.stdout):
         for name, value in rows:
-            console.say(f"{name:<17} {value}")
+            console.print_result(f"{name:<17} {value}")
         return
     from rich.console import Console as RichConsole  # noqa: PLC0415 - see _bar
     from rich.table import Table  # noqa: PLC0415 - see _bar
@@ -413,9 +414,9 @@ def _summarise(report: BatchReport, console: Console) -> None:
 
 
 def _as_json(report: BatchReport) -> dict[str, Any]:
-    values = asdict(report, value_serializer=lambda *each: _plain(each[2]))
+    values = asdict(report, value_serializer=lambda *each: _as_text(each[2]))
     return {**values, "exit_code": report.exit_code}
 
 
-def _plain(value: object) -> object:
+def _as_text(value: object) -> object:
     return str(value) if isinstance(value, Path) else value

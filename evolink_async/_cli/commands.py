@@ -1,7 +1,7 @@
-"""The command line: arguments to calls to an exit code.
+"""The commands: each turns its arguments into calls and their outcome into an exit code.
 
-Results go to stdout; progress and errors, a line each, to stderr. No text from outside
-reaches the terminal unless `printable` has seen it.
+Results go to stdout; progress and errors, a line each, to stderr. All text from outside goes
+through `printable` before it is printed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from contextlib import (
     nullcontext,
 )
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import click
 from attrs import frozen
@@ -29,19 +29,20 @@ from attrs import frozen
 from evolink_async._cli.batch import batch_command
 from evolink_async._cli.console import (
     DONE,
+    EMULATED,
+    ERROR,
     FAILED,
     INTERRUPTED,
     PROGRAM,
-    TROUBLE,
     USAGE,
     Console,
-    drive,
     fail,
+    print_error,
+    print_json,
     print_line,
-    say,
-    say_json,
+    print_result,
+    run_cancellable,
     state,
-    tell,
 )
 from evolink_async._model.requests import DEFAULT_MODEL, ImageRequest
 from evolink_async._model.snapshots import Credits, GenerationResult, TaskSnapshot, TaskSummary
@@ -67,9 +68,6 @@ if TYPE_CHECKING:
 __all__ = ["cli", "run"]
 
 
-_EMULATED: Final[dict[str, Any]] = {"duration": (20.0, 40.0), "time_scale": 10.0}
-"""How ``--emulator`` generates: about as long as in the API page's example, ten times as fast."""
-
 Show = Callable[[TaskSnapshot], None]
 
 
@@ -87,21 +85,17 @@ def run(argv: Sequence[str] | None = None) -> int:
     except (RequestValidationError, ConfigurationError) as exc:
         return fail(exc, USAGE)
     except EvolinkError as exc:
-        return fail(exc, FAILED if isinstance(exc, TaskError) else TROUBLE)
+        return fail(exc, FAILED if isinstance(exc, TaskError) else ERROR)
     except (KeyboardInterrupt, click.Abort, asyncio.CancelledError):
-        tell("interrupted")
+        print_error("interrupted")
         return INTERRUPTED
     except OSError as exc:
-        return fail(exc, TROUBLE)
-    except Exception as exc:  # noqa: BLE001 - whatever nobody expected ends here, and only here
+        return fail(exc, ERROR)
+    except Exception as exc:  # noqa: BLE001 - the last resort, for bugs
         for line in "".join(traceback.format_exception(exc)).splitlines():
-            tell(line)
-        return fail(f"unexpected {type(exc).__name__}: please report this as a bug", TROUBLE)
+            print_error(line)
+        return fail(f"unexpected {type(exc).__name__}: please report this as a bug", ERROR)
     return code
-
-
-# ---------------------------------------------------------------------------------------------
-# Words
 
 
 # ---------------------------------------------------------------------------------------------
@@ -109,15 +103,15 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 def _progress(first: str) -> AbstractContextManager[Show]:
-    """Shows snapshots on stderr: a bar on a terminal, a line per change elsewhere."""
+    """Shows snapshots on stderr: a bar on a terminal, otherwise a line per change."""
     if sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         return _bar(first)
-    return nullcontext(lambda snapshot: tell(state(snapshot)))
+    return nullcontext(lambda snapshot: print_error(state(snapshot)))
 
 
 @contextmanager
 def _bar(first: str) -> Iterator[Show]:
-    # Here, not above: rich takes long to import, and --help needs none of it.
+    # Imported here, because rich takes long to import and --help does not need it.
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
 
@@ -140,18 +134,18 @@ def _bar(first: str) -> Iterator[Show]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Running, and being interrupted
+# Sessions
 
 
 @asynccontextmanager
 async def _session(
     *, deadline: float | None = None, emulated: bool = False
 ) -> AsyncIterator[Session]:
-    """A session with the API, or with an emulator of its own."""
+    """A session with the API, or with an emulator made for it."""
     settings: dict[str, Any] = {} if deadline is None else {"poll": PollPolicy(deadline=deadline)}
     async with AsyncExitStack() as stack:
         if emulated:
-            emulator = await stack.enter_async_context(_emulator(_EMULATED))
+            emulator = await stack.enter_async_context(_emulator(EMULATED))
             settings["api_key"] = emulator.api_key
             settings["base_url"] = emulator.base_url
             settings["clock"] = emulator.clock
@@ -172,8 +166,8 @@ def _emulator(settings: dict[str, Any]) -> Emulator:
 
 
 @frozen(kw_only=True)
-class _Order:
-    """What is wanted of a task.
+class _Options:
+    """Options of the commands that wait for a task.
 
     Attributes:
         folder: Where to save its results; None to print their links.
@@ -188,21 +182,21 @@ class _Order:
     emulated: bool = False
 
     def pick_up(self, task_id: str) -> str:
-        """How to go on with a task that was left."""
+        """A message on how to go on with a task that is still running."""
         wait, download = self._command("wait", task_id), self._command("download", task_id)
         return self._unless_emulated(
             f"task {task_id}", f"goes on; pick it up with: {wait}, or: {download}"
         )
 
     def save_again(self, task_id: str) -> str:
-        """How to go on with a completed task that was not saved, or not all of it."""
+        """A message on how to save a completed task whose files are not all on disk."""
         download = self._command("download", task_id, "--overwrite")
         return self._unless_emulated(
             f"task {task_id}", f"is completed; save its results with: {download}"
         )
 
     def ask_again(self, key: str) -> str:
-        """How to learn what became of a submit."""
+        """A message on how to find out what became of a submit."""
         return self._unless_emulated(
             f"the submit with idempotency key {key}",
             f"may have been accepted: the same command with --idempotency-key {key} asks for the "
@@ -219,104 +213,106 @@ class _Order:
         return shlex.join([*words, *more])
 
 
-async def _submit(session: Session, request: ImageRequest, key: str | None, order: _Order) -> Task:
-    """Submit; if interrupted, leave at once, saying what has become of it."""
+async def _submit(
+    session: Session, request: ImageRequest, key: str | None, options: _Options
+) -> Task:
+    """Submit; if interrupted, stop at once and print what became of the submit."""
     submit = asyncio.create_task(session.submit(request, idempotency_key=key))
     try:
         return await asyncio.shield(submit)
     except asyncio.CancelledError:
         await session.aclose(grace=0)
         (outcome,) = await asyncio.gather(submit, return_exceptions=True)
-        tell(_left_behind(outcome, order))
+        print_error(_left_behind(outcome, options))
         raise
     except SubmitUncertainError as exc:
-        exc.add_note(order.ask_again(exc.idempotency_key))
+        exc.add_note(options.ask_again(exc.idempotency_key))
         raise
 
 
-def _left_behind(outcome: Task | BaseException, order: _Order) -> str:
+def _left_behind(outcome: Task | BaseException, options: _Options) -> str:
     if isinstance(outcome, Task):
-        return order.pick_up(outcome.id)
+        return options.pick_up(outcome.id)
     if isinstance(outcome, SubmitUncertainError):
-        return order.ask_again(outcome.idempotency_key)
+        return options.ask_again(outcome.idempotency_key)
     return "nothing was submitted"
 
 
-async def _follow(task: Task, order: _Order, show: Show) -> GenerationResult:
-    """Show how *task* goes and return its result; if it is left, say how to pick it up."""
+async def _follow(task: Task, options: _Options, show: Show) -> GenerationResult:
+    """Show the progress of *task* and return its result; if interrupted, say how to go on."""
     try:
         async for snapshot in task.updates():
             show(snapshot)
         return await task
     except asyncio.CancelledError:
-        tell(order.pick_up(task.id))
+        print_error(options.pick_up(task.id))
         raise
     except (TaskFailedError, TaskCancelledError, NotFoundError):
-        raise  # nothing goes on
+        raise  # the task has ended
     except EvolinkError as exc:
-        exc.add_note(order.pick_up(task.id))
+        exc.add_note(options.pick_up(task.id))
         raise
 
 
-async def _deliver(session: Session, result: GenerationResult, order: _Order) -> int:
-    """Save the results, or not, and print what there is."""
+async def _deliver(session: Session, result: GenerationResult, options: _Options) -> int:
+    """Save the results if asked to, and print their paths or links."""
     if not result.urls:
         return fail(f"task {result.task_id} completed without results", FAILED)
-    paths = await _save(session, result, order)
-    if order.as_json:
-        files = {} if order.folder is None else {"files": [str(path) for path in paths]}
-        say_json({**result.to_json(), **files})
+    paths = await _save(session, result, options)
+    if options.as_json:
+        files = {} if options.folder is None else {"files": [str(path) for path in paths]}
+        print_json({**result.to_json(), **files})
         return DONE
     for path in paths:
-        print_line(os.fsencode(path))  # the very bytes of the name, for other programs
-    if order.folder is None:
+        print_line(os.fsencode(path))  # the bytes of the name, for other programs
+    if options.folder is None:
         for url in result.urls:
-            say(url)
+            print_result(url)
     return DONE
 
 
-async def _save(session: Session, result: GenerationResult, order: _Order) -> tuple[Path, ...]:
-    if order.folder is None:
+async def _save(session: Session, result: GenerationResult, options: _Options) -> tuple[Path, ...]:
+    if options.folder is None:
         return ()
     try:
-        return await session.download(result, order.folder, overwrite=order.overwrite)
+        return await session.download(result, options.folder, overwrite=options.overwrite)
     except asyncio.CancelledError:
-        tell(order.save_again(result.task_id))
+        print_error(options.save_again(result.task_id))
         raise
     except DownloadError as exc:
-        exc.add_note(order.save_again(result.task_id))
+        exc.add_note(options.save_again(result.task_id))
         raise
 
 
 @contextmanager
-def _documented(order: _Order) -> Iterator[None]:
-    """With ``--json``, a task that did not complete is printed, too."""
+def _documented(options: _Options) -> Iterator[None]:
+    """With ``--json``, print a task that did not complete as well."""
     try:
         yield
     except TaskError as exc:
-        if order.as_json and exc.snapshot is not None:
-            say_json(exc.snapshot.raw)
+        if options.as_json and exc.snapshot is not None:
+            print_json(exc.snapshot.raw)
         raise
 
 
 async def _generate(
-    request: ImageRequest, order: _Order, *, key: str | None, deadline: float | None
+    request: ImageRequest, options: _Options, *, key: str | None, deadline: float | None
 ) -> int:
-    async with _session(deadline=deadline, emulated=order.emulated) as session:
-        folder = Path(order.folder or os.curdir)  # what cannot be saved is not bought
+    async with _session(deadline=deadline, emulated=options.emulated) as session:
+        folder = Path(options.folder or os.curdir)  # before anything is paid for
         await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
-        with _documented(order), _progress("submitting") as show:
-            task = await _submit(session, request, key, order)
-            result = await _follow(task, order, show)
-        return await _deliver(session, result, order)
+        with _documented(options), _progress("submitting") as show:
+            task = await _submit(session, request, key, options)
+            result = await _follow(task, options, show)
+        return await _deliver(session, result, options)
 
 
-async def _resume(task_id: str, order: _Order, *, deadline: float | None) -> int:
+async def _resume(task_id: str, options: _Options, *, deadline: float | None) -> int:
     async with _session(deadline=deadline) as session:
         task = session.task(task_id)
-        with _documented(order), _progress(task_id) as show:
-            result = await _follow(task, order, show)
-        return await _deliver(session, result, order)
+        with _documented(options), _progress(task_id) as show:
+            result = await _follow(task, options, show)
+        return await _deliver(session, result, options)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -327,9 +323,9 @@ async def _show_status(task_id: str, *, as_json: bool) -> int:
     async with _session() as session:
         snapshot = await session.task(task_id).refresh()
     if as_json:
-        say_json(snapshot.raw)
+        print_json(snapshot.raw)
     else:
-        say(state(snapshot))
+        print_result(state(snapshot))
     return DONE
 
 
@@ -337,10 +333,10 @@ async def _show_list(*, as_json: bool, **filters: Any) -> int:
     async with _session() as session:
         rows = [row async for row in session.list(**filters)]
     if as_json:
-        say_json([row.to_json() for row in rows])
+        print_json([row.to_json() for row in rows])
     else:
         for row in rows:
-            say(_row(row))
+            print_result(_row(row))
     return DONE
 
 
@@ -353,7 +349,7 @@ def _when(seconds: float | None) -> str:
         return "-"
     try:
         return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-    except (ValueError, OverflowError, OSError):  # in no year that there is
+    except (ValueError, OverflowError, OSError):  # out of range
         return "-"
 
 
@@ -361,10 +357,10 @@ async def _show_credits(*, as_json: bool) -> int:
     async with _session() as session:
         found = await session.credits()
     if as_json:
-        say_json(found.to_json())
+        print_json(found.to_json())
     else:
         for line in _credit_lines(found):
-            say(line)
+            print_result(line)
     return DONE
 
 
@@ -457,8 +453,8 @@ def generate(
         prompt_extend=False if no_prompt_extend else None,
         validate=not no_validate,
     )
-    order = _Order(folder=folder, overwrite=overwrite, as_json=as_json, emulated=emulated)
-    return drive(_generate(request, order, key=key, deadline=timeout))
+    options = _Options(folder=folder, overwrite=overwrite, as_json=as_json, emulated=emulated)
+    return run_cancellable(_generate(request, options, key=key, deadline=timeout))
 
 
 @cli.command()
@@ -466,7 +462,7 @@ def generate(
 @_json
 def status(*, task_id: str, as_json: bool) -> int:
     """Print how the task ID is doing."""
-    return drive(_show_status(task_id, as_json=as_json))
+    return run_cancellable(_show_status(task_id, as_json=as_json))
 
 
 @cli.command()
@@ -475,7 +471,9 @@ def status(*, task_id: str, as_json: bool) -> int:
 @_json
 def wait(*, task_id: str, timeout: float | None, as_json: bool) -> int:
     """Wait for the task ID and print the links to its results."""
-    return drive(_resume(task_id, _Order(folder=None, as_json=as_json), deadline=timeout))
+    return run_cancellable(
+        _resume(task_id, _Options(folder=None, as_json=as_json), deadline=timeout)
+    )
 
 
 @cli.command()
@@ -488,8 +486,8 @@ def download(
     *, task_id: str, folder: str, overwrite: bool, timeout: float | None, as_json: bool
 ) -> int:
     """Wait for the task ID, save its results, print their paths."""
-    order = _Order(folder=folder, overwrite=overwrite, as_json=as_json)
-    return drive(_resume(task_id, order, deadline=timeout))
+    options = _Options(folder=folder, overwrite=overwrite, as_json=as_json)
+    return run_cancellable(_resume(task_id, options, deadline=timeout))
 
 
 @cli.command("list")
@@ -505,14 +503,14 @@ def download(
 @_json
 def list_tasks(*, status: str | None, model: str | None, limit: int, as_json: bool) -> int:
     """Print the account's recent tasks, newest first."""
-    return drive(_show_list(as_json=as_json, status=status, model=model, limit=limit))
+    return run_cancellable(_show_list(as_json=as_json, status=status, model=model, limit=limit))
 
 
 @cli.command("credits")
 @_json
 def show_credits(*, as_json: bool) -> int:
     """Print how many credits are left."""
-    return drive(_show_credits(as_json=as_json))
+    return run_cancellable(_show_credits(as_json=as_json))
 
 
 @cli.command("emulator")
@@ -531,11 +529,19 @@ def serve_emulator(**settings: Any) -> int:
     """Serve an emulated API on this machine until interrupted."""
     given = {name: value for name, value in settings.items() if value is not None}
     try:
-        return drive(_serve(given))
+        return run_cancellable(_serve(given))
     except asyncio.CancelledError:
         return DONE
 
 
 cli.add_command(
-    batch_command(Console(drive=drive, say=say, say_json=say_json, tell=tell, emulator=_emulator))
+    batch_command(
+        Console(
+            run_cancellable=run_cancellable,
+            print_result=print_result,
+            print_json=print_json,
+            print_error=print_error,
+            emulator=_emulator,
+        )
+    )
 )

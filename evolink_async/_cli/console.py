@@ -11,9 +11,7 @@ import signal
 import stat
 import sys
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import (
-    contextmanager,
-)
+from contextlib import contextmanager
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, Final
 
@@ -35,50 +33,50 @@ if TYPE_CHECKING:
 __all__ = [
     "DONE",
     "EMULATED",
+    "ERROR",
     "FAILED",
     "INTERRUPTED",
     "PROGRAM",
-    "TROUBLE",
     "USAGE",
     "Console",
-    "drive",
     "fail",
     "is_terminal",
+    "print_error",
+    "print_json",
     "print_line",
-    "say",
-    "say_json",
+    "print_result",
+    "run_cancellable",
     "signals",
     "state",
-    "tell",
 ]
 
 EMULATED: Final[dict[str, Any]] = {"duration": (20.0, 40.0), "time_scale": 10.0, "credits": 1e9}
-"""How ``--emulator`` generates: about as long as in the API page's example, ten times as fast."""
+"""Settings of ``--emulator``: the API page's example durations, ten times as fast."""
 
 
 @frozen(kw_only=True)
 class Console:
-    """What a command needs of the command line it is part of.
+    """Functions of the command line that a command in another module uses.
 
     Attributes:
-        drive: Runs a coroutine to an exit code, cancelled by the first signal.
-        say: A line of the result, on stdout.
-        say_json: The result as JSON, on stdout.
-        tell: A line for the person at the terminal, on stderr.
-        emulator: Makes an emulator of settings.
+        run_cancellable: Runs a coroutine to its exit code; the first signal cancels it.
+        print_result: Prints a line of the result on stdout.
+        print_json: Prints the result as JSON on stdout.
+        print_error: Prints a line on stderr.
+        emulator: Makes an emulator with these settings.
     """
 
-    drive: Callable[[Coroutine[Any, Any, int]], int]
-    say: Callable[[str], None]
-    say_json: Callable[[object], None]
-    tell: Callable[[str], None]
+    run_cancellable: Callable[[Coroutine[Any, Any, int]], int]
+    print_result: Callable[[str], None]
+    print_json: Callable[[object], None]
+    print_error: Callable[[str], None]
     emulator: Callable[[dict[str, Any]], Emulator]
 
 
 def signals() -> tuple[int, ...]:
-    """Those that ask to end: Ctrl-C, a service manager's, and a terminal that is closed.
+    """The signals that ask a process to end: SIGINT, SIGTERM and, unless ignored, SIGHUP.
 
-    The last one not under ``nohup``, which has it ignored.
+    ``nohup`` ignores SIGHUP.
     """
     hangup = getattr(signal, "SIGHUP", None)
     ignored = hangup is None or signal.getsignal(hangup) is signal.SIG_IGN
@@ -89,9 +87,9 @@ def signals() -> tuple[int, ...]:
 def _first_interrupt(
     stop: asyncio.Event, running: asyncio.Event, console: Console
 ) -> Iterator[None]:
-    """The first signal while it is *running* sets *stop*; any other is for whoever had it before.
+    """The first signal after *running* is set sets *stop*; all others have their usual effect.
 
-    Before that, while the prompts are read, there is nothing to finish.
+    While the prompts are still being read there is nothing to finish.
     """
     loop = asyncio.get_running_loop()
     previous = {number: signal.getsignal(number) for number in signals()}
@@ -102,7 +100,7 @@ def _first_interrupt(
 
     def announce() -> None:
         stop.set()
-        console.tell(
+        console.print_error(
             "stopping: no more is submitted, what runs has 30 s to finish; interrupt again to "
             "leave at once"
         )
@@ -130,47 +128,46 @@ def is_terminal(stream: Any) -> bool:
 DONE: Final = 0
 FAILED: Final = 1
 USAGE: Final = 2
-TROUBLE: Final = 3
+ERROR: Final = 3
 INTERRUPTED: Final = 130
 PROGRAM: Final = "evolink-async"
-LINE: Final = 2000
 
 
 def fail(why: BaseException | str, code: int) -> int:
-    """Say *why*, and how to go on, in a line each."""
-    tell(f"error: {sentence(why)}")
+    """Print *why* and its notes, a line each; returns *code*."""
+    print_error(f"error: {sentence(why)}")
     for note in getattr(why, "__notes__", ()):
-        tell(note)
+        print_error(note)
     return code
 
 
 def sentence(why: BaseException | str) -> str:
-    """*why* in words for someone who types commands, where its own are for programs."""
+    """The message of *why*, with advice for the command line instead of for Python code."""
     if isinstance(why, SubmitUncertainError):
         return f"no usable answer came, and nothing was resent: {why.__cause__}"
     if isinstance(why, TaskTimeoutError):
         state = why.snapshot.status if why.snapshot is not None else "not read yet"
         return f"task {why.task_id} did not end in time, it is {state}"
-    if isinstance(why, EvolinkError) and why.way_past in WAYS_PAST:
-        return f"{why.problem}; {WAYS_PAST[why.way_past]}"
+    if isinstance(why, EvolinkError) and why.way_past in OPTIONS:
+        return f"{why.problem}; {OPTIONS[why.way_past]}"
     return str(why)
 
 
-WAYS_PAST: Final = {
+OPTIONS: Final = {
     "api_key": "set EVOLINK_API_KEY; keys are made at https://evolink.ai/dashboard/keys",
     "validate": "to let the API decide, pass --no-validate",
     "overwrite": "pass --overwrite to replace it",
 }
-"""What is an argument in Python is an option or a variable here."""
+"""Advice for the command line, by the argument that the Python message names."""
 
 
-def say(text: str) -> None:
-    """A line of the result, on stdout."""
+def print_result(text: str) -> None:
+    """Print a line of the result on stdout."""
     print_line(printable(text, len(text)))
 
 
-def say_json(value: object) -> None:
-    print_line(json.dumps(value, indent=2))  # escapes all that a terminal would obey
+def print_json(value: object) -> None:
+    print_line(json.dumps(value, indent=2))  # JSON escapes control characters
 
 
 def print_line(text: str | bytes) -> None:
@@ -184,30 +181,30 @@ def print_line(text: str | bytes) -> None:
 
 
 def is_unread(exc: OSError, stream: IO[Any]) -> bool:
-    """Whether nobody reads *stream*: a pipe's reader has seen enough, a terminal is closed."""
+    """Whether nobody reads *stream* any more: a closed pipe or terminal."""
     device = stat.S_ISCHR(os.fstat(stream.fileno()).st_mode)
     return isinstance(exc, BrokenPipeError) or (device and exc.errno == errno.EIO)
 
 
-def tell(text: str) -> None:
-    """A line for the person at the terminal, on stderr, without the key."""
+def print_error(text: str) -> None:
+    """Print a line on stderr, without the API key."""
     key = os.environ.get("EVOLINK_API_KEY", "").strip()
-    line = printable(Secret(key).redact(text) if key else text, LINE)
+    line = printable(Secret(key).redact(text) if key else text, 2000)
     try:
         click.echo(line, file=lenient(sys.stderr))
-    except OSError:  # a paid generation is not given up because nobody listens
+    except OSError:  # a paid generation goes on although nobody reads stderr
         discard(sys.stderr)
 
 
 def discard(stream: IO[Any]) -> None:
-    """Send what *stream* could not write nowhere, or the interpreter fails at its last flush."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+    """Redirect *stream* to the null device, or the interpreter fails when it flushes at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def lenient(stream: IO[Any]) -> IO[Any]:
-    """*stream*, which from now on shows what its encoding lacks as an escape."""
+    """*stream*, set to escape the characters that its encoding lacks."""
     reconfigure = getattr(stream, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")
@@ -223,15 +220,15 @@ def state(snapshot: TaskSnapshot) -> str:
     return " ".join(words)
 
 
-class Notes(logging.Handler):
-    """The library's warnings, such as a retry, among the progress."""
+class _WarningHandler(logging.Handler):
+    """Prints the library's warnings, such as a retry, on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Show one."""
-        tell(record.getMessage())
+        """Print one."""
+        print_error(record.getMessage())
 
 
-def drive(work: Coroutine[Any, Any, int]) -> int:
+def run_cancellable(work: Coroutine[Any, Any, int]) -> int:
     """Run *work*; one of `signals` cancels it, a second one ends the process at once.
 
     Raises:
@@ -240,24 +237,24 @@ def drive(work: Coroutine[Any, Any, int]) -> int:
     runner = asyncio.Runner()
     loop = runner.get_loop()
     job = loop.create_task(work)
-    notes = Notes(logging.WARNING)
+    warnings = _WarningHandler(logging.WARNING)
 
     def interrupt(*_: object) -> None:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
-        notes.setLevel(logging.CRITICAL)  # what is left behind, the command itself says
+        warnings.setLevel(logging.CRITICAL)  # the command itself says what it leaves
         loop.call_soon_threadsafe(job.cancel)
 
     numbers = signals()
     previous = {number: signal.signal(number, interrupt) for number in numbers}
-    logging.getLogger().addHandler(notes)
+    logging.getLogger().addHandler(warnings)
     try:
         return loop.run_until_complete(job)
     finally:
         if job.cancelled():
-            loop.close()  # the runner would wait for threads, such as one looking up a name
+            loop.close()  # the runner would wait for threads, such as one that resolves a name
         else:
             runner.close()
-        logging.getLogger().removeHandler(notes)
+        logging.getLogger().removeHandler(warnings)
         for number, handler in previous.items():
             signal.signal(number, handler)

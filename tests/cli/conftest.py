@@ -32,7 +32,7 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
 def fast(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Settings of the emulator behind ``--emulator``: virtual time and small pictures."""
     settings: dict[str, Any] = {"clock": ManualClock(), "pictures": "tiny"}
-    monkeypatch.setattr(commands, "_EMULATED", settings)
+    monkeypatch.setattr(commands, "EMULATED", settings)
     return settings
 
 

@@ -15,7 +15,7 @@ from command_line import CLEAR, KEY, TASK, UNSEEN, Run, python, submit
 from hostile import HostileServer, answer, cut, error, snapshot
 from PIL import Image
 
-from evolink_async._cli import commands
+from evolink_async._cli.console import EMULATED
 from evolink_async.emulator import Emulator, faults
 
 # ---------------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def test_usage_errors(
     argv: list[str],
     said: str,
 ) -> None:
-    """What cannot be asked for is one line on stderr and exit code 2."""
+    """Wrong usage is one line on stderr and exit code 2."""
     if argv[:1] == ["status"]:
         monkeypatch.setenv("EVOLINK_API_KEY", KEY)
     ended = run(*argv)
@@ -160,7 +160,7 @@ def test_generate_saves_pictures_and_prints_their_paths(run: Run, tmp_path: Path
 
 @pytest.mark.usefixtures("fast")
 def test_generate_saves_in_the_current_folder_by_default(run: Run, tmp_path: Path) -> None:
-    """Without --out files appear where one is."""
+    """Without --out files are saved in the current folder."""
     ended = run("generate", "A lake", "--emulator")
     assert [path.name for path in tmp_path.iterdir()] == [Path(ended.out.strip()).name]
 
@@ -177,19 +177,19 @@ def test_generate_prints_one_json_document(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("fast")
 def test_the_embedded_emulator_needs_no_settings(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Key, address and proxy of the environment do not concern ``--emulator``."""
+    """``--emulator`` ignores key, address and proxy of the environment."""
     monkeypatch.setenv("EVOLINK_API_KEY", KEY)
     monkeypatch.setenv("EVOLINK_BASE_URL", "https://elsewhere.invalid")
     assert run("generate", "A lake", "--emulator").code == 0
 
 
 def test_the_embedded_emulator_draws_pictures_in_a_few_seconds() -> None:
-    """Unless told otherwise it draws, and its time runs faster than ours."""
-    settings: dict[str, Any] = dict(commands._EMULATED)
+    """By default it draws pictures, and its time runs faster than real time."""
+    settings: dict[str, Any] = dict(EMULATED)
     least, most = settings.pop("duration")
     scale = settings.pop("time_scale")
     assert 1 <= least / scale < most / scale < 10
-    assert settings == {}
+    assert settings == {"credits": 1e9}
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_options_reach_the_api(
 def test_nothing_is_bought_that_cannot_be_saved(
     run: Run, server: HostileServer, tmp_path: Path, folder: str
 ) -> None:
-    """A folder that cannot be made is found out before the submit."""
+    """A folder that cannot be made is an error before the submit."""
     (tmp_path / "file").touch()
     ended = run("generate", "A lake", "--out", folder)
     assert ended.code in {2, 3}
@@ -326,7 +326,7 @@ def test_results_that_cannot_be_saved_are_not_lost(run: Run, server: HostileServ
 
 
 def test_a_task_without_results(run: Run, server: HostileServer) -> None:
-    """Completed with nothing to show is not done."""
+    """A completed task without results is exit code 1."""
     server.script = [answer(200, snapshot(status="completed", results=[]))]
     ended = run("generate", "A lake")
     assert (ended.code, ended.out) == (1, "")
@@ -346,7 +346,7 @@ def test_status(run: Run, api: Emulator) -> None:
 
 
 def test_status_of_a_failed_task_is_not_a_failure(run: Run, server: HostileServer) -> None:
-    """Looking has succeeded; what is seen is shown without control characters."""
+    """The command succeeds; the message is shown without control characters."""
     told = {"code": f"bad{CLEAR}", "message": f"worse\n{CLEAR}\x9b31m\u202e"}
     server.reads = [answer(200, snapshot(status="failed", error=told))]
     ended = run("status", TASK)
@@ -358,7 +358,7 @@ def test_status_of_a_failed_task_is_not_a_failure(run: Run, server: HostileServe
 
 
 def test_status_without_progress(run: Run, server: HostileServer) -> None:
-    """What the API does not say is not made up, and who only looked is not warned."""
+    """Progress that the API does not report is left out, and nothing is on stderr."""
     server.reads = [answer(200, snapshot(progress=None))]
     ended = run("status", TASK)
     assert (ended.out, ended.err) == (f"{TASK} pending\n", "")
@@ -392,7 +392,7 @@ def test_wait_for_a_failed_task(run: Run, server: HostileServer) -> None:
 
 
 def test_a_wait_the_api_refuses_says_how_to_go_on(run: Run, server: HostileServer) -> None:
-    """A task that cannot be looked at any more still goes on."""
+    """A task that cannot be polled any more still goes on."""
     server.reads = [error(400)]
     ended = run("wait", TASK, "--timeout", "0.3")
     assert ended.code == 1
@@ -459,7 +459,7 @@ def test_list_of_odd_rows(run: Run, server: HostileServer) -> None:
 
 
 def test_credits(run: Run, server: HostileServer) -> None:
-    """What is left of account and key; an amount the API did not tell is a question mark."""
+    """What is left of account and key; an amount that the API left out is a question mark."""
     user = {"remaining_credits": 1095.39, "used_credits": 135.9}
     token = {"remaining_credits": 99416.44, "used_credits": 583.55}
     tight, loose = {"user": user, "token": token}, {"user": {"remaining_credits": 1}}
@@ -475,8 +475,8 @@ def test_credits(run: Run, server: HostileServer) -> None:
     assert run("credits", "--json").json["data"]["user"]["remaining_credits"] == 1
 
 
-def test_what_is_tried_again_is_shown(run: Run, server: HostileServer) -> None:
-    """Patience the API asks for is a line on stderr, and no error."""
+def test_retries_are_shown(run: Run, server: HostileServer) -> None:
+    """A wait that the API asks for is a line on stderr, and no error."""
     good = answer(200, {"data": {"user": {"remaining_credits": 1}}})
     server.reads = [error(429, Retry_After="0"), good]
     ended = run("credits")

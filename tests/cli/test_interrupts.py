@@ -18,12 +18,12 @@ from evolink_async import Session
 from evolink_async._cli import commands
 
 # ---------------------------------------------------------------------------------------------
-# Leaving
+# Interrupts
 
 
 @contextmanager
 def process(argv: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """The command as a process of its own, ended in any case."""
+    """The command as a process of its own; it is killed at the end if it still runs."""
     child = subprocess.Popen(  # noqa: S603 - our own interpreter
         [sys.executable, *argv],
         stdout=subprocess.PIPE,
@@ -84,7 +84,7 @@ def test_interrupted_in_the_middle_of_a_submit(server: HostileServer, tmp_path: 
 
 
 def test_interrupted_before_anything_was_sent(server: HostileServer, tmp_path: Path) -> None:
-    """A submit that was refused, and waits to be sent again, is nothing to worry about."""
+    """A submit that was refused, and waits to be sent again, has cost nothing."""
     server.script = [error(429, Retry_After="100")]
     with process([*EVOLINK, "generate", "A lake"], tmp_path) as child:
         assert child.stderr is not None
@@ -97,11 +97,11 @@ def test_interrupted_before_anything_was_sent(server: HostileServer, tmp_path: P
 
 @pytest.mark.parametrize("emulated", [False, True])
 def test_interrupted_just_as_the_answer_came(emulated: bool) -> None:  # noqa: FBT001 - a parameter
-    """A submit that was accepted in the last moment is told by its task."""
+    """A submit that was accepted in the last moment is reported with its task."""
     task = Session(KEY).task(TASK)
-    told = commands._left_behind(task, commands._Order(folder="out", emulated=emulated))
-    assert told.startswith(f"task {TASK}")
-    assert ("evolink-async download" in told) is not emulated
+    message = commands._left_behind(task, commands._Options(folder="out", emulated=emulated))
+    assert message.startswith(f"task {TASK}")
+    assert ("evolink-async download" in message) is not emulated
 
 
 @pytest.mark.parametrize("command", ["generate", "download"])
@@ -123,7 +123,7 @@ def test_interrupted_while_downloading(server: HostileServer, tmp_path: Path, co
 
 
 def test_interrupted_with_an_emulator(tmp_path: Path) -> None:
-    """What ran on an embedded emulator ends with it, and that is what is said."""
+    """A task on an embedded emulator ends with it, and the message says so."""
     with process([*EVOLINK, "generate", "A lake", "--emulator"], tmp_path) as child:
         assert child.stderr is not None
         assert "pending" in child.stderr.readline()
@@ -134,8 +134,8 @@ def test_interrupted_with_an_emulator(tmp_path: Path) -> None:
     assert last == "interrupted"
 
 
-def test_interrupted_while_looking(server: HostileServer, tmp_path: Path) -> None:
-    """Where nothing goes on there is nothing to say."""
+def test_interrupted_during_status(server: HostileServer, tmp_path: Path) -> None:
+    """A command that only asks has no task to report."""
     server.reads = [hang]
     received = heard(server)
     with process([*EVOLINK, "credits"], tmp_path) as child:
@@ -144,15 +144,15 @@ def test_interrupted_while_looking(server: HostileServer, tmp_path: Path) -> Non
     assert ended == Ended(130, "", "interrupted\n")
 
 
-def test_interrupted_while_a_name_is_looked_up(
+def test_interrupted_while_a_name_is_resolved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A thread that hangs in the resolver does not keep the process."""
+    """A thread that hangs in the resolver does not delay the exit."""
     monkeypatch.setenv("EVOLINK_API_KEY", KEY)
     code = (
         "import socket, sys, time\n"
         "def hang(*_, **__):\n"
-        "    print('looking', flush=True)\n"
+        "    print('resolving', flush=True)\n"
         "    time.sleep(1000)\n"
         "socket.getaddrinfo = hang\n"
         "sys.argv = ['evolink-async', 'credits']\n"
@@ -161,13 +161,13 @@ def test_interrupted_while_a_name_is_looked_up(
     )
     with process(["-c", code], tmp_path) as child:
         assert child.stdout is not None
-        assert child.stdout.readline() == "looking\n"
+        assert child.stdout.readline() == "resolving\n"
         ended = ended_by(child, signal.SIGINT)
     assert ended == Ended(130, "", "interrupted\n")
 
 
 def test_a_second_interrupt_ends_the_process_at_once(tmp_path: Path) -> None:
-    """Whatever the first one waits for, the second one does not."""
+    """Even if the first interrupt is still being handled, the second one ends the process."""
     code = (
         "import asyncio\n"
         "from evolink_async._cli import console\n"
@@ -178,7 +178,7 @@ def test_a_second_interrupt_ends_the_process_at_once(tmp_path: Path) -> None:
         "            await asyncio.Event().wait()\n"
         "        except asyncio.CancelledError:\n"
         "            print('never', flush=True)\n"
-        "console.drive(stubborn())"
+        "console.run_cancellable(stubborn())"
     )
     with process(["-c", code], tmp_path) as child:
         assert child.stdout is not None
@@ -192,7 +192,7 @@ def test_a_second_interrupt_ends_the_process_at_once(tmp_path: Path) -> None:
 def test_the_emulator_serves_until_interrupted(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It says where it is, can be used by the other commands, and ends without complaint."""
+    """It prints its address, serves the other commands, and ends without an error."""
     options = ["--port", "0", "--credits", "7", "--duration", "1", "2", "--time-scale", "1000"]
     options += ["--pictures", "tiny", "--seed", "3"]
     with process([*EVOLINK, "emulator", *options], tmp_path) as child:
@@ -206,7 +206,7 @@ def test_the_emulator_serves_until_interrupted(
 
 
 def test_an_emulator_on_a_taken_port(run: Run, server: HostileServer) -> None:
-    """A port that somebody else has is exit code 3."""
+    """A port that is in use is exit code 3."""
     ended = run("emulator", "--port", server.base_url.rpartition(":")[2])
     assert ended.code == 3
     assert len(ended.errors) == 1

@@ -22,13 +22,13 @@ from evolink_async.__main__ import main
 from evolink_async.emulator import Emulator
 
 # ---------------------------------------------------------------------------------------------
-# What nobody expects
+# Output that fails
 
 
 def test_an_unexpected_error_does_not_show_the_key(
     run: Run, server: HostileServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bug is reported in full, but for the key."""
+    """A bug is reported with its traceback, but without the key."""
     row = {"id": "task-1", "status": "new", "created_at": 1}
     server.reads = [answer(200, {"data": [row], "total": 1})]
 
@@ -55,7 +55,7 @@ def test_output_may_be_any_text_stream(run: Run, api: Emulator) -> None:
 def test_what_an_encoding_lacks_is_escaped(
     run: Run, server: HostileServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A word the terminal cannot spell does not end the command."""
+    """A character that the encoding lacks does not end the command."""
     server.reads = [answer(200, snapshot(status="moderé"))]
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stdout)
@@ -66,7 +66,7 @@ def test_what_an_encoding_lacks_is_escaped(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_result_that_cannot_be_written_is_an_error(api: Emulator) -> None:
-    """A full disk under stdout is not passed over in silence."""
+    """A full disk under stdout is an error."""
     with Path("/dev/full").open("wb") as full:
         ended = subprocess.run(  # noqa: S603 - our own interpreter
             [sys.executable, *EVOLINK, "wait", submit(api)], stdout=full, check=False
@@ -77,7 +77,7 @@ def test_a_result_that_cannot_be_written_is_an_error(api: Emulator) -> None:
 def test_a_command_runs_without_output_streams(
     run: Run, api: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where stdout and stderr are closed, files are saved all the same."""
+    """With stdout and stderr closed, files are saved nevertheless."""
     task_id = submit(api)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", None)
@@ -88,14 +88,14 @@ def test_a_command_runs_without_output_streams(
 
 
 def test_an_interrupt_while_importing() -> None:
-    """Ctrl-C before the command line is there is exit code 130 and no traceback."""
+    """Ctrl-C while modules are imported is exit code 130 and no traceback."""
     ended = python(
         "import sys\n"
-        "class Impatient:\n"
+        "class InterruptedImport:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name == 'click':\n"
         "            raise KeyboardInterrupt\n"
-        "sys.meta_path.insert(0, Impatient())\n"
+        "sys.meta_path.insert(0, InterruptedImport())\n"
         "from evolink_async.__main__ import main\n"
         "sys.exit(main(['--help']))"
     )
@@ -105,10 +105,10 @@ def test_an_interrupt_while_importing() -> None:
 def test_an_interrupt_before_anything_began(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while still importing or parsing is exit code 130 and no traceback."""
 
-    def impatient(*_: object, **__: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(asyncio, "Runner", impatient)
+    monkeypatch.setattr(asyncio, "Runner", interrupted)
     with pytest.warns(RuntimeWarning, match="never awaited"):
         ended = run("credits")
     assert (ended.code, ended.out) == (130, "")
@@ -118,17 +118,17 @@ def test_an_interrupt_before_anything_began(run: Run, monkeypatch: pytest.Monkey
 def test_a_reader_that_leaves_does_not_stop_a_command(api: Emulator, tmp_path: Path) -> None:
     """Files are saved and the exit code is 0 even if nobody reads stdout and stderr any more."""
     task_id = submit(api)
-    reading, writing = os.pipe()
-    os.close(reading)
+    read_end, write_end = os.pipe()
+    os.close(read_end)
     try:
         ended = subprocess.run(  # noqa: S603 - our own interpreter
             [sys.executable, *EVOLINK, "download", task_id, "--out", tmp_path],
-            stdout=writing,
-            stderr=writing,
+            stdout=write_end,
+            stderr=write_end,
             check=False,
         )
     finally:
-        os.close(writing)
+        os.close(write_end)
     assert ended.returncode == 0
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -139,7 +139,7 @@ def test_a_reader_that_leaves_does_not_stop_a_command(api: Emulator, tmp_path: P
 
 @contextmanager
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
-    """Stderr on a pseudo-terminal; what is yielded says what it has shown."""
+    """Stderr on a pseudo-terminal; yields a function that returns what was written to it."""
     ours, theirs = os.openpty()
     shown = bytearray()
 
@@ -147,7 +147,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
         try:
             while data := os.read(ours, 65536):
                 shown.extend(data)
-        except OSError:  # Linux's way to say that the other end is closed
+        except OSError:  # Linux raises it when the other end is closed
             pass
 
     thread = threading.Thread(target=drain)
@@ -191,7 +191,7 @@ def test_a_bar_shows_no_control_characters_of_the_server(
 
 @pytest.mark.usefixtures("fast")
 def test_a_dumb_terminal_gets_lines(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal that cannot move its cursor is not asked to."""
+    """A terminal that cannot move its cursor gets lines instead of a bar."""
     with terminal(monkeypatch) as shown:
         monkeypatch.setenv("TERM", "dumb")
         ended = run("generate", "A lake", "--emulator")

@@ -336,7 +336,7 @@ def test_an_unknown_field_says_where_new_fields_go() -> None:
     ],
 )
 def test_paths_of_other_endpoints(path: str) -> None:
-    """A plain absolute path is taken as it is."""
+    """An absolute path is sent as it is."""
     assert RawRequest(path, body={}).path == path
 
 

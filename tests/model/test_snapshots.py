@@ -8,7 +8,7 @@ import pickle
 from typing import Any
 
 import pytest
-from fuzz import reading_gives_a_value_or_our_error, values_survive_json
+from fuzz import from_json_gives_a_value_or_our_error, values_survive_json
 from hypothesis import given
 from strategies import READERS, Reader, examples, nested, values, values_for
 
@@ -188,12 +188,12 @@ def test_a_status_may_be_assumed() -> None:
 def test_snapshots_are_compared_by_what_they_say() -> None:
     """White space and charset of a body make no difference; any value does."""
     value = {"id": "task-1", "status": "pending", "name": "호수", "odd": math.nan}
-    plain = TaskSnapshot.from_json(value)
+    compact = TaskSnapshot.from_json(value)
     spaced = TaskSnapshot.from_json(value, body=json.dumps(value, indent=2).encode("utf-16"))
-    assert plain == spaced
-    assert hash(plain) == hash(spaced)
-    assert plain != TaskSnapshot.from_json(value | {"name": "lake"})
-    assert pickle.loads(pickle.dumps(spaced)) == plain  # noqa: S301 - just made here
+    assert compact == spaced
+    assert hash(compact) == hash(spaced)
+    assert compact != TaskSnapshot.from_json(value | {"name": "lake"})
+    assert pickle.loads(pickle.dumps(spaced)) == compact  # noqa: S301 - just made here
 
 
 def test_raw_is_nobody_elses() -> None:
@@ -292,7 +292,7 @@ def test_any_json_gives_a_value_or_our_error(reader: Reader) -> None:
     @examples(850)
     @given(values_for(reader.name))
     def check(value: object) -> None:
-        reading_gives_a_value_or_our_error(reader, value)
+        from_json_gives_a_value_or_our_error(reader, value)
 
     check()
 

@@ -53,7 +53,7 @@ async def events(task_id: str) -> StreamingResponse:
 
 class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
-        """Close the session first: submits in the air are answered, and streams end."""
+        """Close the session first: submits in flight are answered, and streams end."""
         await images.aclose()
         await super().shutdown(sockets)
 

@@ -2,7 +2,7 @@
 
 Needs ``EVOLINK_API_KEY``; ``PUBLIC_URL``, the https address the service is reached at;
 ``CALLBACK_SECRET``, kept over restarts; and ``STORE``, an SQLite file. ``PORT`` if not 8000;
-``LOOK_EVERY``, seconds between two looks at a task somebody watches, if not 3.
+``POLL_INTERVAL``, seconds between two polls of a task somebody watches, if not 3.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from evolink_async import (
 )
 from evolink_async.webhook import CallbackReceiver
 
-LOOK_EVERY = float(os.environ.get("LOOK_EVERY", "3"))
+POLL_INTERVAL = float(os.environ.get("POLL_INTERVAL", "3"))
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -50,33 +50,33 @@ class Images:
         self._viewers: dict[str, list[object]] = {}
 
     async def resume(self) -> None:
-        """Pick up what the last run left."""
+        """Watch the tasks that were running when the service stopped."""
         running = self._store.execute("SELECT id FROM tasks WHERE state = 'running'")
         for (task_id,) in running.fetchall():
             self._start(self._follow(self.session.task(task_id)))
 
     async def aclose(self) -> None:
-        """Close the session: submits in the air are answered, all that waits ends."""
+        """Close the session: submits in flight are answered, and waiting requests end."""
         await self.session.aclose()
         while self._jobs:
             await asyncio.wait(self._jobs)
 
     async def submit(self, prompt: str) -> str:
-        """The id of a new task, which is in the store even if the caller has gone meanwhile."""
+        """The id of a new task, which is stored even if the client disconnects meanwhile."""
         return await asyncio.shield(self._start(self._submit(prompt)))
 
     async def _submit(self, prompt: str) -> str:
         try:
             task = await self.session.submit(prompt)
         except SubmitUncertainError:
-            logger.exception("perhaps paid for")  # the key in it asks for the answer
+            logger.exception("perhaps paid for")  # it holds the idempotency key to ask again with
             raise
         self._save(task.id, "running")
         self._start(self._follow(task))
         return task.id
 
     async def _follow(self, task: Task) -> None:
-        """Write the task's outcome down, whoever else waits for it."""
+        """Store the outcome of the task."""
         try:
             result = await task
         except SessionClosedError:
@@ -87,7 +87,7 @@ class Images:
             self._save(task.id, "completed", result.urls)
 
     def _start(self, job: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run *job* as the service's own: no request that is cancelled takes it along."""
+        """Run *job* apart from the request, which may be cancelled."""
         task = asyncio.create_task(job)
         self._jobs.add(task)
         task.add_done_callback(self._jobs.discard)
@@ -104,10 +104,10 @@ class Images:
         return row and {"id": task_id, "state": row[0], "urls": json.loads(row[1])}
 
     async def events(self, task_id: str) -> AsyncGenerator[str, None]:
-        """Each change as a server-sent event; who leaves stops the stream, not the task.
+        """Each change as a server-sent event; a client that disconnects does not stop the task.
 
-        Callbacks tell of the end, not of progress: the first viewer looks for all. A write
-        shows whether a viewer is still there, so there is one after each wait.
+        Callbacks report the end, not progress, so the first viewer polls for all of them. Only
+        a write shows whether a viewer is still connected, so there is one after each wait.
         """
         found = self.find(task_id)
         if found is not None and found["state"] != "running":
@@ -122,12 +122,12 @@ class Images:
                 yield news if news != last else ": ping\n\n"
                 last = news
                 with suppress(TaskTimeoutError):
-                    await task.wait(timeout=LOOK_EVERY)
+                    await task.wait(timeout=POLL_INTERVAL)
                 if viewers[0] is me and not task.done():
-                    with suppress(EvolinkError):  # the next look may succeed
+                    with suppress(EvolinkError):  # the next poll may succeed
                         await task.refresh()
         except EvolinkError:
-            pass  # failed, or the service stops: what is known says more
+            pass  # the task failed or the service stops: the last event says which
         finally:
             viewers.remove(me)
             if not viewers:

@@ -1,4 +1,4 @@
-"""Opening result links on hosts that mean no good."""
+"""Opening result links on hostile hosts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from aiohttp.abc import AbstractResolver, ResolveResult
 from hostile_results import (
     HostileHost,
     cut,
@@ -25,52 +24,11 @@ from hostile_results import (
     silent,
     trickle,
 )
+from result_links import PICTURE, FixedResolver, fetch, interruption, refusal
 
 from evolink_async._results.fetch import ResultClient
 from evolink_async._results.stream import TransientDownloadError
 from evolink_async.errors import DownloadError, SessionClosedError
-
-PICTURE = png()
-
-
-class FixedResolver(AbstractResolver):
-    """Name servers that say what the test wants."""
-
-    def __init__(self, *answers: str | list[str]) -> None:
-        self.answers = [[a] if isinstance(a, str) else a for a in answers]
-        self.asked: list[str] = []
-        self.closed = False
-
-    async def resolve(
-        self,
-        host: str,
-        port: int = 0,
-        family: socket.AddressFamily = socket.AF_INET,  # noqa: ARG002 - aiohttp's signature
-    ) -> list[ResolveResult]:
-        self.asked.append(host)
-        found = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        if not found:
-            raise OSError(None, "no such name")
-        return [
-            ResolveResult(
-                hostname=host,
-                host=address,
-                port=port,
-                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
-                proto=0,
-                flags=0,
-            )
-            for address in found
-        ]
-
-    async def close(self) -> None:
-        self.closed = True
-
-
-@pytest.fixture
-async def host() -> AsyncIterator[HostileHost]:
-    async with HostileHost() as host:
-        yield host
 
 
 @pytest.fixture
@@ -82,35 +40,8 @@ async def client() -> AsyncIterator[ResultClient]:
     await client.aclose()
 
 
-async def fetch(
-    client: ResultClient, url: str, *, offset: int = 0, etag: str | None = None
-) -> bytes:
-    async with (
-        client.open(url, offset=offset, etag=etag) as stream,
-        aclosing(stream.chunks()) as chunks,
-    ):
-        return b"".join([chunk async for chunk in chunks])
-
-
-async def refusal(client: ResultClient, url: str) -> DownloadError:
-    """The error of a link that must not be opened, for good."""
-    with pytest.raises(DownloadError) as caught:
-        await fetch(client, url)
-    assert not isinstance(caught.value, TransientDownloadError)
-    return caught.value
-
-
-async def interruption(
-    client: ResultClient, url: str, *, offset: int = 0, etag: str | None = None
-) -> TransientDownloadError:
-    """The error of a link that may work the next time."""
-    with pytest.raises(TransientDownloadError) as caught:
-        await fetch(client, url, offset=offset, etag=etag)
-    return caught.value
-
-
 async def test_stream(client: ResultClient, host: HostileHost) -> None:
-    """A result's head is told, and its bytes come as they are."""
+    """A stream has the facts of the headers and the bytes of the body."""
     headers = {"Content-Type": "image/png", "ETag": '"v1"', "Accept-Ranges": "bytes"}
     url = host.url("/a.png", reply(PICTURE, headers=headers))
     async with client.open(url) as stream:
@@ -123,7 +54,7 @@ async def test_stream(client: ResultClient, host: HostileHost) -> None:
 
 
 async def test_resumed_stream(client: ResultClient, host: HostileHost) -> None:
-    """From a byte on, a host that can sends the rest, if the result is still the same."""
+    """A download is resumed at a byte if the host can do that and the result is the same."""
     url = host.url("/a.png", ranged(PICTURE))
     async with client.open(url, offset=30, etag='"v1"') as stream:
         assert (stream.status, stream.offset) == (206, 30)
@@ -174,7 +105,7 @@ async def test_nothing_of_ours_is_sent(
 
 
 async def test_signed_link_stays_as_it_is(client: ResultClient, host: HostileHost) -> None:
-    """A link's quoting, which its signature may cover, is not changed; what must be is quoted."""
+    """The quoting of a link is kept, because a signature may cover it; spaces are quoted."""
     target = "/a%2Fb/%41+c%20d;x=1,2/~e.png?Expires=1&Signature=a%2Bb+c%3D%3d&x=%7e/?:@"
     for sent, given in (
         (target, target),
@@ -363,7 +294,7 @@ async def test_redirect_from_outside_to_this_machine(host: HostileHost) -> None:
 
 @pytest.mark.parametrize("status", [403, 404, 410])
 async def test_expired(client: ResultClient, host: HostileHost, status: int) -> None:
-    """A link that is gone says so, how long links live, and what to do."""
+    """The error of an expired link says how long links live, and what to do."""
     error = await refusal(client, host.url("/a.png?sig=secret", reply(b"<Error/>", status)))
     assert error.expired
     assert error.status == status
@@ -380,7 +311,7 @@ async def test_final_status(client: ResultClient, host: HostileHost, status: int
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 599])
 async def test_passing_status(client: ResultClient, host: HostileHost, status: int) -> None:
-    """A status that may pass is worth another try."""
+    """A transient status is worth another attempt."""
     error = await interruption(client, host.url("/a.png", reply(b"", status)))
     assert (error.status, error.resumable) == (status, True)
 
@@ -399,13 +330,13 @@ async def test_passing_status(client: ResultClient, host: HostileHost, status: i
     ],
 )
 async def test_lying_range(client: ResultClient, host: HostileHost, content_range: str) -> None:
-    """A part that is not the one asked for cannot be continued with."""
+    """A part that is not the one asked for is not resumable."""
     url = host.url("/a.png", reply(PICTURE, 206, {"Content-Range": content_range}))
     assert not (await interruption(client, url, offset=30, etag='"v1"')).resumable
 
 
 async def test_range_beyond_the_end(client: ResultClient, host: HostileHost) -> None:
-    """A host that has no such part makes the download start over."""
+    """If the host has no such part, the download starts over."""
     url = host.url("/a.png", reply(b"", 416))
     assert not (await interruption(client, url, offset=30, etag='"v1"')).resumable
 
@@ -447,7 +378,7 @@ async def test_compressed(client: ResultClient, host: HostileHost) -> None:
     ],
 )
 async def test_broken_http(client: ResultClient, host: HostileHost, answer: bytes) -> None:
-    """Whatever is not a complete HTTP answer interrupts, without showing the link's query."""
+    """An incomplete HTTP answer is a transient error, which does not show the link's query."""
     error = await interruption(client, host.url("/a.png?sig=secret", raw(answer)))
     while error is not None:
         assert "secret" not in f"{error} {error!r}"
@@ -455,7 +386,7 @@ async def test_broken_http(client: ResultClient, host: HostileHost, answer: byte
 
 
 async def test_every_cut(client: ResultClient, host: HostileHost) -> None:
-    """An answer cut at any byte of its head or body is an interruption, never a result."""
+    """An answer cut at any byte is a transient error, never a result."""
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 140\r\n\r\n"
     whole = head + PICTURE[:140]
     for end in range(len(whole)):
@@ -464,7 +395,7 @@ async def test_every_cut(client: ResultClient, host: HostileHost) -> None:
 
 
 async def test_refused_connection(client: ResultClient) -> None:
-    """A host that does not take connections may do so the next time."""
+    """A refused connection is a transient error."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     assert "does not answer" in str(await interruption(client, f"http://127.0.0.1:{port}/a.png"))
@@ -489,7 +420,7 @@ async def test_no_tls(host: HostileHost) -> None:
     ],
 )
 async def test_silent_head(host: HostileHost, behaviour: object) -> None:
-    """A host that never finishes its answer's head is left, however it passes the time."""
+    """A host that never finishes its headers is given up, whatever it sends."""
     client = ResultClient(allow_loopback=True, connect_timeout=0.05, stall_timeout=0.05)
     error = await interruption(client, host.url("/a.png", behaviour))  # type: ignore[arg-type]  # parametrised
     assert "does not answer" in str(error)
@@ -529,7 +460,7 @@ async def test_fast_enough(host: HostileHost) -> None:
 
 
 async def test_slow_reader(client: ResultClient, host: HostileHost) -> None:
-    """The time a reader takes between chunks is not the host's fault."""
+    """The time a reader takes between chunks does not count as a stall."""
     body = png(3_000_000)
     got = 0
     async with client.open(host.url("/a.png", reply(body))) as stream:
@@ -560,7 +491,7 @@ async def test_redirect_with_endless_body(client: ResultClient, host: HostileHos
 
 
 async def test_connections_are_bounded(host: HostileHost) -> None:
-    """No more results are open at the same time than asked for; all get their turn."""
+    """No more results are open at the same time than asked for; the others wait."""
     client = ResultClient(allow_loopback=True, max_connections=3)
     url = host.url("/a.png", reply(png(200_000)))
     results = await asyncio.gather(*(fetch(client, url) for _ in range(20)))
@@ -570,7 +501,7 @@ async def test_connections_are_bounded(host: HostileHost) -> None:
 
 
 async def test_cancelled_waiter_gives_its_place_back(host: HostileHost) -> None:
-    """Whoever is cancelled, waiting or reading, leaves nothing open."""
+    """A caller cancelled while waiting or reading leaves nothing open."""
     client = ResultClient(allow_loopback=True, max_connections=1)
     stuck = host.url("/stuck", silent(b"HTTP/1.1 200 OK\r\n\r\n"))
     tasks = [asyncio.create_task(fetch(client, stuck)) for _ in range(3)]
@@ -591,68 +522,3 @@ async def test_close(client: ResultClient, host: HostileHost) -> None:
     await client.aclose()
     with pytest.raises(SessionClosedError):
         await fetch(client, host.url("/a.png"))
-
-
-async def test_proxy(host: HostileHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment's proxy is used, with its password; its own host may be internal."""
-    monkeypatch.setenv("https_proxy", f"http://me:pa%3Ass@127.0.0.1:{host.port}")
-    host.url("pictures.example:443", reply(b"", 407))
-    client = ResultClient()
-    error = await interruption(client, "https://pictures.example/a.png?sig=secret")
-    assert "the proxy answered 407" in str(error)
-    assert "secret" not in f"{error} {error.__cause__!r}"
-    (hit,) = host.hits
-    assert (hit.method, hit.target) == ("CONNECT", "pictures.example:443")
-    assert hit.headers["Proxy-Authorization"] == "Basic bWU6cGE6c3M="
-    await refusal(client, "https://10.0.0.1/a.png")
-    assert len(host.hits) == 1
-    await interruption(client, "https://pictures.example/b.png")
-    assert len(host.hits) == 2
-    await client.aclose()
-
-
-@pytest.mark.parametrize(
-    ("proxy", "no_proxy", "used"),
-    [
-        ("http://127.0.0.1:{port}", "", True),
-        ("127.0.0.1:{port}", "", True),
-        ("http://127.0.0.1:{port}", "pictures.example", False),
-        ("http://127.0.0.1:{port}", "*", False),
-    ],
-)
-async def test_proxy_settings(
-    host: HostileHost, monkeypatch: pytest.MonkeyPatch, proxy: str, no_proxy: str, *, used: bool
-) -> None:
-    """A proxy may lack its scheme, and is bypassed where ``no_proxy`` says so."""
-    monkeypatch.setenv("https_proxy", proxy.format(port=host.port))
-    monkeypatch.setenv("no_proxy", no_proxy)
-    client = ResultClient(resolver=FixedResolver("10.0.0.1"))
-    with pytest.raises(DownloadError):
-        await fetch(client, "https://pictures.example/a.png")
-    assert bool(host.hits) == used
-    await client.aclose()
-
-
-async def test_proxy_is_not_for_this_machine(
-    client: ResultClient, host: HostileHost, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """This machine is reached directly, whatever the environment says."""
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    assert await fetch(client, host.url("/a.png", reply(PICTURE))) == PICTURE
-
-
-@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "http://127.0.0.1:99999", "http://"])
-async def test_unusable_proxy(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
-    """A proxy of a kind that is not known here is said to be the trouble."""
-    monkeypatch.setenv("https_proxy", proxy)
-    client = ResultClient()
-    assert "proxy" in str(await refusal(client, "https://pictures.example/a.png?sig=secret"))
-    await client.aclose()
-
-
-async def test_environment_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Proxies are ignored where asked."""
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    client = ResultClient(trust_env=False, resolver=FixedResolver("10.0.0.1"))
-    assert "resolves to" in str(await refusal(client, "https://pictures.example/a.png"))
-    await client.aclose()

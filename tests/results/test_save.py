@@ -144,7 +144,7 @@ async def test_extension_is_the_real_type(
 async def test_not_a_picture(
     client: ResultClient, host: HostileHost, tmp_path: Path, body: bytes
 ) -> None:
-    """What is no media file is not saved, whatever it is called; the error shows its beginning."""
+    """A file that is no media file is not saved, whatever its name; the error quotes its start."""
     headers = {"Content-Type": "image/png"}
     error = await failure(client, host.url("/a.png", reply(body, headers=headers)), tmp_path)
     assert "begins with" in str(error)
@@ -173,7 +173,7 @@ def test_media_type_of_anything(head: bytes) -> None:
 async def test_unfinished_file(
     client: ResultClient, host: HostileHost, tmp_path: Path, body: bytes
 ) -> None:
-    """A file without its end is not saved, even if the host says that this is all of it."""
+    """A file without its end is not saved, even if its announced length is reached."""
     for length in (True, False):
         url = host.url("/a?sig=secret", reply(body, length=length))
         error = await failure(client, url, tmp_path, attempts=3)
@@ -202,13 +202,13 @@ async def test_endless_picture(client: ResultClient, host: HostileHost, tmp_path
 
 
 async def test_endless_page(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
-    """What is no picture is given up at its beginning."""
+    """A body that is no picture is given up after its first bytes."""
     first = b"<!DOCTYPE html><html><head><title>Not what you asked for</title></head>"
     assert "begins with" in str(await failure(client, host.url("/a", endless(first)), tmp_path))
 
 
 async def test_limit(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
-    """The limit is exact, and an announced length beyond it is not even begun."""
+    """The limit is exact, and a body announced to be larger is not read."""
     size = len(PICTURE)
     for length in (True, False):
         url = host.url("/a", reply(PICTURE, length=length))
@@ -225,7 +225,7 @@ async def test_limit(client: ResultClient, host: HostileHost, tmp_path: Path) ->
 
 
 async def test_resume(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
-    """A download that breaks off goes on where it was, as often as attempts allow."""
+    """A download that breaks off is resumed, as often as the attempts allow."""
     body = png(2_000_000)
     waits: list[float] = []
 
@@ -246,7 +246,7 @@ async def test_resume(client: ResultClient, host: HostileHost, tmp_path: Path) -
 async def test_resume_from_any_byte(
     client: ResultClient, host: HostileHost, tmp_path: Path, after: int
 ) -> None:
-    """Wherever it broke off, the file is put together right."""
+    """The file is complete wherever the download broke off."""
     url = host.url("/a", ranged(PICTURE, after=after), ranged(PICTURE))
     assert (await fetch(client, url, tmp_path)).read_bytes() == PICTURE
 
@@ -277,7 +277,7 @@ async def test_start_over(
 
 
 async def test_unasked_part(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
-    """A part that was not asked for is not put behind what was received."""
+    """A part that was not asked for is not appended."""
     size = len(PICTURE)
     part = reply(PICTURE[100:], 206, {"Content-Range": f"bytes 100-{size - 1}/{size}"})
     error = await failure(
@@ -298,7 +298,7 @@ async def test_unasked_part(client: ResultClient, host: HostileHost, tmp_path: P
 async def test_part_of_something_else(
     client: ResultClient, host: HostileHost, tmp_path: Path, headers: dict[str, str]
 ) -> None:
-    """A part that does not belong to what was received is not put behind it."""
+    """A part of another version is not appended."""
     url = host.url(
         "/a",
         ranged(PICTURE, after=100, hang=True),
@@ -312,7 +312,7 @@ async def test_part_of_something_else(
 async def test_part_of_unknown_whole(
     client: ResultClient, host: HostileHost, tmp_path: Path
 ) -> None:
-    """A part whose host does not repeat tag and size still has to add up."""
+    """A part without tag and size must still have the announced total length."""
     headers = {"Content-Range": f"bytes 100-{len(PICTURE) - 1}/*"}
     short = reply(PICTURE[100:200], 206, {"Content-Range": "bytes 100-199/*"})
     rest = reply(PICTURE[200:], 206, {"Content-Range": f"bytes 200-{len(PICTURE) - 1}/*"})
@@ -323,7 +323,7 @@ async def test_part_of_unknown_whole(
 
 
 async def test_attempts(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
-    """After so many attempts the last error is the caller's, with what was asked for."""
+    """After the last attempt its error is raised, with the link and the task."""
     url = host.url("/a?sig=secret", reply(b"", 503))
     error = await failure(client, url, tmp_path, attempts=3, task_id=TASK)
     assert len(host.hits) == 3
@@ -334,7 +334,7 @@ async def test_attempts(client: ResultClient, host: HostileHost, tmp_path: Path)
 
 
 async def test_stall_then_resume(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
-    """A host that stalls is left and asked again for the rest."""
+    """A host that stalls is asked again for the missing bytes."""
     head = f'HTTP/1.1 200 OK\r\nETag: "v1"\r\nContent-Length: {len(PICTURE)}\r\n\r\n'.encode()
     url = host.url("/a", silent(head + PICTURE[:500]), ranged(PICTURE))
     assert (await fetch(client, url, tmp_path)).read_bytes() == PICTURE
@@ -342,7 +342,7 @@ async def test_stall_then_resume(client: ResultClient, host: HostileHost, tmp_pa
 
 
 async def test_expired(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
-    """An expired link is not tried again, also when it expires on the way."""
+    """An expired link is not tried again, even if it expires during the download."""
     error = await failure(client, host.url("/a?s=secret", reply(b"", 403)), tmp_path, task_id=TASK)
     assert (error.expired, error.status, error.task_id) == (True, 403, TASK)
     assert len(host.hits) == 1
@@ -373,7 +373,7 @@ async def test_cut_at_every_byte(client: ResultClient, host: HostileHost, tmp_pa
 async def test_one_of_several_fails(
     client: ResultClient, host: HostileHost, tmp_path: Path
 ) -> None:
-    """What could be saved stays, and the error says what that is."""
+    """The files that were saved stay, and the error lists them."""
     urls = [
         host.url("/1", reply(PICTURE)),
         host.url("/2", reply(b"", 410)),
@@ -399,7 +399,7 @@ async def test_all_fail(client: ResultClient, host: HostileHost, tmp_path: Path)
 
 
 async def test_closed_while_saving(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
-    """A session closed on the way says that, and nothing partial stays."""
+    """A session closed during the download raises its own error, and no partial file stays."""
     urls = [host.url("/1", silent(b"HTTP/1.1 200 OK\r\n\r\n" + PICTURE[:100]))] * 2
     task = asyncio.create_task(save_all(client.open, urls, tmp_path, task_id=TASK, sleep=no_wait))
     await host.arrived.wait()
@@ -410,7 +410,7 @@ async def test_closed_while_saving(client: ResultClient, host: HostileHost, tmp_
 
 
 async def test_cancelling_all(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
-    """Cancelling the whole removes what is unfinished and keeps what is done."""
+    """Cancelling removes the unfinished files and keeps the finished ones."""
     urls = [host.url("/1", reply(PICTURE)), host.url("/2", silent(b"HTTP/1.1 200 OK\r\n\r\n"))]
     task = asyncio.create_task(save_all(client.open, urls, tmp_path, task_id=TASK))
     for _ in range(200):
@@ -436,7 +436,7 @@ async def test_too_many_links(client: ResultClient, tmp_path: Path) -> None:
 
 
 async def test_hostile_task_id(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
-    """An id made to lead elsewhere stays inside the folder, within the length of a file name."""
+    """An id such as a path stays inside the folder, within the length of a file name."""
     url = host.url("/a", reply(PICTURE))
     for task_id in ("../../../evil", "/etc/evil", "x" * 5000, "con", "\ud800"):
         (path,) = await save_all(client.open, [url], tmp_path / "out", task_id=task_id)
@@ -445,8 +445,8 @@ async def test_hostile_task_id(client: ResultClient, host: HostileHost, tmp_path
     assert {Path(name).parts[0] for name in contents(tmp_path)} == {"out"}
 
 
-def test_interrupted_is_ours() -> None:
-    """What the loop catches is a download error like any other."""
+def test_transient_errors_are_download_errors() -> None:
+    """A transient error is a download error with the same data."""
     error = TransientDownloadError(
         "broke off", url="https://h.example/", status=503, resumable=False
     )

@@ -44,7 +44,7 @@ async def test_existing_file(
 
 
 async def test_overwrite(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
-    """Where asked, an existing file is replaced, but only by a whole one."""
+    """With overwrite=True an existing file is replaced, but only by a complete one."""
     (tmp_path / "x-1.png").write_bytes(b"precious")
     await failure(client, host.url("/a", reply(PICTURE[:-1])), tmp_path, overwrite=True)
     path = await fetch(client, host.url("/a", reply(PICTURE)), tmp_path, overwrite=True)
@@ -122,7 +122,7 @@ async def test_folder_not_writable(client: ResultClient, host: HostileHost, tmp_
     ],
 )
 @pytest.mark.parametrize("where", ["open", "fsync"])
-async def test_disk_trouble(
+async def test_disk_errors(
     client: ResultClient,
     host: HostileHost,
     tmp_path: Path,
@@ -132,7 +132,7 @@ async def test_disk_trouble(
     words: str,
     where: str,
 ) -> None:
-    """Trouble with the disk is an error that names it, and leaves nothing behind."""
+    """A disk error is a download error that names it, and leaves nothing behind."""
 
     def fail(*_: object, **__: object) -> int:
         raise OSError(number, None if number is None else os.strerror(number))
@@ -149,7 +149,7 @@ async def test_disk_trouble(
 async def test_full_disk(
     client: ResultClient, host: HostileHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that fills up on the way is said to be full."""
+    """A disk that fills up during the download is reported as full."""
     real = os.open
 
     def full(path: Path, flags: int, mode: int = 0o777) -> int:
@@ -165,7 +165,7 @@ async def test_full_disk(
 async def test_file_system_without_links(
     client: ResultClient, host: HostileHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where there are no hard links the file is saved all the same, and nothing replaced."""
+    """Without hard links the file is saved as well, and nothing is replaced."""
 
     def no_link(*_: object, **__: object) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
@@ -211,7 +211,7 @@ async def test_folder_that_cannot_be_flushed(
 async def test_order_of_the_last_steps(
     client: ResultClient, host: HostileHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file is on disk before it has its name, and the name before the path is returned."""
+    """The file is flushed before the rename, and the folder before the path is returned."""
     steps: list[str] = []
     fsync, link = os.fsync, os.link
 
@@ -264,7 +264,7 @@ async def test_cancelled_in_a_thread(
     monkeypatch: pytest.MonkeyPatch,
     step: str,
 ) -> None:
-    """Cancelled at any step on the disk, the file is whole or not there, and nothing else is."""
+    """Cancelled at any step on the disk, it leaves the complete file or nothing."""
     loop = asyncio.get_running_loop()
     loop.set_default_executor(ThreadPoolExecutor(1))
     reached, go_on = asyncio.Event(), threading.Event()
@@ -311,7 +311,7 @@ async def test_cancelled_at_any_moment(
 
 
 def test_nothing_is_written_after_giving_up(tmp_path: Path) -> None:
-    """A thread that comes late to a file that was given up leaves nothing behind."""
+    """A thread that runs after the file was discarded leaves nothing behind."""
     late = saving._TemporaryFile(tmp_path / "late", stem="x", overwrite=False)
     late.discard()
     late.create()

@@ -42,7 +42,7 @@ async def test_a_bus_carries_a_callback_to_its_replica(
         subscriber.cancel()
 
 
-async def test_a_plain_function_will_do(
+async def test_the_hook_need_not_be_async(
     session: Session, emulator: Emulator, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The hook may be an ordinary function; without one a debug line names the task."""
