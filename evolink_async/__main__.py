@@ -7,9 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-_USAGE = 2
-_INTERRUPTED = 130
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -22,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 a task failed, 2 usage, 3 API or network, 130 interrupted.
     """
     code = _run(argv)
-    if code == _INTERRUPTED and argv is None:
+    if code == 130 and argv is None:
         # A thread may still be resolving a name, and the interpreter would wait for it.
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
@@ -38,12 +35,12 @@ def _run(argv: Sequence[str] | None) -> int:
                 "error: the command line needs packages that are not installed: "
                 "pip install 'evolink-async[cli]'\n"
             )
-            return _USAGE
+            return 2
         from evolink_async._cli.commands import run  # noqa: PLC0415 - needs the extra
 
         return run(argv)
     except KeyboardInterrupt:  # before a command has started
-        return _INTERRUPTED
+        return 130
 
 
 def _has_extra() -> bool:

@@ -118,7 +118,7 @@ def cut_after(data: bytes, count: int) -> Behaviour:
 
 @define
 class HostileServer:
-    """Behaves like each of *script* in turn for requests of its path; the last one repeats.
+    """Answers the requests for a path with each of *script* in turn; the last one repeats.
 
     Attributes:
         script: Behaviours of submits (POST on anything but the batch read).

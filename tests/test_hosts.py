@@ -212,13 +212,13 @@ def test_no_address(text: str) -> None:
 
 @pytest.mark.parametrize(("host", "words"), INTERNAL_HOSTS.items())
 def test_internal_host(host: str, words: str) -> None:
-    """Each spelling of an internal host is known for what it is."""
+    """An internal host is recognised in each spelling."""
     assert words in (internal_host_reason(host) or "")
 
 
 @pytest.mark.parametrize("host", PUBLIC_HOSTS)
 def test_public_host(host: str) -> None:
-    """A host that may be public is let through."""
+    """A host that may be public is accepted."""
     assert internal_host_reason(host) is None
 
 
@@ -248,7 +248,7 @@ def _respell(number: int, bases: list[str], parts: int) -> str:
     )
 )
 def test_numeric_hosts_like_inet_aton(host: str) -> None:
-    """A numeric host that the C library reads as an internal address is never let through."""
+    """A numeric host that the C library reads as an internal address is never accepted."""
     try:
         packed = socket.inet_aton(host.strip().rstrip("."))
     except (OSError, UnicodeEncodeError):
@@ -259,7 +259,7 @@ def test_numeric_hosts_like_inet_aton(host: str) -> None:
 
 @given(st.text(max_size=40))
 def test_any_text(text: str) -> None:
-    """Any text as a host or URL gives an answer, never an exception but ours."""
+    """Any text as a host or URL gives an answer or our exception."""
     internal_host_reason(text)
     is_loopback_host(text)
     shown_url(text)

@@ -216,7 +216,7 @@ class TaskSnapshot:
         Args:
             value: The parsed object.
             body: The text it was parsed from by `parse_json`, if that holds it alone; or
-                *value* again, if nobody else holds that and `check_depth` was content.
+                *value* itself, if nothing else refers to it and `check_depth` accepted it.
             status: Assumed if the object has no usable status; without it such an object is
                 refused.
 

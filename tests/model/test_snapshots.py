@@ -59,7 +59,7 @@ def test_the_documented_answer_is_read() -> None:
 
 @pytest.mark.parametrize("said", [-0.1, 1.1e9, 1e308, math.nan, math.inf, True, "1"])
 def test_what_cannot_be_a_cost_counts_as_not_said(said: object) -> None:
-    """A negative or absurd sum would undo every total it enters."""
+    """A negative or absurd cost would falsify every total."""
     given = {"credits_reserved": said, "credits_used": said, "cost": said}
     assert Usage.from_json(given) == Usage()
 
@@ -180,7 +180,7 @@ def test_what_is_not_a_task(value: object) -> None:
 
 
 def test_a_status_may_be_assumed() -> None:
-    """Where the caller says what to assume, a task without a status is taken."""
+    """A task without a status is read if the caller says what to assume."""
     snapshot = TaskSnapshot.from_json({"id": "task-1", "status": None}, status="pending")
     assert snapshot.status == "pending"
 
