@@ -20,7 +20,7 @@ class Money:
         spent: Charged, or reserved, by items that are not under way in this run.
         prices: Highest price of one result seen, by model.
         unstated: Results that are or will be charged, nobody has said how much for, by model.
-        doubtful: Results that may have been charged without our learning, by model.
+        uncertain: Results that may have been charged without our learning, by model.
         held: What items under way cost, where the API has said it.
         guessed: Items under way that are among the unstated.
     """
@@ -29,7 +29,7 @@ class Money:
     spent: float
     prices: dict[str, float]
     unstated: dict[str, int]
-    doubtful: dict[str, int]
+    uncertain: dict[str, int]
     held: dict[int, float] = field(factory=dict)
     guessed: set[int] = field(factory=set)
 
@@ -41,7 +41,7 @@ class Money:
             spent=counts.spent,
             prices=dict(counts.prices),
             unstated=dict(counts.unstated),
-            doubtful=dict(counts.doubtful),
+            uncertain=dict(counts.uncertain),
         )
 
     @property
@@ -50,19 +50,19 @@ class Money:
         return self.spent + sum(self.held.values()) + self._worth(self.unstated)
 
     @property
-    def in_doubt(self) -> float | None:
+    def credits_uncertain(self) -> float | None:
         """What uncertain items cost if they were accepted, at the highest price seen.
 
         None if no price of one of them is known.
         """
-        if any(n and model not in self.prices for model, n in self.doubtful.items()):
+        if any(n and model not in self.prices for model, n in self.uncertain.items()):
             return None
-        return self._worth(self.doubtful)
+        return self._worth(self.uncertain)
 
     @property
     def committed(self) -> float:
         """The most that can have been spent."""
-        return self.credits + self._worth(self.doubtful)
+        return self.credits + self._worth(self.uncertain)
 
     def _worth(self, results: dict[str, int]) -> float:
         return sum(self.prices.get(model, 0.0) * n for model, n in results.items())
@@ -88,14 +88,14 @@ class Money:
         """
         if item.model in self.prices:
             return 0
-        all_of_them = (self.unstated, self.doubtful)
+        all_of_them = (self.unstated, self.uncertain)
         count = sum(n for each in all_of_them for m, n in each.items() if m not in self.prices)
         return count - (item.pictures if item.state == "uncertain" else 0)
 
     def reserve(self, item: Item) -> None:
         """*item* is about to be submitted."""
         if item.state == "uncertain":
-            _add(self.doubtful, item, -1)
+            _add(self.uncertain, item, -1)
         _add(self.unstated, item, 1)
         self.guessed.add(item.number)
 
@@ -125,17 +125,17 @@ class Money:
         self.guessed.discard(item.number)
         self.spent += self.held.pop(item.number, 0.0)
 
-    def doubt(self, item: Item) -> None:
-        """*item* may have been charged."""
+    def release_uncertain(self, item: Item) -> None:
+        """*item* is no longer under way; it may have been charged."""
         self.release(item, 0.0)
-        _add(self.doubtful, item, 1)
+        _add(self.uncertain, item, 1)
 
     def withdraw(self, item: Item) -> None:
         """Nothing of *item* has left in this run, if it is still to be submitted."""
         if item.number in self.guessed:
             self.release(item, 0.0)
             if item.state == "uncertain":
-                _add(self.doubtful, item, 1)
+                _add(self.uncertain, item, 1)
 
     def _forget(self, item: Item) -> None:
         self.held.pop(item.number, None)

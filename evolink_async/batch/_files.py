@@ -1,4 +1,4 @@
-"""The files of a batch: their names, their check sums, whose fault it is if they are not there."""
+"""The files of a batch: names, check sums, and what to say when they are missing."""
 
 from __future__ import annotations
 
@@ -8,43 +8,66 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Final
 
 from attrs import define, field
 
+from evolink_async._checks import refuse
 from evolink_async._files import safe_name, sync_folder
 from evolink_async._model.snapshots import GenerationResult
 from evolink_async._results.media import EXTENSIONS, is_whole, media_type
-from evolink_async.batch._ledger import File, Item
-from evolink_async.errors import DownloadError, EvolinkError
+from evolink_async._text import printable
+from evolink_async.batch._rows import File, Item
+from evolink_async.errors import ConfigurationError, DownloadError, EvolinkError
 
 __all__ = [
     "Draft",
-    "digest_of",
+    "damage",
     "disk_error",
     "file_of",
-    "is_foreign",
-    "kept_from",
+    "keep_stranger",
+    "make_folder",
     "present",
-    "set_aside",
     "stems",
     "sweep",
-    "trouble_with",
     "whole",
 ]
 
 _PARTIAL: Final = re.compile(r"\..+\.[0-9a-f]{16}\.part")
 
 
-def stems(item: Item, folder: Path, count: int) -> tuple[str, ...]:
-    """Names for its *count* files, without extension, the nicest first; the last is its alone.
+def make_folder(out: str | os.PathLike[str]) -> Path:
+    """The folder *out*, made if need be, and seen to be one that can be written to.
 
-    A file that nobody told the ledger of is somebody else's: its name is not among them.
+    Raises:
+        ConfigurationError: It cannot.
     """
-    free = [stem for stem in _names(item) if not _is_taken(folder, stem, count)]
-    return tuple(free) or (f"{_names(item)[-1]}-{secrets.token_hex(8)}",)
+    if not isinstance(out, str | os.PathLike) or not os.fspath(out):
+        raise refuse("out", out, "the path of a folder")
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{secrets.token_hex(8)}.probe"
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as exc:
+        why = exc.strerror if isinstance(exc, OSError) else "it cannot be the name of a folder"
+        raise ConfigurationError(
+            f"the folder {printable(str(folder))} cannot be written to: {why}; choose another one"
+        ) from exc
+    return folder.resolve()
+
+
+def stems(item: Item, folder: Path, count: int) -> Iterator[str]:
+    """Names for the *count* files of an item, without extension, the nicest first.
+
+    A name is left out if a file that has it is there already: it is somebody else's.
+    """
+    names = _names(item)
+    yield from (name for name in names if not _is_taken(folder, name, count))
+    yield f"{names[-1]}-{secrets.token_hex(8)}"
 
 
 def _names(item: Item) -> tuple[str, str]:
@@ -60,8 +83,12 @@ def _names(item: Item) -> tuple[str, str]:
 
 def _is_taken(folder: Path, stem: str, count: int) -> bool:
     # One by one, as the file system compares names: a folder of thousands is not read each time.
-    names = (f"{stem}-{k}.{ext}" for k in range(1, count + 1) for ext in EXTENSIONS)
-    return any(os.path.lexists(folder / name) for name in names)
+    start = os.fspath(folder / stem)
+    return any(
+        os.path.lexists(f"{start}-{k}.{extension}")
+        for k in range(1, count + 1)
+        for extension in EXTENSIONS
+    )
 
 
 @define(eq=False)
@@ -71,34 +98,21 @@ class Draft:
     path: Path
     _temporary: Path = field(init=False)
     _file: IO[bytes] = field(init=False)
-    _hash: hashlib._Hash = field(factory=hashlib.sha256, init=False)
 
     def open(self) -> None:
-        """Make it, under a name that `sweep` knows; and its folder, should that be gone."""
+        """Make it, under a name that `sweep` knows, and its folder if that is missing."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}.part")
         self._file = self._temporary.open("xb")
 
     def write(self, text: str) -> None:
-        data = text.encode()
-        self._hash.update(data)
-        self._file.write(data)
+        self._file.write(text.encode())
 
-    def finish(self) -> str:
-        """See that it is on disk; returns its SHA-256."""
+    def publish(self) -> None:
+        """See that it is on disk, then give it its name, whatever has that now."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        return self._hash.hexdigest()
-
-    def publish(self, ours: Collection[str]) -> None:
-        """Give it its name, if what has that name now is one of *ours*, by SHA-256.
-
-        Raises:
-            FileExistsError: It is somebody else's.
-        """
-        if is_foreign(self.path, ours):
-            raise FileExistsError(errno.EEXIST, "what is there is not what the batch wrote")
         self._temporary.replace(self.path)
         sync_folder(self.path.parent)
 
@@ -108,22 +122,6 @@ class Draft:
             self._file.close()
         with contextlib.suppress(OSError):
             self._temporary.unlink()
-
-
-def digest_of(path: Path) -> str | None:
-    """SHA-256 of a file; None of what is no file, or cannot be read."""
-    try:
-        if not path.is_file():  # a pipe would be waited for
-            return None
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
-
-
-def is_foreign(path: Path, ours: Collection[str]) -> bool:
-    """True if there is something of that name that is not one of *ours*, by SHA-256."""
-    return os.path.lexists(path) and digest_of(path) not in ours
 
 
 def file_of(path: Path) -> File:
@@ -137,12 +135,14 @@ def present(folder: Path, files: Iterable[File]) -> tuple[File, ...]:
     return tuple(each for each in files if _found(folder / each.name) == each)
 
 
-def trouble_with(folder: Path, files: Iterable[File]) -> str:
+def damage(folder: Path, files: Iterable[File]) -> str:
     """In words, which of *files* are not as they were saved; nothing if all are."""
-    gone = [file for file in files if file not in present(folder, (file,))]
+    files = tuple(files)
+    good = present(folder, files)
     return ", ".join(
         f"{file.name} {'has changed' if os.path.lexists(folder / file.name) else 'is missing'}"
-        for file in gone
+        for file in files
+        if file not in good
     )
 
 
@@ -153,24 +153,32 @@ def _found(path: Path) -> File | None:
         return None
 
 
-def set_aside(path: Path) -> Path | None:
-    """Give what has that name another one, and return that; None if there is nothing.
+def keep_stranger(new: Path, target: Path) -> Path | None:
+    """Rename what has the name *target* if it is other than the picture *new*.
 
-    A folder stays: it is in the way, but nothing would be written over it.
+    Returns:
+        What it is called now; None if there was nothing to keep.
     """
-    if not os.path.lexists(path) or (path.is_dir() and not path.is_symlink()):
+    old = _digest(target)
+    if old is not None and old == _digest(new):
         return None
-    digest = digest_of(path) or secrets.token_hex(32)
-    names = (f"{path.stem}.changed-{digest[:k]}{path.suffix}" for k in (8, 16, 64))
-    free = (path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
-    kept = next(free, path.with_name(f"{path.stem}.changed-{secrets.token_hex(16)}{path.suffix}"))
-    path.rename(kept)
+    if not os.path.lexists(target) or (target.is_dir() and not target.is_symlink()):
+        return None  # the rename of *new* fails on a folder, and says so
+    digest = old or secrets.token_hex(32)
+    start, end = target.with_suffix(""), target.suffix
+    names = (Path(f"{start}.changed-{digest[:k]}{end}") for k in (8, 16, 64))
+    free = (path for path in names if not os.path.lexists(path))
+    kept = next(free, Path(f"{start}.changed-{secrets.token_hex(16)}{end}"))
+    target.rename(kept)
     return kept
 
 
-def kept_from(new: Path, target: Path) -> Path | None:
-    """`set_aside` for *target*, should it be other than *new*, which gets that name next."""
-    return set_aside(target) if digest_of(target) != digest_of(new) else None
+def _digest(path: Path) -> str | None:
+    """SHA-256 of a file; None of what is no file, or cannot be read."""
+    if not path.is_file():  # a pipe would be waited for
+        return None
+    found = _found(path)
+    return None if found is None else found.sha256
 
 
 def whole(
@@ -188,7 +196,7 @@ def whole(
 
 
 def _picture(folder: Path, stem: str, recorded: File | None) -> Path | None:
-    """The file `Session.download` made under that name, if it is what its extension says."""
+    """The picture under that name, if it is what was recorded, or else whole."""
     if recorded is not None:
         return folder / recorded.name if present(folder, (recorded,)) else None
     paths = (folder / f"{stem}.{extension}" for extension in EXTENSIONS)
@@ -219,7 +227,7 @@ def disk_error(exc: BaseException) -> str | None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what downloads of a process that was killed have left; nobody else has the folder."""
+    """Remove what a killed process has left of files it was writing."""
     for path in folder.glob(".*.part"):
         if _PARTIAL.fullmatch(path.name):
             path.unlink(missing_ok=True)

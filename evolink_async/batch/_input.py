@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -21,10 +22,10 @@ from attrs import fields
 from evolink_async._checks import refuse
 from evolink_async._model.requests import ImageRequest, RawRequest, as_request
 from evolink_async._text import printable, shown
-from evolink_async.batch._ledger import Entry, Invalid
+from evolink_async.batch._rows import Entry, Invalid
 from evolink_async.errors import ConfigurationError, RequestValidationError
 
-__all__ = ["Source", "read"]
+__all__ = ["Source", "check_readable", "is_source", "name_of", "read"]
 
 Source = str | os.PathLike[str] | Iterable[str | Mapping[str, Any] | ImageRequest | RawRequest]
 
@@ -69,6 +70,49 @@ def read(source: Source) -> Iterator[Entry | Invalid]:
         allowed = "a path, '-' for standard input, or an iterable of prompts, mappings or requests"
         raise refuse("source", source, allowed)
     return (_entry(line, item) for line, item in enumerate(source, 1))
+
+
+def check_readable(source: Source) -> None:
+    """Refuse an input that is not there, before a folder is made for it.
+
+    Raises:
+        ConfigurationError: It is not there, or cannot be one.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return
+    why: object = None
+    if source == "-":
+        if sys.stdin is None:
+            raise ConfigurationError("the prompts cannot be read: standard input is closed")
+        return
+    if not os.fspath(source):
+        raise refuse("source", source, "the path of a file, or '-'")
+    try:
+        mode = Path(source).stat().st_mode  # not opened: a pipe can be read only once
+    except (OSError, ValueError) as exc:
+        why = exc.strerror if isinstance(exc, OSError) else "it cannot be the name of a file"
+    else:
+        why = "it is a folder" if stat.S_ISDIR(mode) else None
+    if why is not None:
+        name = printable(os.fspath(source))
+        raise ConfigurationError(f"the prompts cannot be read from {name}: {why}")
+
+
+def is_source(path: Path, source: Source) -> bool:
+    """Whether *path* is the file the prompts come from."""
+    if not isinstance(source, str | os.PathLike) or source == "-":
+        return False
+    try:
+        return path.samefile(source)
+    except (OSError, ValueError):
+        return False
+
+
+def name_of(source: Source) -> str:
+    """What to call the input in a message."""
+    if source == "-":
+        return "standard input"
+    return printable(os.fspath(source)) if isinstance(source, str | os.PathLike) else "the input"
 
 
 def _of_file(name: str) -> Iterator[Entry | Invalid]:

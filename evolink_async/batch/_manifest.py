@@ -1,4 +1,4 @@
-"""The files written about a batch: manifest and gallery."""
+"""The files written about a batch: manifest and gallery. They are generated: always replaced."""
 
 from __future__ import annotations
 
@@ -12,25 +12,23 @@ from typing import Any, Final
 from attrs import evolve
 
 from evolink_async._text import printable
-from evolink_async.batch._files import Draft, digest_of, present
+from evolink_async.batch._files import Draft, present
 from evolink_async.batch._gallery import write_gallery
 from evolink_async.batch._ledger import Item, Ledger
 from evolink_async.errors import LedgerError
 
 __all__ = ["GALLERY", "MANIFEST", "all_items", "gone", "write"]
 
-_CHUNK: Final = 500
-"""Items of manifest and gallery written at once."""
-
-
 MANIFEST: Final = "manifest.jsonl"
 GALLERY: Final = "gallery.html"
+_CHUNK: Final = 500
+"""Items read from the ledger, and lines written, at once."""
 
 
 async def all_items(ledger: Ledger, folder: Path, *states: str) -> AsyncIterator[Item]:
     """Every item that counts, or those in one of *states*, with the files that are there."""
     after = (0, 0)
-    while page := await ledger.page(*states, after=after, limit=500):
+    while page := await ledger.page(*states, after=after, limit=_CHUNK):
         for item in page:
             if item.state == "saved" or not item.files:
                 yield item
@@ -73,8 +71,6 @@ async def write(ledger: Ledger, path: Path) -> str | None:
             # Its folder was removed meanwhile, perhaps with the ledger: then nothing else names
             # what was paid for. A draft makes the folder anew.
             await _replace(ledger, path)
-    except FileExistsError as exc:
-        why = f"{exc.strerror}; move it"
     except OSError as exc:
         why = f"{exc.strerror or exc}; see to that"
     except LedgerError as exc:
@@ -89,18 +85,13 @@ async def _replace(ledger: Ledger, path: Path) -> None:
     await asyncio.to_thread(draft.open)
     try:
         await _fill(draft, ledger)
-        digest = await asyncio.to_thread(draft.finish)
-        ours = await ledger.outputs(path.name)
-        now = await asyncio.to_thread(digest_of, path)
-        # Before it has the name: killed in between, the next run must know both.
-        await ledger.record_outputs(path.name, {digest} | (ours & {now}))
-        await asyncio.to_thread(draft.publish, ours)
+        await asyncio.to_thread(draft.publish)
     finally:
         await asyncio.to_thread(draft.discard)
 
 
 def gone(path: Path) -> str | None:
-    """What to say of a file that was written, should it be gone since."""
+    """Says that a file that was written is missing; None if it is there."""
     if os.path.lexists(path):
         return None
     return (

@@ -9,17 +9,15 @@ from typing import Final
 from attrs import field, frozen
 
 from evolink_async.batch._budget import Money
-from evolink_async.batch._items import Run, Stop
+from evolink_async.batch._context import RunContext, Stop
 from evolink_async.batch._ledger import Counts, Item
-from evolink_async.batch._manifest import (
-    GALLERY,
-    MANIFEST,
-    all_items,
-)
+from evolink_async.batch._manifest import GALLERY, MANIFEST, all_items
+from evolink_async.batch._saving import Saver
 
 __all__ = ["BatchReport", "Problem", "report"]
 
 _SHOWN: Final = 1000
+"""Problems that are named in a report, apart from uncertain items."""
 
 
 @frozen(kw_only=True)
@@ -127,15 +125,20 @@ class BatchReport:
 
 
 async def report(
-    run: Run, *, invalid: int, seconds: float, unwritten: Mapping[str, str | None]
+    run: RunContext,
+    saver: Saver,
+    *,
+    invalid: int,
+    seconds: float,
+    unwritten: Mapping[str, str | None],
 ) -> BatchReport:
-    """What it has come to, by the ledger."""
+    """What the batch has come to, by its ledger."""
     counts = await run.ledger.counts()
     states, money = counts.states, Money.of(counts)
     problems = [_problem(item) async for item in all_items(run.ledger, run.folder, "uncertain")]
     others = await run.ledger.page("submitting", "submitted", "completed", "failed", limit=_SHOWN)
     problems += map(_problem, others)
-    all_of_them = sum(states.values()) - states.get("saved", 0) - states.get("queued", 0)
+    not_saved = sum(states.values()) - states.get("saved", 0) - states.get("queued", 0)
     written = {name: run.folder / name for name, why in unwritten.items() if why is None}
     return BatchReport(
         folder=run.folder,
@@ -149,15 +152,15 @@ async def report(
         expired=counts.expired,
         uncertain=states.get("uncertain", 0),
         invalid=invalid,
-        pictures=run.pictures,
+        pictures=saver.pictures,
         credits=money.credits,
-        credits_in_doubt=money.in_doubt,
+        credits_in_doubt=money.credits_uncertain,
         still_to_pay=_still_to_pay(counts),
         seconds=seconds,
         stop=run.stop,
         problems=tuple(problems),
-        problems_left_out=all_of_them - len(problems),
-        kept=tuple(run.kept),
+        problems_left_out=not_saved - len(problems),
+        kept=tuple(saver.kept),
         manifest=written.get(MANIFEST),
         gallery=written.get(GALLERY),
         unwritten=tuple(why for why in unwritten.values() if why is not None),

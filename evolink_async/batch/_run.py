@@ -1,42 +1,53 @@
-"""`run_batch`: the whole of one run, from its input to its report."""
+"""`run_batch`: the whole of one run, from its input to its report.
+
+Workers, at most as many as generations may run at once, take items from the ledger in the order
+of the input, and see each to its result; a few others save the results. Every step that costs
+money is recorded before it is taken, every step that is paid for as soon as it is known.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
-import secrets
-import stat
-import sys
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
-from typing import TypeVar
+from typing import Final
+
+from attrs import define, evolve, field
 
 from evolink_async._checks import number, refuse
 from evolink_async._clock import hold
+from evolink_async._model.snapshots import GenerationResult
 from evolink_async._session import Session
+from evolink_async._task import Task
 from evolink_async._text import printable
-from evolink_async.batch._files import is_foreign, set_aside, sweep
-from evolink_async.batch._input import Source, read
-from evolink_async.batch._items import EXPIRED, NOT_FOUND, BatchProgress, Options, Run
-from evolink_async.batch._ledger import EMULATOR, LEDGER, Invalid, Ledger
-from evolink_async.batch._manifest import (
-    GALLERY,
-    MANIFEST,
-    gone,
-    write,
-)
-from evolink_async.batch._report import (
-    BatchReport,
-    report,
-)
+from evolink_async.batch._budget import Money
+from evolink_async.batch._context import EXPIRED, NOT_FOUND, Options, RunContext
+from evolink_async.batch._files import damage, make_folder, sweep
+from evolink_async.batch._input import Source, check_readable, is_source, name_of, read
+from evolink_async.batch._items import LiveItem
+from evolink_async.batch._ledger import EMULATOR, LEDGER, Invalid, Item, Ledger
+from evolink_async.batch._manifest import GALLERY, MANIFEST, gone, write
+from evolink_async.batch._progress import BatchProgress, Progress
+from evolink_async.batch._report import BatchReport, report
+from evolink_async.batch._saving import Saver
 from evolink_async.errors import ConfigurationError, RequestValidationError
 
 __all__ = ["run_batch"]
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
+
+_DOWNLOADS: Final = 8
+"""Items downloaded at once."""
+_BACKLOG: Final = 64
+"""Completed items that may wait for a download before no more are submitted."""
+_MIN_FREE: Final = 64 * 1024 * 1024
+"""Bytes the disk must have left before anything more is bought."""
 
 
 async def run_batch(
@@ -90,11 +101,11 @@ async def run_batch(
         max_credits: Most credits this batch may cost, all its runs together. Before the
             first answer for a model its price is unknown: one submit of it is risked. What
             the API states no cost of counts at the highest price seen.
-        gallery: Whether to write ``gallery.html``.
+        gallery: Whether to write ``gallery.html``. As ``manifest.jsonl``, it is replaced.
         stop: Set it to stop submitting, wait for what runs at most *grace* seconds, and
             return; looked at once the input is read.
-        grace: See *stop*, in real seconds; also after trouble that may keep running tasks
-            from ending.
+        grace: See *stop*, in real seconds; also what running tasks are given after a failure
+            that stops the batch.
         patience: Seconds of the session's clock the API may be unreachable or refuse all
             submits before the batch stops.
         progress: Called on the event loop at each change of an item's state, and each second.
@@ -104,8 +115,8 @@ async def run_batch(
     Raises:
         RequestValidationError: Lines are bad and *skip_invalid* is not set, or all are;
             nothing was sent.
-        ConfigurationError: *source* is empty, *source* or *out* cannot be used, a file
-            there would be overwritten, or another argument is none of what is allowed.
+        ConfigurationError: *source* is empty or would be overwritten, *source* or *out*
+            cannot be used, or another argument is none of what is allowed.
         LedgerError: The ledger is in use, damaged, of a newer format, belongs to another API
             or key, or cannot be written.
     """
@@ -122,17 +133,19 @@ async def run_batch(
             else number("max_credits", max_credits, most=1e15, unit="None, or credits")
         ),
         grace=number("grace", grace, unit="seconds"),
-        patience=number("patience", patience, unit="seconds"),
+        outage_timeout=number("patience", patience, unit="seconds"),
     )
-    await asyncio.to_thread(_check_readable, source)
-    folder = await asyncio.to_thread(_make_folder, out)
+    await asyncio.to_thread(check_readable, source)
+    folder = await asyncio.to_thread(make_folder, out)
     names = (MANIFEST, GALLERY) if gallery else (MANIFEST,)
     await asyncio.to_thread(_check_source, folder, source)
     with hold(session.clock):
         ledger = await Ledger(folder / LEDGER).__aenter__()
     try:
-        await _check_outputs(ledger, folder, names)
-        await _claim(ledger, session, emulated=emulated, new_key=new_key)
+        if emulated:
+            await ledger.claim(EMULATOR, None)
+        else:
+            await ledger.claim(session.base_url, session.fingerprint, replace_key=new_key)
         await asyncio.to_thread(sweep, folder)
         invalid = await _load(ledger, source, skip_invalid=skip_invalid, on_invalid=on_invalid)
         if retry_failed or resubmit_expired:
@@ -140,14 +153,17 @@ async def run_batch(
         await ledger.reopen(EXPIRED)  # the files, the links, or the clock may be as they were
         if retry_failed:
             await ledger.requeue_failed()
-        run = Run(
+        counts = await ledger.counts()
+        money = Money.of(counts, limit=options.max_credits)
+        context = RunContext(
             session=session,
             ledger=ledger,
             folder=folder,
             options=options,
-            counts=await ledger.counts(),
-            progress=progress,
+            money=money,
+            progress=Progress(states=dict(counts.states), money=money, callback=progress),
         )
+        run = _Run(context)
         await run.go(stop)
         await ledger.restore()
         unwritten = {name: await write(ledger, folder / name) for name in names}
@@ -155,17 +171,231 @@ async def run_batch(
             unwritten[name] = unwritten[name] or await asyncio.to_thread(gone, folder / name)
         unwritten[LEDGER] = await _lost(ledger)
         return await report(
-            run, invalid=invalid, seconds=time.monotonic() - started, unwritten=unwritten
+            context,
+            run.saver,
+            invalid=invalid,
+            seconds=time.monotonic() - started,
+            unwritten=unwritten,
         )
     finally:
         await ledger.__aexit__()
 
 
-async def _claim(ledger: Ledger, session: Session, *, emulated: bool, new_key: bool) -> None:
-    if emulated:
-        await ledger.claim(EMULATOR, None)
-        return
-    await ledger.claim(session.base_url, session.fingerprint, replace_key=new_key)
+@define(eq=False)
+class _Run:
+    """The workers of one run, and what makes them wait."""
+
+    context: RunContext
+    saver: Saver = field(init=False)
+    _feed: AsyncGenerator[Item, None] = field(init=False)
+    _feeding: asyncio.Lock = field(factory=asyncio.Lock, init=False)
+    _turn: asyncio.Lock = field(factory=asyncio.Lock, init=False)
+    _submits: asyncio.Semaphore = field(init=False)
+    _generating: set[LiveItem] = field(factory=set, init=False)
+    _to_save: asyncio.Queue[tuple[LiveItem, GenerationResult, str]] = field(init=False)
+    _disk_checked_at: float = field(default=float("-inf"), init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.saver = Saver(self.context)
+        # As many as may be in the air, and no more: what a crash leaves behind in state
+        # "submitting" is uncertain, and some of it may have been refused and be waiting.
+        self._submits = asyncio.Semaphore(self.context.session.max_connections)
+        self._to_save = asyncio.Queue(_BACKLOG)
+
+    async def go(self, stop: asyncio.Event | None) -> None:
+        """Run until everything has ended, or no more can be done."""
+        context = self.context
+        context.progress.report()
+        loop = asyncio.get_running_loop()
+        work = loop.create_task(context.guard(self._work()))
+        work.add_done_callback(lambda _: context.ending.set())
+        tasks = [work, loop.create_task(context.guard(context.progress.keep_reporting()))]
+        if stop is not None:
+            tasks.append(loop.create_task(context.guard(self._obey(stop))))
+        try:
+            while not work.done() and context.error is None:
+                left = context.leave_at - time.monotonic()
+                if left <= 0:
+                    break
+                context.ending.clear()
+                await _within(left, context.ending.wait())
+        finally:
+            for each in tasks:
+                each.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            context.progress.report()
+        if context.error is not None:
+            raise context.error
+
+    async def _obey(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        self.context.halt("interrupted", "it was interrupted; run the same batch again to go on")
+
+    async def _work(self) -> None:
+        """Do all there is to do, then buy anew what turned out to be lost."""
+        context, states = self.context, ["submitted", "queued"]
+        if context.options.resend_uncertain:
+            states.insert(1, "uncertain")
+        async with asyncio.TaskGroup() as group:
+            savers = [group.create_task(self._save()) for _ in range(_DOWNLOADS)]
+            # Before anything else completes: each completed item is taken up once.
+            await context.guard(self._resume_completed())
+            verifying = group.create_task(context.guard(self._verify()))
+            await self._generate(*states)
+            await verifying
+            await self._to_save.join()
+            if context.replaced:
+                await self._generate("queued")
+                await self._to_save.join()
+            for saver in savers:
+                saver.cancel()
+
+    async def _items(self, *states: str) -> AsyncGenerator[Item, None]:
+        """The items in these states, one state after the other, each in the order of the input."""
+        for state in states:
+            after = (0, 0)
+            while page := await self._page(state, after):
+                for item in page:
+                    yield item
+                after = (page[-1].line, page[-1].number)
+
+    async def _page(self, state: str, after: tuple[int, int]) -> tuple[Item, ...]:
+        return await self.context.commit(self.context.ledger.page(state, after=after))
+
+    # -- generating ------------------------------------------------------------------------
+
+    async def _generate(self, *states: str) -> None:
+        """See all items in these states to their results."""
+        context = self.context
+        count = sum(context.progress.states.get(state, 0) for state in states)
+        async with aclosing(self._items(*states)) as self._feed, asyncio.TaskGroup() as group:
+            for _ in range(min(count, context.session.max_in_flight)):
+                group.create_task(context.guard(self._generate_each()))
+
+    async def _generate_each(self) -> None:
+        """One worker: take an item, see it to its result, and hand that on to be saved."""
+        while self.context.going:
+            async with self._feeding:
+                item = await anext(self._feed, None)
+            if item is None or not self.context.going:
+                return
+            live = LiveItem(self.context, item)
+            try:
+                task = await self._task_of(live)
+                result = None if task is None else await live.result(task)
+            finally:
+                self._generating.discard(live)
+                if not live.recorded and item.state != "submitted":
+                    self.context.money.withdraw(item)
+                self.context.notify()
+            if result is not None:
+                stem = await live.completed(result)
+                await self._to_save.put((live, result, stem))
+
+    async def _task_of(self, live: LiveItem) -> Task | None:
+        """The task of an item, submitted if need be as soon as it may be; None if it has none."""
+        if live.item.state == "submitted":
+            self._generating.add(live)
+            return live.attach()
+        while True:
+            async with self._submits:
+                if not await self._may_submit(live):
+                    return None
+                task = await live.submit()
+            if not live.put_off:
+                return task
+            self._generating.discard(live)
+
+    async def _may_submit(self, live: LiveItem) -> bool:
+        """Wait until it may be submitted; False if nothing more is to be."""
+        context = self.context
+        async with self._turn:  # in the order of the input
+            while await self._has_disk():
+                if not context.paused and self._may_pay(live.item):
+                    context.money.reserve(live.item)
+                    self._generating.add(live)
+                    return True
+                if context.going:
+                    await context.next_change()
+        return False
+
+    async def _has_disk(self) -> bool:
+        """Whether what is bought could be saved, and more is to be; asked once a second."""
+        now, context = time.monotonic(), self.context
+        if context.going and now - self._disk_checked_at >= 1.0:
+            self._disk_checked_at = now
+            usage = asyncio.to_thread(shutil.disk_usage, context.folder)
+            free = (await context.commit(usage)).free
+            if free < _MIN_FREE:
+                context.halt(
+                    "disk",
+                    f"only {free // 1024**2} MB are left on the disk of {context.folder}; make "
+                    "room and run the same batch again",
+                )
+        return context.going
+
+    def _may_pay(self, item: Item) -> bool:
+        if self.context.money.allows(item):
+            return True
+        if not self._generating:  # nothing is under way that may change that
+            self.context.halt("max_credits", self._why_not(item))
+        return False
+
+    def _why_not(self, item: Item) -> str:
+        """Why *item* cannot be paid for."""
+        money = self.context.money
+        if unknown := money.unknown(item):
+            return (
+                f"the API has not said yet what a result of {printable(item.model, 80)} costs, and "
+                f"{unknown} are or may be paid for: another could break the limit of "
+                f"{money.limit:g} credits; have uncertain items resent first, or go on without "
+                "a limit"
+            )
+        return (
+            f"at most {money.limit:g} credits may be spent, and {money.committed:g} are spent or "
+            "may be; raise the limit to go on"
+        )
+
+    # -- saving ----------------------------------------------------------------------------
+
+    async def _save(self) -> None:
+        """One of those that save results, until cancelled."""
+        while True:
+            completed = await self._to_save.get()
+            await self.context.guard(self.saver.save(*completed))
+            self._to_save.task_done()
+
+    async def _resume_completed(self) -> None:
+        """Have saved what earlier runs left to be downloaded, also if nothing more is bought."""
+        async with aclosing(self._items("completed")) as items:
+            async for item in items:
+                await self._resume(item)
+
+    async def _verify(self) -> None:
+        """Download again what an earlier run saved and is not there any more, or has changed."""
+        context = self.context
+        async with aclosing(self._items("saved")) as items:
+            async for item in items:
+                with hold(context.session.clock):
+                    harm = await asyncio.to_thread(damage, context.folder, item.files)
+                    if not harm:
+                        continue
+                    await context.ledger.damaged(item.number)
+                logger.info("%s: %s: downloaded again", item.place, harm)
+                context.moved("saved", "completed")
+                await self._resume(evolve(item, state="completed"))
+
+    async def _resume(self, item: Item) -> None:
+        live = LiveItem(self.context, item)
+        result = GenerationResult.from_json(item.snapshot)
+        await self._to_save.put((live, result, await live.completed(result)))
+
+
+async def _within(seconds: float, what: Awaitable[object]) -> None:
+    """Await *what*, for so long at most."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(None if seconds == float("inf") else seconds):
+            await what
 
 
 def _check(name: str, value: object, fits: bool, allowed: str) -> None:  # noqa: FBT001 - private
@@ -173,82 +403,14 @@ def _check(name: str, value: object, fits: bool, allowed: str) -> None:  # noqa:
         raise refuse(name, value, f"{allowed}, or None")
 
 
-def _make_folder(out: str | os.PathLike[str]) -> Path:
-    if not isinstance(out, str | os.PathLike) or not os.fspath(out):
-        raise refuse("out", out, "the path of a folder")
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{secrets.token_hex(8)}.probe"
-        probe.touch()
-        probe.unlink()
-    except (OSError, ValueError) as exc:
-        why = exc.strerror if isinstance(exc, OSError) else "it cannot be the name of a folder"
-        raise ConfigurationError(
-            f"the folder {printable(str(folder))} cannot be written to: {why}; choose another one"
-        ) from exc
-    return folder.resolve()
-
-
-def _check_readable(source: Source) -> None:
-    """Refuse an input that is not there, before a folder is made for it."""
-    if not isinstance(source, str | os.PathLike):
-        return
-    why: object = None
-    if source == "-":
-        if sys.stdin is None:
-            raise ConfigurationError("the prompts cannot be read: standard input is closed")
-        return
-    if not os.fspath(source):
-        raise refuse("source", source, "the path of a file, or '-'")
-    try:
-        mode = Path(source).stat().st_mode  # not opened: a pipe can be read only once
-    except (OSError, ValueError) as exc:
-        why = exc.strerror if isinstance(exc, OSError) else "it cannot be the name of a file"
-    else:
-        why = "it is a folder" if stat.S_ISDIR(mode) else None
-    if why is not None:
-        name = printable(os.fspath(source))
-        raise ConfigurationError(f"the prompts cannot be read from {name}: {why}")
-
-
 def _check_source(folder: Path, source: Source) -> None:
     """Refuse to write over the input."""
     for path in (folder / name for name in (MANIFEST, GALLERY)):
-        if _is_source(path, source):
+        if is_source(path, source):
             raise ConfigurationError(
                 f"the input {printable(str(path))} would be overwritten: the batch writes a file "
                 "of that name; rename it, or choose another folder"
             )
-
-
-async def _check_outputs(ledger: Ledger, folder: Path, names: tuple[str, ...]) -> None:
-    """Refuse to write over what is not as a batch wrote it."""
-    for path in (folder / name for name in names):
-        ours = await ledger.outputs(path.name)
-        if "" in ours:
-            await asyncio.to_thread(_keep_old, path)
-        elif await asyncio.to_thread(is_foreign, path, ours):
-            raise ConfigurationError(
-                f"{printable(str(path))} would be overwritten, and it is not what the batch "
-                "wrote there; move it, or choose another folder"
-            )
-
-
-def _keep_old(path: Path) -> None:
-    """Nobody knows any more whether a batch wrote it: it gets another name."""
-    kept = set_aside(path)
-    if kept is not None:
-        logger.warning("%s, perhaps of an older version, is kept as %s", path.name, kept.name)
-
-
-def _is_source(path: Path, source: Source) -> bool:
-    if not isinstance(source, str | os.PathLike) or source == "-":
-        return False
-    try:
-        return path.samefile(source)
-    except (OSError, ValueError):
-        return False
 
 
 async def _load(
@@ -262,7 +424,7 @@ async def _load(
     loaded = await ledger.load(read(source), skip_invalid=skip_invalid)
     if not loaded.valid and not loaded.invalid:
         raise ConfigurationError(
-            f"there is nothing to do: {_name_of(source)} holds no prompt, blank lines aside; "
+            f"there is nothing to do: {name_of(source)} holds no prompt, blank lines aside; "
             "nothing was submitted"
         )
     if not loaded.invalid:
@@ -285,21 +447,12 @@ async def _load(
     return loaded.invalid
 
 
-def _name_of(source: Source) -> str:
-    if source == "-":
-        return "standard input"
-    return printable(os.fspath(source)) if isinstance(source, str | os.PathLike) else "the input"
-
-
-# ---------------------------------------------------------------------------------------------
-# Telling
-
-
 async def _lost(ledger: Ledger) -> str | None:
     loss = await ledger.loss()
     if loss is None:
         return None
     return (
         f"the ledger {printable(str(ledger.path))} was {loss} while it was in use: a new one "
-        f"knows nothing of what was paid for; {MANIFEST}, if it was written, names it all"
+        f"knows nothing of what was paid for. {MANIFEST}, if it was written, names it all: copy "
+        "it before the batch is run again, which replaces it"
     )

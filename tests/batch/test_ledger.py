@@ -13,7 +13,8 @@ import pytest
 
 from evolink_async._http.secret import Secret
 from evolink_async.batch import _ledger
-from evolink_async.batch._ledger import Counts, Entry, File, Invalid, Item, Ledger, migrate
+from evolink_async.batch._connection import LOCK, RESERVE, RESERVED
+from evolink_async.batch._ledger import Counts, Entry, File, Invalid, Item, Ledger
 from evolink_async.errors import LedgerError
 
 KEY = "0123456789abcdef"
@@ -89,7 +90,7 @@ async def test_what_was_accepted_cannot_be_submitted_again(path: Path) -> None:
         await ledger.submitted(first.number, key=KEY, task_id="task-1", reserved=1.0)
         with pytest.raises(AssertionError):
             await ledger.submitting(first.number, KEY)
-        assert await ledger.state(first.number) == "submitted"
+        assert (await item(ledger)).state == "submitted"
 
 
 async def test_a_change_is_on_disk_when_it_returns(path: Path) -> None:
@@ -141,7 +142,7 @@ async def test_sums_are_kept_over_every_turn(path: Path) -> None:
             spent=1.0 + 1.0 + 4.0,
             unstated={},
             prices={"m": 2.0},
-            doubtful={"m": 2},
+            uncertain={"m": 2},
             retryable=1,
             expired=1,
         )
@@ -257,7 +258,7 @@ async def test_a_second_process_is_told_so_and_a_killed_one_leaves_no_lock(path:
 
 @pytest.mark.parametrize("opened_before", [False, True])
 @pytest.mark.parametrize("replaced", [False, True])
-@pytest.mark.parametrize("name", [_ledger._LOCK, _ledger.LEDGER, f"{_ledger.LEDGER}-wal"])
+@pytest.mark.parametrize("name", [LOCK, _ledger.LEDGER, f"{_ledger.LEDGER}-wal"])
 async def test_a_file_of_it_that_was_removed_lets_nothing_be_submitted(
     path: Path, name: str, *, replaced: bool, opened_before: bool
 ) -> None:
@@ -333,35 +334,6 @@ async def test_a_folder_of_an_emulator_is_not_for_the_real_api(path: Path) -> No
             await ledger.claim("https://one.example", Secret("sk-first-key").fingerprint)
 
 
-async def test_an_older_format_is_migrated(path: Path) -> None:
-    """Step by step, each whole or not at all, keeping what is there."""
-    async with Ledger(path) as ledger:
-        await load(ledger, "a lake")
-    connection = sqlite3.connect(path, isolation_level=None)
-    steps = (*_ledger._STEPS, "ALTER TABLE items ADD COLUMN colour TEXT DEFAULT 'blue'")
-    with pytest.raises(sqlite3.OperationalError):
-        migrate(connection, (*steps, "ALTER TABLE items ADD COLUMN x; ALTER TABLE nothing ADD y"))
-    assert connection.execute("PRAGMA user_version").fetchone() == (len(_ledger._STEPS) + 1,)
-    migrate(connection, steps)
-    assert connection.execute("SELECT colour, state FROM items").fetchall() == [("blue", "queued")]
-    columns = [row[1] for row in connection.execute("PRAGMA table_info(items)")]
-    assert "x" not in columns
-    connection.close()
-
-
-async def test_a_ledger_of_the_first_format_belongs_to_the_next_that_comes(path: Path) -> None:
-    """It did not say whose it was; from then on it does."""
-    connection = sqlite3.connect(path, isolation_level=None)
-    migrate(connection, _ledger._STEPS[:1])
-    connection.close()
-    async with Ledger(path) as ledger:
-        (first,) = await load(ledger, "a lake")
-        await ledger.submitted(first.number, key=KEY, task_id="task-1", reserved=1.0)
-        await ledger.claim("https://one.example", Secret("sk-first-key").fingerprint)
-        with pytest.raises(LedgerError, match="belongs to"):
-            await ledger.claim("https://two.example", Secret("sk-first-key").fingerprint)
-
-
 def text_file(path: Path) -> None:
     path.write_text("not a database, but long enough to look at. " * 9)
 
@@ -394,28 +366,28 @@ async def test_a_full_disk_is_an_error_and_nothing_is_half_done(path: Path) -> N
         def limit(connection: sqlite3.Connection, pages: int = 1) -> None:
             connection.execute(f"PRAGMA max_page_count = {pages}")
 
-        await ledger._do(limit, alone=True)
+        await ledger._do(limit)
         with pytest.raises(LedgerError, match="full; make room"):
             await ledger.completed(
                 first.number, snapshot='"' + "x" * 50_000 + '"', used=1, stems=("a",)
             )
         assert (await item(ledger)).state == "queued"
-        await ledger._do(lambda connection: limit(connection, 1 << 20), alone=True)
+        await ledger._do(lambda connection: limit(connection, 1 << 20))
         await ledger.submitting(first.number, KEY)
         assert (await item(ledger)).state == "submitting"
 
 
 async def test_room_is_kept_for_recording_what_was_paid_for(path: Path) -> None:
     """While it is open a file holds the room, which a full disk is given back once."""
-    reserve = path.with_name(_ledger._RESERVE)
+    reserve = path.with_name(RESERVE)
     async with Ledger(path) as ledger:
         (first,) = await load(ledger, "a lake")
-        assert reserve.stat().st_size == _ledger._RESERVED
+        assert reserve.stat().st_size == RESERVED
 
         def limit(connection: sqlite3.Connection) -> None:
             connection.execute("PRAGMA max_page_count = 1")
 
-        await ledger._do(limit, alone=True)
+        await ledger._do(limit)
         with pytest.raises(LedgerError):
             await ledger.completed(
                 first.number, snapshot='"' + "x" * 50_000 + '"', used=1, stems=("a",)
@@ -428,23 +400,11 @@ async def test_room_is_kept_for_recording_what_was_paid_for(path: Path) -> None:
 
 async def test_a_file_of_somebody_else_is_not_taken_for_the_room(path: Path) -> None:
     """It stays as it is, whatever its name."""
-    reserve = path.with_name(_ledger._RESERVE)
+    reserve = path.with_name(RESERVE)
     reserve.write_text("mine")
     async with Ledger(path) as ledger:
         await load(ledger, "a lake")
     assert reserve.read_text() == "mine"
-
-
-async def test_files_are_ours_by_what_was_recorded_last(path: Path) -> None:
-    """Of a name there may be several, and those of before are forgotten."""
-    async with Ledger(path) as ledger:
-        assert await ledger.outputs("page") == frozenset()
-        await ledger.record_outputs("page", ["a", "b"])
-        await ledger.record_outputs("other", ["c"])
-        assert await ledger.outputs("page") == {"a", "b"}
-        await ledger.record_outputs("page", ["b"])
-    async with Ledger(path) as ledger:
-        assert await ledger.outputs("page") == {"b"}
 
 
 async def test_a_cancelled_change_is_still_made_in_its_turn(path: Path) -> None:

@@ -6,15 +6,14 @@ import errno
 import json
 import os
 import shutil
-import sqlite3
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from aiohttp import web
 from desk import DAY, Desk, not_found, prompts
 
 from evolink_async import PollPolicy
-from evolink_async.batch import BatchProgress
 from evolink_async.batch._ledger import LEDGER
 from evolink_async.emulator import faults
 from evolink_async.emulator._exchange import Exchange
@@ -393,53 +392,59 @@ async def test_a_retouched_picture_is_left_alone_where_it_cannot_be_downloaded_a
 
 
 @pytest.mark.parametrize("name", ["manifest.jsonl", "gallery.html"])
-@pytest.mark.parametrize("kind", ["file", "folder", "dead link"])
-async def test_what_appears_under_the_name_of_an_output_stays_and_is_told(
-    desk: Desk, name: str, kind: str
-) -> None:
+@pytest.mark.parametrize("kind", ["file", "dead link"])
+async def test_what_has_the_name_of_an_output_is_replaced(desk: Desk, name: str, kind: str) -> None:
+    """Manifest and gallery are generated: an edited one, or a stranger, makes way for the new."""
+    path = desk.out / name
+    desk.out.mkdir()
+    if kind == "file":
+        path.write_text("mine")
+    else:
+        path.symlink_to("nowhere")
+    report = await desk.run(["a"])
+    assert (report.saved, report.exit_code, report.unwritten) == (1, 0, ())
+    written = path.read_text("utf-8")
+    assert "mine" not in written
+    assert desk.bought.keys() == {"a"}
+    path.write_text(written + "a note")
+    assert (await desk.run(["a", "b"])).exit_code == 0
+    assert len(desk.manifest()) == 2
+    assert "a note" not in path.read_text("utf-8")
+    assert {each.name for each in desk.out.iterdir()} == {
+        "gallery.html",
+        "ledger.lock",
+        LEDGER,
+        "manifest.jsonl",
+        *desk.pictures(),
+    }
+
+
+@pytest.mark.parametrize("name", ["manifest.jsonl", "gallery.html"])
+async def test_a_folder_in_the_way_of_an_output_stays_and_is_named(desk: Desk, name: str) -> None:
     """The pictures are saved, the report has no such file and says why, the exit code is not 0."""
     path = desk.out / name
-
-    def appear(now: BatchProgress) -> None:
-        if now.saved == 1 and not os.path.lexists(path):
-            if kind == "folder":
-                path.mkdir()
-            elif kind == "file":
-                path.write_text("mine")
-            else:
-                path.symlink_to("nowhere")
-
-    report = await desk.run(["a"], progress=appear)
+    path.mkdir(parents=True)
+    report = await desk.run(["a"])
     assert (report.saved, report.exit_code) == (1, 3)
     assert (report.manifest is None, report.gallery is None) == (
         name == "manifest.jsonl",
         name == "gallery.html",
     )
     (why,) = report.unwritten
-    assert why.startswith(f"{path} cannot be written: what is there is not what the batch wrote")
-    assert path.is_symlink() if kind == "dead link" else path.exists()
+    assert why.startswith(f"{path} cannot be written: Is a directory; see to that")
+    assert path.is_dir()
     assert not list(desk.out.glob(".*.part"))
-    with pytest.raises(ConfigurationError, match=f"{name} would be overwritten"):
-        await desk.run(["a"])
-    assert path.is_dir() or path.is_symlink() or path.read_text() == "mine"
-    assert desk.emulator.books.accepted == 1
+    path.rmdir()
+    assert (await desk.run(["a"])).exit_code == 0
+    assert desk.bought == {"a": 1}
 
 
-async def test_an_output_that_was_changed_is_not_written_over(desk: Desk) -> None:
-    """Somebody's notes in the manifest are kept; one that is gone is written anew."""
-    await desk.run(["a"])
-    manifest = desk.out / "manifest.jsonl"
-    with manifest.open("a") as file:
-        file.write("a note\n")
-    with pytest.raises(ConfigurationError, match=r"manifest.jsonl would be overwritten.*move it"):
-        await desk.run(["a", "b"])
-    assert manifest.read_text().endswith("a note\n")
-    assert desk.emulator.books.accepted == 1
-    manifest.unlink()
+async def test_a_gallery_that_is_not_wanted_is_left_alone(desk: Desk) -> None:
+    """The batch writes only what was asked for."""
+    desk.out.mkdir()
     (desk.out / "gallery.html").write_text("mine")
-    report = await desk.run(["a", "b"], gallery=False)
-    assert (report.saved, report.exit_code, report.gallery) == (2, 0, None)
-    assert len(desk.manifest()) == 2
+    report = await desk.run(["a"], gallery=False)
+    assert (report.saved, report.exit_code, report.gallery) == (1, 0, None)
     assert (desk.out / "gallery.html").read_text() == "mine"
 
 
@@ -468,103 +473,22 @@ async def test_an_output_without_room_is_told_and_the_old_one_stays(
     assert (report.exit_code, len(desk.manifest())) == (0, 2)
 
 
-async def test_the_input_and_foreign_files_are_not_written_over(desk: Desk) -> None:
-    """A file under the name of an output is refused before anything is asked for."""
+@pytest.mark.parametrize("name", ["manifest.jsonl", "gallery.html"])
+@pytest.mark.parametrize("by", ["its path", "a link"])
+async def test_the_input_is_not_written_over(
+    desk: Desk, tmp_path: Path, name: str, by: str
+) -> None:
+    """An input under the name of an output is refused before anything is asked for."""
     desk.out.mkdir()
-    for name in ("manifest.jsonl", "gallery.html"):
-        path = desk.out / name
-        path.write_text('"a lake"\n')
-        for source in (path, ["a lake"]):
-            with pytest.raises(ConfigurationError, match=f"{name}.*would be overwritten"):
-                await desk.run(source)
-        assert path.read_text() == '"a lake"\n'
-        path.unlink()
+    path = source = desk.out / name
+    path.write_text('"a lake"\n')
+    if by == "a link":
+        source = tmp_path / "prompts.jsonl"
+        source.symlink_to(path)
+    with pytest.raises(ConfigurationError, match=f"the input .*{name} would be overwritten"):
+        await desk.run(source)
+    assert path.read_text() == '"a lake"\n'
     assert desk.emulator.books.requests() == ()
-    assert (await desk.run(["a lake"])).saved == 1
-    with pytest.raises(ConfigurationError, match=r"the input .*would be overwritten"):
-        await desk.run(desk.out / "manifest.jsonl")
-
-
-FORMAT_1 = """
-CREATE TABLE items (
-    number INTEGER PRIMARY KEY,
-    identity TEXT NOT NULL UNIQUE,
-    user_id TEXT,
-    digest TEXT NOT NULL,
-    line INTEGER NOT NULL,
-    wanted INTEGER NOT NULL DEFAULT 1,
-    request TEXT NOT NULL,
-    metadata TEXT,
-    model TEXT NOT NULL,
-    pictures INTEGER NOT NULL,
-    state TEXT NOT NULL DEFAULT 'queued',
-    idempotency_key TEXT,
-    task_id TEXT,
-    snapshot TEXT,
-    stem TEXT,
-    code TEXT,
-    message TEXT,
-    retryable INTEGER NOT NULL DEFAULT 0,
-    credits_reserved REAL,
-    credits_used REAL,
-    credits_before REAL NOT NULL DEFAULT 0,
-    queued_at REAL NOT NULL,
-    submitting_at REAL,
-    submitted_at REAL,
-    completed_at REAL,
-    saved_at REAL,
-    ended_at REAL
-);
-CREATE INDEX items_by_state ON items (state, line, number);
-CREATE INDEX items_by_line ON items (line, number);
-CREATE UNIQUE INDEX items_by_stem ON items (stem COLLATE NOCASE) WHERE stem IS NOT NULL;
-CREATE TABLE files (
-    item INTEGER NOT NULL REFERENCES items (number),
-    position INTEGER NOT NULL,
-    name TEXT NOT NULL,
-    sha256 TEXT NOT NULL,
-    bytes INTEGER NOT NULL,
-    PRIMARY KEY (item, position)
-) WITHOUT ROWID;
-CREATE TABLE incoming (
-    line INTEGER PRIMARY KEY,
-    user_id TEXT,
-    digest TEXT NOT NULL,
-    request TEXT NOT NULL,
-    metadata TEXT,
-    model TEXT NOT NULL,
-    pictures INTEGER NOT NULL
-);
-CREATE TABLE invalid (line INTEGER PRIMARY KEY, reason TEXT NOT NULL);
-PRAGMA application_id = 1165380715;
-PRAGMA user_version = 1;
-"""
-
-
-@pytest.mark.parametrize("gallery", [True, False])
-async def test_a_batch_of_the_first_format_goes_on(desk: Desk, gallery: bool) -> None:  # noqa: FBT001 - a parameter
-    """Nothing is bought again; what lies under the names of the outputs is kept, once."""
-    await desk.run(prompts(3), max_credits=2)
-    ledger = desk.out / LEDGER
-    ledger.rename(desk.out / "newer")
-    connection = sqlite3.connect(ledger)
-    connection.executescript(FORMAT_1)
-    connection.execute("ATTACH ? AS newer", (str(desk.out / "newer"),))
-    for table in ("items", "files"):
-        connection.execute(f"INSERT INTO {table} SELECT * FROM newer.{table}")  # noqa: S608 - ours
-    connection.commit()
-    connection.close()
-    before = {name: (desk.out / name).read_bytes() for name in ("manifest.jsonl", "gallery.html")}
-    for _ in range(2):
-        report = await desk.run(prompts(3), gallery=gallery)
-        assert (report.saved, report.exit_code, report.unwritten) == (3, 0, ())
-    assert desk.bought == {f"lake {k}": 1 for k in range(3)}
-    assert [item["state"] for item in desk.manifest()] == ["saved"] * 3
-    (kept,) = desk.out.glob("manifest.changed-*.jsonl")
-    assert kept.read_bytes() == before["manifest.jsonl"]
-    pages = [path.read_bytes() for path in desk.out.glob("gallery*.html")]
-    assert before["gallery.html"] in pages
-    assert len(pages) == 1 + gallery
 
 
 async def test_what_a_killed_download_has_left_is_removed(desk: Desk) -> None:
