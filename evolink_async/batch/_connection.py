@@ -32,9 +32,9 @@ LOCK: Final = "ledger.lock"
 RESERVE: Final = "ledger.reserve"
 RESERVED: Final = 1 << 20
 """Bytes kept for the ledger: on a full disk, what was paid for can still be recorded."""
-_FULL_DISK_PAUSES: Final = (0.0, 0.1, 0.3, 0.6)
+FULL_DISK_PAUSES: Final = (0.0, 0.1, 0.3, 0.6)
 """Seconds between attempts on a full disk: a download that fills it removes its file."""
-_GROUP: Final = 64
+GROUP: Final = 64
 """Most changes in one transaction: their callers wake in one turn of the event loop."""
 
 
@@ -115,7 +115,7 @@ class Connection:
 
     def _do_waiting(self) -> None:
         """Do the changes that wait; often an earlier call has done them already."""
-        changes = [self._waiting.popleft() for _ in range(min(len(self._waiting), _GROUP))]
+        changes = [self._waiting.popleft() for _ in range(min(len(self._waiting), GROUP))]
         if not changes:
             return
         try:
@@ -129,7 +129,7 @@ class Connection:
 
     def _do_with_room(self, changes: Sequence[_Change]) -> None:
         """Do *changes*; if the disk is full, again in the room kept for that."""
-        for pause in _FULL_DISK_PAUSES:
+        for pause in FULL_DISK_PAUSES:
             try:
                 return self._do(changes)
             except sqlite3.OperationalError as exc:

@@ -158,6 +158,20 @@ async def test_uncertain_items_are_named_and_resent_only_when_asked(desk: Desk) 
     assert desk.emulator.books.charged == last.credits == 4
 
 
+async def test_an_uncertain_item_whose_repeat_is_put_off_is_resent_by_the_same_run(
+    desk: Desk,
+) -> None:
+    """With its key, once the API takes submits again; until then it stays uncertain."""
+    desk.emulator.faults.add(faults.Reset("after", route="submit", times=1))
+    (problem,) = (await desk.run(["a"])).problems
+    desk.emulator.faults.add(faults.Status(503, route="submit", times=3))
+    report = await desk.run(["a"], resend_uncertain=True)
+    assert (report.saved, report.uncertain, report.credits) == (1, 0, 1)
+    keys = {record.idempotency_key for record in desk.emulator.books.submits()}
+    assert keys == {problem.idempotency_key}
+    assert desk.bought == {"a": 1}
+
+
 async def test_uncertain_items_that_left_the_input_are_named_and_resent_like_others(
     desk: Desk,
 ) -> None:

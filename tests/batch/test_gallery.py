@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import json
 import os
 import re
@@ -90,6 +92,19 @@ async def test_the_page_asks_nobody_for_anything(tmp_path: Path) -> None:
     assert not re.search(r"(?:https?:)?//[a-z]", text)
     assert "default-src 'none'" in text
     assert "'unsafe-inline'" not in text
+
+
+async def test_the_policy_allows_the_pages_own_style_and_script_and_no_other(
+    tmp_path: Path,
+) -> None:
+    """Each is named by the hash of exactly what stands in its element."""
+    text = (await written(tmp_path, [SAVED])).read_text("utf-8")
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    assert policy is not None
+    for element in ("style", "script"):
+        (content,) = re.findall(f"<{element}>(.*?)</{element}>", text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{element}-src 'sha256-{digest}';" in policy[1]
 
 
 async def test_file_names_are_quoted_into_links(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import os
+import random
 import secrets
 import shutil
 import subprocess
@@ -13,12 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from aiohttp import web
+from attrs import field, frozen
 from batch_kill import DISK_KINDS, KINDS, Harness, ledger
 from batch_outage import Outages
+from PIL import Image
 
 from evolink_async import PollPolicy, RetryPolicy, Session
 from evolink_async.batch import BatchProgress, BatchReport, run_batch
-from evolink_async.emulator import Emulator, RealClock
+from evolink_async.emulator import Emulator, RealClock, faults
+from evolink_async.emulator._exchange import Exchange
 from evolink_async.errors import LedgerError
 
 KILLS = int(os.environ.get("EVOLINK_BATCH_KILLS", "50"))
@@ -104,6 +110,23 @@ async def test_an_api_that_is_killed_and_restarted_costs_nothing(tmp_path: Path)
         assert emulator.books.charged == 60
 
 
+@frozen(eq=False)
+class Large(faults.RequestFault):
+    """Results of 2 MB that take no time to draw."""
+
+    picture: bytes = field(kw_only=True)
+
+    async def after(self, _exchange: Exchange, _response: web.Response) -> web.StreamResponse:
+        return web.Response(body=self.picture, content_type="image/png")
+
+
+def noise() -> bytes:
+    """A picture that cannot be compressed."""
+    file = io.BytesIO()
+    Image.frombytes("RGB", (800, 800), random.Random(1).randbytes(3 * 800 * 800)).save(file, "PNG")
+    return file.getvalue()
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, of 80 MB."""
@@ -139,7 +162,8 @@ async def test_a_disk_that_fills_up_loses_nothing(small_disk: Path, left: int) -
                         file.write(bytes(1 << 14))
                 file.truncate(file.tell() - left)
 
-    async with Emulator(pictures="full", time_scale=SCALE, duration=(1, 3), estimate=1) as emulator:
+    async with Emulator(pictures="tiny", time_scale=SCALE, duration=(1, 3), estimate=1) as emulator:
+        emulator.faults.add(Large(route="result", picture=noise()))
         out = small_disk / "out"
         async with session(emulator) as first:
             batch = run_batch(first, prompts, out, progress=fill, grace=1)

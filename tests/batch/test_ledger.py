@@ -6,13 +6,14 @@ import asyncio
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from evolink_async._http.secret import Secret
-from evolink_async.batch import _ledger
+from evolink_async.batch import _connection, _ledger
 from evolink_async.batch._connection import LOCK, RESERVE, RESERVED
 from evolink_async.batch._ledger import Counts, Entry, File, Invalid, Item, Ledger
 from evolink_async.errors import LedgerError
@@ -229,7 +230,28 @@ async def test_an_input_that_breaks_off_leaves_the_one_of_before(path: Path) -> 
         assert [each.request["prompt"] for each in await ledger.page()] == ["a lake"]
 
 
-async def test_a_second_process_is_told_so_and_a_killed_one_leaves_no_lock(path: Path) -> None:
+async def test_an_input_that_is_given_up_leaves_the_folder_free(path: Path) -> None:
+    """The line that never came is not waited for, and the next run may begin at once."""
+    reading, never = threading.Event(), threading.Event()
+
+    def lines() -> Iterator[Entry]:
+        yield entry(1)
+        reading.set()
+        never.wait()
+
+    async with Ledger(path) as ledger:
+        await load(ledger, "a sea")
+        load_all = asyncio.create_task(ledger.load(lines(), skip_invalid=False))
+        await asyncio.to_thread(reading.wait)
+        load_all.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await load_all
+    async with Ledger(path) as ledger:
+        assert (await item(ledger)).request["prompt"] == "a sea"
+    never.set()
+
+
+async def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(path: Path) -> None:
     """The lock lasts as long as the process, however that ends."""
     holder = (
         "import asyncio, sys, pathlib\n"
@@ -277,6 +299,22 @@ async def test_a_file_of_it_that_was_removed_lets_nothing_be_submitted(
         assert (await item(ledger)).state == "queued"
         lost = "replaced" if replaced else "removed"
         assert await ledger.loss() == (lost if name == _ledger.LEDGER else None)
+
+
+async def test_a_submit_that_is_refused_takes_no_other_change_with_it(path: Path) -> None:
+    """Where the lock is gone nothing is submitted, and what was paid for is still recorded."""
+    async with Ledger(path) as ledger:
+        first, second = await load(ledger, "a lake", "a sea")
+        await ledger.submitting(first.number, KEY)
+        path.with_name(LOCK).unlink()
+        refused, recorded = await asyncio.gather(
+            ledger.submitting(second.number, KEY),
+            ledger.submitted(first.number, key=None, task_id="task-1", reserved=None),
+            return_exceptions=True,
+        )
+        assert isinstance(refused, LedgerError)
+        assert recorded is None
+        assert [each.state for each in await ledger.page()] == ["submitted", "queued"]
 
 
 async def test_a_log_that_was_removed_takes_nothing_with_it(path: Path) -> None:
@@ -358,8 +396,11 @@ def test_another_file_under_its_name_is_refused(path: Path, make: Callable[[Path
     assert path.read_bytes() == before
 
 
-async def test_a_full_disk_is_an_error_and_nothing_is_half_done(path: Path) -> None:
+async def test_a_full_disk_is_an_error_and_nothing_is_half_done(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A change that finds no room says what to do; with room the ledger goes on."""
+    monkeypatch.setattr(_connection, "FULL_DISK_PAUSES", (0.0, 0.01))
     async with Ledger(path) as ledger:
         (first,) = await load(ledger, "a lake")
 
@@ -377,8 +418,11 @@ async def test_a_full_disk_is_an_error_and_nothing_is_half_done(path: Path) -> N
         assert (await item(ledger)).state == "submitting"
 
 
-async def test_room_is_kept_for_recording_what_was_paid_for(path: Path) -> None:
+async def test_room_is_kept_for_recording_what_was_paid_for(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While it is open a file holds the room, which a full disk is given back once."""
+    monkeypatch.setattr(_connection, "FULL_DISK_PAUSES", (0.0, 0.01))
     reserve = path.with_name(RESERVE)
     async with Ledger(path) as ledger:
         (first,) = await load(ledger, "a lake")
