@@ -67,7 +67,7 @@ KINDS = (
 DISK_KINDS = ("picture", "ledger", "manifest", "gallery")
 MOST = {"load": 1, "written": 2, "ledger": 60, "manifest": 1, "gallery": 1}
 """The last event of a kind at which something happens; 4 if nothing is said here."""
-TROUBLE = 3
+STOPPED = 3
 ITEMS = 24
 CONNECTIONS = 6
 SCALE = 50.0
@@ -234,8 +234,8 @@ async def run(plan: Plan) -> int:
                 grace=1,
             )
         except LedgerError:
-            return TROUBLE
-        return TROUBLE if report.exit_code == TROUBLE else 0
+            return STOPPED
+        return STOPPED if report.exit_code == STOPPED else 0
 
 
 def serve_children() -> None:
@@ -286,7 +286,7 @@ class Kill(RequestFault):
 
 @define
 class Harness:
-    """Kills batches, or fills their disk, and looks at what is left."""
+    """Kills batches, or fills their disk, and checks what is left."""
 
     kills: int
     seed: int
@@ -341,9 +341,9 @@ class Harness:
             )
             if code == 0:
                 break  # all is done: it never got there
-            assert code == (TROUBLE if kind in DISK_KINDS else -signal.SIGKILL), code
+            assert code == (STOPPED if kind in DISK_KINDS else -signal.SIGKILL), code
             self.hits[kind] += 1
-            self._look_at_the_wreck(out)
+            self._check_after_a_kill(out)
         assert self._child(emulator, Plan(**plan)) == 0
         self._check(emulator, out, prompts)
         assert self._child(emulator, Plan(**plan, resend=True)) == 0
@@ -363,8 +363,8 @@ class Harness:
             )
         return start(self.zygote, plan, child.set_result)
 
-    def _look_at_the_wreck(self, out: Path) -> None:
-        """No more is in doubt than may have been in the air, and each of it has its key."""
+    def _check_after_a_kill(self, out: Path) -> None:
+        """No more is uncertain than may have been in the air, and each of it has its key."""
         rows = ledger(out, "SELECT idempotency_key FROM items WHERE state = 'submitting'")
         assert len(rows) <= CONNECTIONS
         assert all(key for (key,) in rows)

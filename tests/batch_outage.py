@@ -31,7 +31,7 @@ from typing import Any
 
 from aiohttp import web
 from attrs import define, field, frozen
-from batch_kill import ITEMS, SCALE, TROUBLE, Plan, check_files, children, ledger, start
+from batch_kill import ITEMS, SCALE, STOPPED, Plan, check_files, children, ledger, start
 
 from evolink_async.emulator import Emulator
 from evolink_async.emulator._exchange import Exchange
@@ -41,7 +41,7 @@ from evolink_async.emulator.faults import Armed, RequestFault
 RUNS = 8
 """Runs of a batch after which all that is left must be named."""
 LOST = {"task_not_found", "results_expired"}
-"""Codes of items whose task an API that has lost its memory does not know any more."""
+"""Codes of items that an API which has lost its memory does not know any more."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def free_port() -> int:
 
 @define
 class Outages:
-    """Kills APIs under batches and looks at what is left."""
+    """Kills APIs under batches and checks what is left."""
 
     kills: int
     seed: int
@@ -215,7 +215,7 @@ class Outages:
             "prompts": prompts,
         }
         for _ in range(RUNS):
-            assert start(zygote, Plan(**plan)) in {0, TROUBLE}
+            assert start(zygote, Plan(**plan)) in {0, STOPPED}
             states = dict(ledger(out, "SELECT state, count(*) FROM items GROUP BY state"))
             if set(states) <= {"saved", "uncertain", "failed"}:
                 break

@@ -95,5 +95,5 @@ def prompts(count: int, word: str = "lake") -> list[str]:
 
 
 def not_found(status: int = 404, **which: Any) -> faults.Fault:
-    """What a host answers whose links have expired, or that does not have the file yet."""
+    """A host whose links have expired, or that does not have the file yet."""
     return faults.Status(status, route="result", body="no such key", **which)

@@ -377,11 +377,11 @@ class _Run:
         async with aclosing(self._items("saved")) as items:
             async for item in items:
                 with hold(context.session.clock):
-                    harm = await asyncio.to_thread(damage, context.folder, item.files)
-                    if not harm:
+                    damaged = await asyncio.to_thread(damage, context.folder, item.files)
+                    if not damaged:
                         continue
                     await context.ledger.damaged(item.number)
-                logger.info("%s: %s: downloaded again", item.place, harm)
+                logger.info("%s: %s: downloaded again", item.place, damaged)
                 context.moved("saved", "completed")
                 await self._resume(evolve(item, state="completed"))
 

@@ -145,13 +145,13 @@ class Saver:
         with hold(self.run.session.clock):
             recorded = await self.run.ledger.files(live.item.number)
             paths = await asyncio.to_thread(whole, folder, stem, result, recorded)
-            harm = await asyncio.to_thread(damage, folder, recorded.values())
+            damaged = await asyncio.to_thread(damage, folder, recorded.values())
         if paths:  # only the record was missing
             await self._saved(live, paths)
             return
         await live.give_up(
             EXPIRED,
-            f"{harm and harm + ', and '}the links to its results have expired (they live "
+            f"{damaged and damaged + ', and '}the links to its results have expired (they live "
             f"24 hours; {printable(why, 200)}); submitting it again pays again",
         )
 

@@ -37,9 +37,9 @@ async def test_a_disk_that_is_nearly_full_stops_before_more_is_bought(
 async def test_a_folder_that_is_removed_stops_the_batch_and_what_was_paid_for_is_named(
     desk: Desk, removed: str
 ) -> None:
-    """What runs is still saved, the manifest knows it, and the loss of the ledger is told."""
+    """What runs is saved, the manifest knows it, and the report names the loss of the ledger."""
 
-    def look(now: BatchProgress) -> None:
+    def follow(now: BatchProgress) -> None:
         if now.saved == 2 and desk.out.exists() and not gone:
             gone.append(removed)
             if removed == "folder":
@@ -50,7 +50,7 @@ async def test_a_folder_that_is_removed_stops_the_batch_and_what_was_paid_for_is
                     path.unlink()
 
     gone: list[str] = []
-    report = await desk.run(prompts(60), progress=look, settings={"max_in_flight": 4})
+    report = await desk.run(prompts(60), progress=follow, settings={"max_in_flight": 4})
     assert report.stop is not None
     assert (report.stop.kind, report.exit_code) == ("disk", 3)
     assert report.uncertain == 0
@@ -64,16 +64,16 @@ async def test_a_folder_that_is_removed_stops_the_batch_and_what_was_paid_for_is
 async def test_a_ledger_that_lost_its_name_stops_the_batch_and_that_is_told(
     desk: Desk, loss: str
 ) -> None:
-    """Though nobody touched the lock; what others would open knows nothing of what is paid for."""
+    """Even with the lock in place: whoever opens that name finds a ledger without what was paid."""
     ledger = desk.out / LEDGER
 
-    def look(now: BatchProgress) -> None:
+    def follow(now: BatchProgress) -> None:
         if now.saved == 2 and not (desk.out / "away").exists():
             ledger.rename(desk.out / "away")
             if loss == "replaced":
                 ledger.touch()
 
-    report = await desk.run(prompts(60), progress=look, settings={"max_in_flight": 4})
+    report = await desk.run(prompts(60), progress=follow, settings={"max_in_flight": 4})
     assert report.stop is not None
     assert (report.stop.kind, report.exit_code) == ("disk", 3)
     assert f"{ledger} was {loss} while it was in use" in report.stop.message
@@ -88,11 +88,11 @@ async def test_a_folder_removed_between_two_tries_of_a_submit_is_told(desk: Desk
     """The first try was refused: nothing is sent again, and the report says what is gone."""
     desk.emulator.faults.add(faults.Status(503, route="submit", times=1))
 
-    def look(now: BatchProgress) -> None:
+    def follow(now: BatchProgress) -> None:
         if now.running == 1:
             shutil.rmtree(desk.out, ignore_errors=True)
 
-    report = await desk.run(prompts(1), progress=look)
+    report = await desk.run(prompts(1), progress=follow)
     assert report.stop is not None
     assert (report.stop.kind, report.exit_code, report.queued) == ("disk", 3, 1)
     assert f"{LEDGER} was removed while it was in use" in report.unwritten[-1]
@@ -103,7 +103,7 @@ async def test_a_folder_removed_between_two_tries_of_a_submit_is_told(desk: Desk
 async def test_a_folder_removed_while_its_last_files_are_written_still_gets_them(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Without the ledger nothing else names what was paid for; what is not there is told."""
+    """Without the ledger nothing else names what was paid for; the report says what is missing."""
     flush = os.fsync
     gone: list[str] = []
 
@@ -132,14 +132,14 @@ async def test_an_error_of_the_progress_function_is_not_taken_for_one_of_the_dis
 ) -> None:
     """It is raised as it is, also one of the system; the next run goes on, paid once."""
 
-    def look(now: BatchProgress) -> None:
+    def follow(now: BatchProgress) -> None:
         if now.saved == 2:
             for path in desk.out.glob("*.png"):
                 path.unlink()
             raise FileNotFoundError(errno.ENOENT, "mine")
 
     with pytest.raises(FileNotFoundError, match="mine"):
-        await desk.run(prompts(20), progress=look, settings={"max_in_flight": 4})
+        await desk.run(prompts(20), progress=follow, settings={"max_in_flight": 4})
     last = await desk.run(prompts(20), resend_uncertain=True)
     assert (last.saved, last.unwritten, len(desk.pictures())) == (20, (), 20)
     assert set(desk.bought.values()) == {1}
@@ -148,7 +148,7 @@ async def test_an_error_of_the_progress_function_is_not_taken_for_one_of_the_dis
 async def test_a_disk_that_cannot_be_asked_stops_the_batch(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error of the system, as of a share that went away, is told in the report."""
+    """An error of the system, as of a share that went away, is in the report."""
 
     def fail(_: Path) -> None:
         raise OSError(errno.ESTALE, "Stale file handle")
@@ -196,13 +196,13 @@ async def test_a_full_disk_stops_the_batch_and_loses_nothing(desk: Desk) -> None
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     desk.out.mkdir()
 
-    def look(now: BatchProgress) -> None:
+    def follow(now: BatchProgress) -> None:
         if now.running == 3:  # pictures are larger than this; the ledger's file is so already
             resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
 
     try:
         with pytest.raises(LedgerError):
-            await desk.run(prompts(3), progress=look)
+            await desk.run(prompts(3), progress=follow)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, previous)

@@ -58,7 +58,7 @@ async def test_only_what_may_help_is_retried(desk: Desk) -> None:
 async def test_what_concerns_all_submits_stops_them(
     desk: Desk, fault: faults.Fault, kind: str
 ) -> None:
-    """After a 401 or 402 no more is submitted; what runs is saved; what is left is told."""
+    """After a 401 or 402 no more is submitted; what runs is saved; what is left is named."""
     desk.emulator.faults.add(fault)
     settings = {"max_connections": 1}
     report = await desk.run(prompts(10), settings=settings)
@@ -85,7 +85,7 @@ async def test_a_refusal_of_the_very_first_submits_stops_them(desk: Desk, status
 
 
 async def test_an_empty_account_pays_for_what_it_can(tmp_path: Path, clock: ManualClock) -> None:
-    """Credits that run out in the middle leave the rest queued, to be bought after topping up."""
+    """Credits that run out in the middle leave the others queued, to be bought after topping up."""
     async with Emulator(clock=clock, pictures="tiny", credits=7) as emulator:
         desk = Desk(emulator, tmp_path)
         report = await desk.run(prompts(20))
@@ -103,7 +103,7 @@ async def test_an_outage_is_waited_out(desk: Desk) -> None:
 
 
 async def test_what_waited_while_another_was_put_off_is_not_bought_twice(tmp_path: Path) -> None:
-    """The queue is read before the pause; who was submitted during it is not in it any more."""
+    """The queue is read before the pause; an item submitted during it is not in it any more."""
     fast = RealClock(50.0)
     async with Emulator(clock=fast, pictures="tiny", duration=0.2, estimate=0) as emulator:
         desk = Desk(emulator, tmp_path / "out")
@@ -189,8 +189,8 @@ async def test_uncertain_items_that_left_the_input_are_named_and_resent_like_oth
 async def test_every_uncertain_item_is_named_before_a_thousand_others(desk: Desk) -> None:
     """Failures do not hide what may have been paid for, and what is left out is counted."""
     desk.emulator.faults.add(faults.Status(400, route="submit", prompt="lake"))
-    lines = [*prompts(1004), "doubt 1", "doubt 2"]
-    desk.emulator.faults.add(faults.Reset("after", route="submit", prompt="doubt"))
+    lines = [*prompts(1004), "uncertain 1", "uncertain 2"]
+    desk.emulator.faults.add(faults.Reset("after", route="submit", prompt="uncertain"))
     report = await desk.run(lines, settings={"max_in_flight": 200})
     assert (report.failed, report.uncertain) == (1004, 2)
     assert [problem.line for problem in report.problems[:3]] == [1005, 1006, 1]
@@ -232,7 +232,7 @@ async def test_a_task_past_its_deadline_stays_submitted(desk: Desk) -> None:
 
 
 async def test_a_task_the_api_has_forgotten_is_offered_for_resubmission(desk: Desk) -> None:
-    """It fails plainly, and is paid for again only when that is asked for."""
+    """It fails, and is paid for again only when that is asked for."""
     desk.emulator.faults.add(faults.TaskVanishes(0.5, prompt="a", times=1))
     first = await desk.run(["a"])
     assert (first.failed, first.expired, first.problems[0].code) == (1, 1, "task_not_found")

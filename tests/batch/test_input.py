@@ -118,7 +118,7 @@ async def test_a_bad_line_is_reported_with_its_number_before_any_money_is_spent(
 async def test_what_is_no_text_is_not_paid_for(
     desk: Desk, tmp_path: Path, content: bytes, why: str
 ) -> None:
-    """Another encoding, other line ends and stray control characters are told with what to do."""
+    """Another encoding, other line ends and stray control characters are refused, with advice."""
     source = tmp_path / "prompts.txt"
     source.write_bytes(content)
     with pytest.raises(RequestValidationError, match=why):

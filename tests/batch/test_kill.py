@@ -49,7 +49,7 @@ def test_killed_at_every_kind_of_event_nothing_is_lost_or_paid_twice(tmp_path: P
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes, which this system cannot")
 @pytest.mark.timeout(60 + 4 * FULL_DISKS)
 def test_a_disk_that_fills_up_at_any_kind_of_write_loses_nothing(tmp_path: Path) -> None:
-    """The batch ends with the exit code for trouble, and the next run goes on, paid once."""
+    """The batch ends with the exit code for a failure, and the next run goes on, paid once."""
     seed = secrets.randbelow(10**6) if SEED < 0 else SEED
     print(f"EVOLINK_BATCH_SEED={seed}")  # noqa: T201 - to repeat it with
     harness = Harness(FULL_DISKS, seed, tmp_path, DISK_KINDS)

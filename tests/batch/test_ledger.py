@@ -50,7 +50,7 @@ async def item(ledger: Ledger) -> Item:
     return found
 
 
-async def test_a_life_without_trouble_is_remembered(path: Path) -> None:
+async def test_an_item_is_remembered_through_all_its_states(path: Path) -> None:
     """Each state with its time, its ids, its credits and its files, also by the next opening."""
     async with Ledger(path) as ledger:
         (first,) = await load(ledger, "a lake")
@@ -84,7 +84,7 @@ async def test_what_was_being_submitted_by_a_process_that_is_gone_is_uncertain(p
 
 
 async def test_what_was_accepted_cannot_be_submitted_again(path: Path) -> None:
-    """Whoever asks for that has made a mistake, which is stopped before it costs anything."""
+    """Asking for that is a mistake, which is stopped before it costs anything."""
     async with Ledger(path) as ledger:
         (first,) = await load(ledger, "a lake")
         await ledger.submitting(first.number, KEY)
@@ -284,7 +284,7 @@ async def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(path:
 async def test_a_file_of_it_that_was_removed_lets_nothing_be_submitted(
     path: Path, name: str, *, replaced: bool, opened_before: bool
 ) -> None:
-    """Another process may have the folder, or would find less than was told: it stays queued."""
+    """Another process may have the folder, or would find less than was recorded: no submit."""
     if opened_before:
         async with Ledger(path):
             pass
@@ -373,7 +373,7 @@ async def test_a_folder_of_an_emulator_is_not_for_the_real_api(path: Path) -> No
 
 
 def text_file(path: Path) -> None:
-    path.write_text("not a database, but long enough to look at. " * 9)
+    path.write_text("not a database, but long enough to be one. " * 9)
 
 
 def database(path: Path) -> None:

@@ -43,13 +43,13 @@ async def test_the_first_submit_of_a_model_goes_alone(desk: Desk) -> None:
     answered = asyncio.Event()
     seen: list[int] = []
 
-    def look(now: BatchProgress) -> None:
+    def follow(now: BatchProgress) -> None:
         if not answered.is_set():
             seen.append(len(desk.emulator.books.submits()))
         if now.credits:
             answered.set()
 
-    report = await desk.run(prompts(6), max_credits=6, progress=look)
+    report = await desk.run(prompts(6), max_credits=6, progress=follow)
     assert max(seen) == 1
     assert report.saved == 6
 
@@ -120,7 +120,7 @@ async def test_an_api_that_names_no_price_cannot_be_limited(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("known", [False, True])
-async def test_max_credits_holds_over_runs_that_are_left_and_never_told_a_reservation(
+async def test_max_credits_holds_over_runs_that_are_left_and_know_no_reservation(
     desk: Desk, *, known: bool
 ) -> None:
     """What runs on from an earlier run counts at the highest price seen, or is waited for."""
@@ -133,11 +133,13 @@ async def test_max_credits_holds_over_runs_that_are_left_and_never_told_a_reserv
     for _ in range(6):
         stop, before = asyncio.Event(), desk.rows(accepted) if desk.out.exists() else []
 
-        def look(_: BatchProgress, stop: asyncio.Event = stop, before: list[Any] = before) -> None:
+        def follow(
+            _: BatchProgress, stop: asyncio.Event = stop, before: list[Any] = before
+        ) -> None:
             if len(desk.rows(accepted)) > len(before):
                 stop.set()
 
-        await desk.run(lines, max_credits=4, stop=stop, grace=0, progress=look)
+        await desk.run(lines, max_credits=4, stop=stop, grace=0, progress=follow)
         assert books.charged + books.reserved <= 4
     report = await desk.run(lines, max_credits=4)
     assert report.stop is not None
@@ -147,7 +149,7 @@ async def test_max_credits_holds_over_runs_that_are_left_and_never_told_a_reserv
 
 @pytest.mark.parametrize("said", ["-5", "1e308", "NaN", "true", '"1"'])
 async def test_what_is_no_number_of_credits_counts_as_not_said(desk: Desk, said: str) -> None:
-    """It neither lifts the limit nor uses it up: the end of the first task tells the price."""
+    """It neither lifts the limit nor uses it up: the end of the first task says the price."""
 
     class Absurd(faults.RequestFault):
         async def after(self, _exchange: Exchange, response: web.Response) -> web.StreamResponse:
@@ -165,7 +167,7 @@ async def test_what_is_no_number_of_credits_counts_as_not_said(desk: Desk, said:
 
 @pytest.mark.parametrize("stated", [False, True])
 async def test_progress_and_report_agree_on_credits(desk: Desk, *, stated: bool) -> None:
-    """What is spent and what is in doubt are told apart, the same at the end as on the way."""
+    """Spent and uncertain credits are separate, and the same at the end as on the way."""
     if not stated:
         desk.emulator.faults.add(Priceless(route="submit"))
     await desk.run(["first"])
@@ -214,8 +216,8 @@ async def test_what_failed_without_a_reservation_is_no_price(desk: Desk) -> None
     assert desk.emulator.books.charged == 2
 
 
-async def test_a_first_submit_in_doubt_is_the_only_one_of_unknown_price(desk: Desk) -> None:
-    """However often it is run again, no other is risked before that one has told the price."""
+async def test_an_uncertain_first_submit_is_the_only_one_of_unknown_price(desk: Desk) -> None:
+    """However often it is run again, no other is risked before the price of that one is known."""
     desk.emulator.faults.add(faults.Reset("after", route="submit"))
     for _ in range(3):
         report = await desk.run(prompts(9), max_credits=3)
@@ -296,7 +298,7 @@ async def test_prompts_of_a_script_hold_no_control_characters(desk: Desk) -> Non
     assert (report.saved, desk.bought) == (1, {"one\ntwo\tthree": 1})
 
 
-async def test_doubts_of_unknown_price_are_unknown(desk: Desk) -> None:
+async def test_uncertain_credits_of_unknown_price_are_unknown(desk: Desk) -> None:
     """Nobody has said yet what the one that may have been accepted costs: not 0."""
     desk.emulator.faults.add(faults.Reset("after", route="submit", nth=1))
     seen: list[BatchProgress] = []

@@ -1,4 +1,4 @@
-"""Batches without trouble: run, run again, and what they leave behind."""
+"""Batches in which nothing fails: run, run again, and what they leave behind."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ async def test_lines_that_are_given_ids_are_not_bought_again(desk: Desk) -> None
 
 async def test_ids_that_come_and_go_cost_nothing(desk: Desk) -> None:
     """A line that loses its id keeps what was bought for it; another id is another picture."""
-    plain = ["a", "b", "a"]
-    named = [{"id": k, "prompt": prompt} for k, prompt in zip("xyz", plain, strict=True)]
-    for lines in (plain, named, plain, named, plain):
+    unnamed = ["a", "b", "a"]
+    named = [{"id": k, "prompt": prompt} for k, prompt in zip("xyz", unnamed, strict=True)]
+    for lines in (unnamed, named, unnamed, named, unnamed):
         report = await desk.run(lines)
         assert (report.total, report.saved, desk.bought) == (3, 3, {"a": 2, "b": 1})
     await desk.run(named)
@@ -213,7 +213,7 @@ async def test_requests_of_all_kinds_are_taken(desk: Desk) -> None:
     assert {("image", "a", 2), ("video", "b", 1)} <= kinds
 
 
-async def test_progress_is_told_while_nothing_changes(
+async def test_progress_is_reported_while_nothing_changes(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rate and time left of a batch that hangs do not stay what they were."""
@@ -222,12 +222,12 @@ async def test_progress_is_told_while_nothing_changes(
     stop = asyncio.Event()
     seen: list[BatchProgress] = []
 
-    def look(now: BatchProgress) -> None:
+    def follow(now: BatchProgress) -> None:
         seen.append(now)
         if seen[-5:].count(now) == 5:
             stop.set()
 
-    report = await desk.run(["a"], progress=look, stop=stop, grace=0)
+    report = await desk.run(["a"], progress=follow, stop=stop, grace=0)
     assert report.exit_code == 130
 
 

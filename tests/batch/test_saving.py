@@ -86,25 +86,25 @@ async def test_files_whose_record_was_lost_are_recognised_when_their_links_have_
     assert (report.saved, report.pictures) == (1, 2)
 
 
-@pytest.mark.parametrize("trouble", ["other name", "no picture", "cut off", "not as recorded"])
+@pytest.mark.parametrize("damage", ["other name", "no picture", "cut off", "not as recorded"])
 async def test_only_an_items_own_whole_pictures_are_taken_for_its_files(
-    desk: Desk, trouble: str
+    desk: Desk, damage: str
 ) -> None:
     """What merely lies under a name like theirs leaves the item expired."""
     await desk.run(["a"])
     (name,) = desk.pictures()
     path = desk.out / name
     content = path.read_bytes()
-    if trouble == "other name":
+    if damage == "other name":
         path.rename(path.with_suffix(".changed-01234567.png"))
-    elif trouble == "no picture":
+    elif damage == "no picture":
         path.write_text("notes on a lake")
-    elif trouble == "cut off":
+    elif damage == "cut off":
         path.write_bytes(content[:-12])
     else:
         path.write_bytes(content[:-30] + bytes(10) + content[-20:])
     desk.change("UPDATE items SET state = 'completed', saved_at = NULL")
-    if trouble != "not as recorded":
+    if damage != "not as recorded":
         desk.change("DELETE FROM files")
     desk.wait(DAY + 60)
     report = await desk.run(["a"])
@@ -304,7 +304,7 @@ async def test_a_task_that_ended_long_ago_has_links_that_expired(desk: Desk) -> 
 
 
 async def test_a_file_that_came_between_two_runs_is_kept(desk: Desk) -> None:
-    """Under the name an item has had since it completed: moved, told, and not taken for its own."""
+    """Under the name of a completed item: moved, reported, and not taken for its own."""
     desk.emulator.faults.add(faults.NotAPicture())
     await desk.run([{"id": "hero", "prompt": "a"}])
     desk.emulator.faults.clear()
@@ -492,7 +492,7 @@ async def test_the_input_is_not_written_over(
 
 
 async def test_what_a_killed_download_has_left_is_removed(desk: Desk) -> None:
-    """Files that never got their name go; others that look a little like them stay."""
+    """Files that never got their name go; others with similar names stay."""
     desk.out.mkdir()
     (desk.out / ".lake-1.0123456789abcdef.part").touch()
     (desk.out / ".mine.part").touch()

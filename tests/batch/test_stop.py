@@ -1,4 +1,4 @@
-"""Batches that are stopped, cancelled or cut off by trouble."""
+"""Batches that are stopped, cancelled or cut off."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from evolink_async.errors import (
 
 
 async def test_stopped_it_lets_what_runs_finish_and_says_how_to_go_on(desk: Desk) -> None:
-    """No more is submitted, what runs is saved, the rest stays queued for the next run."""
+    """No more is submitted, what runs is saved, the others stay queued for the next run."""
     stop = asyncio.Event()
 
-    def look(now: BatchProgress) -> None:
+    def follow(now: BatchProgress) -> None:
         if now.saved:
             stop.set()
 
     report = await desk.run(
-        prompts(60), stop=stop, grace=20, progress=look, settings={"max_in_flight": 8}
+        prompts(60), stop=stop, grace=20, progress=follow, settings={"max_in_flight": 8}
     )
     assert report.stop is not None
     assert (report.stop.kind, report.exit_code) == ("interrupted", 130)
@@ -38,7 +38,7 @@ async def test_stopped_it_lets_what_runs_finish_and_says_how_to_go_on(desk: Desk
 
 
 async def test_stopped_after_everything_is_saved_it_has_not_failed(desk: Desk) -> None:
-    """An interrupt that finds nothing left to do costs nobody an exit code."""
+    """An interrupt that finds nothing left to do changes no exit code."""
     stop = asyncio.Event()
     stop.set()
     await desk.run(prompts(3))
@@ -52,11 +52,11 @@ async def test_a_grace_time_that_passes_leaves_what_runs(desk: Desk) -> None:
     desk.emulator.faults.add(faults.TaskHangs(50))
     stop = asyncio.Event()
 
-    def look(now: BatchProgress) -> None:
+    def follow(now: BatchProgress) -> None:
         if now.running == 4:
             stop.set()
 
-    report = await desk.run(prompts(4), stop=stop, grace=0.2, progress=look)
+    report = await desk.run(prompts(4), stop=stop, grace=0.2, progress=follow)
     assert report.running + report.uncertain + report.queued == 4
     for task in desk.emulator.books.tasks():
         desk.emulator.complete(task.id)
@@ -80,7 +80,7 @@ async def test_cancelled_it_leaves_at_once_and_records_what_was_in_the_air(desk:
 
 
 async def test_what_was_not_sent_goes_back_to_the_queue(tmp_path: Path) -> None:
-    """Stopped in a cool-down, what was refused and what waits behind it is queued, not in doubt."""
+    """Stopped in a cool-down, what was refused and what waits behind it is queued."""
     async with Emulator(pictures="tiny", time_scale=100, estimate=1) as emulator:
         desk = Desk(emulator, tmp_path / "out")
         emulator.faults.add(faults.Status(429, retry_after=200, route="submit", nth=2))
@@ -100,12 +100,12 @@ async def test_a_closed_session_ends_the_batch(desk: Desk) -> None:
     """Nothing is lost when somebody closes the session under a batch."""
     async with desk.session() as session:
 
-        def look(now: BatchProgress) -> None:
+        def follow(now: BatchProgress) -> None:
             if now.saved == 1:
                 closing.append(asyncio.ensure_future(session.aclose(grace=0)))
 
         closing: list[asyncio.Future[None]] = []
-        report = await run_batch(session, prompts(50), desk.out, progress=look)
+        report = await run_batch(session, prompts(50), desk.out, progress=follow)
     assert report.stop is not None
     assert report.stop.kind == "closed"
     last = await desk.run(prompts(50), resend_uncertain=True)
@@ -114,7 +114,7 @@ async def test_a_closed_session_ends_the_batch(desk: Desk) -> None:
 
 
 async def test_two_batches_cannot_share_a_folder(desk: Desk) -> None:
-    """The second is told so, and the first goes on."""
+    """The second is refused, and the first goes on."""
     async with desk.session() as session:
         first = asyncio.create_task(run_batch(session, prompts(40), desk.out))
         await until((desk.out / LEDGER).exists)

@@ -102,8 +102,8 @@ def test_the_command_names_what_it_kept_aside(
     first.write_bytes(b"retouched")
     api.faults.add(not_found())
     assert main(["batch", lakes, "--out", "out"]) == 1
-    told = capsys.readouterr().err
-    assert re.search(r"line 1: generated, not downloaded yet \(task .*the host answered 404", told)
+    shown = capsys.readouterr().err
+    assert re.search(r"line 1: generated, not downloaded yet \(task .*the host answered 404", shown)
     assert first.read_bytes() == b"retouched"
     api.faults.clear()
     assert main(["batch", lakes, "--out", "out", "--json"]) == 0
@@ -116,7 +116,7 @@ def test_the_command_names_what_it_kept_aside(
 def test_the_command_says_what_is_left_to_pay_for(
     api: Emulator, lakes: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At its own limit it ends with 1, without credits with 3, and tells the price of the rest."""
+    """At its own limit it ends with 1, without credits with 3; it names the price of the others."""
     assert main(["batch", lakes, "--out", "out", "--max-credits", "1"]) == 1
     assert "2 not submitted, about 2 credits" in capsys.readouterr().err
     api.faults.add(faults.Status(402, route="submit"))
@@ -180,8 +180,8 @@ def test_the_command_speaks_of_its_options(
     assert main(["batch", str(source), "--out", str(out), "--max-credits", "nan"]) == 2
     assert main(["batch", str(out / "gallery.html"), "--out", str(out)]) == 2
     assert main(["batch", str(source), "--out", str(out)]) == 0
-    told = first + capsys.readouterr().err
-    assert not re.search(r"skip_invalid|validate=|resubmit_expired|max_credits|out=|source=", told)
+    shown = first + capsys.readouterr().err
+    assert not re.search(r"skip_invalid|validate=|resubmit_expired|max_credits|out=|source=", shown)
     source.write_text('{"prompt": "b", "n": 3, "validate": false}\n')
     assert main(["batch", str(source), "--out", str(out)]) in {0, 1}
     assert [task.n for task in api.books.tasks(prompt="b")] in ([3], [])
@@ -201,28 +201,28 @@ def test_the_command_does_not_end_with_0_if_the_manifest_is_missing(
     assert "see to that, then run the same batch again" in err
 
 
-async def test_a_log_is_told_how_it_goes_even_while_nothing_changes(
+async def test_a_log_shows_progress_even_while_nothing_changes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A line every few seconds, from the reading on; what is new in the end is told, once."""
+    """A line every few seconds, from the reading on; what is new in the end is shown, once."""
     monkeypatch.setattr(batch_cli, "_LINE_EVERY", 0.005)
-    told: list[str] = []
+    shown: list[str] = []
     console = console_module.Console(
         drive=asyncio.run,
-        say=told.append,
-        say_json=lambda value: told.append(str(value)),
-        tell=told.append,
+        say=shown.append,
+        say_json=lambda value: shown.append(str(value)),
+        tell=shown.append,
         emulator=lambda settings: Emulator(**settings),
     )
     running, done = BatchProgress(total=1, running=1), BatchProgress(total=1, saved=1)
     async with batch_cli._progress(console) as show:
-        await until(lambda: told.count("reading the prompts") >= 3)
-        reading = len(told)
+        await until(lambda: shown.count("reading the prompts") >= 3)
+        reading = len(shown)
         show(running)
-        assert told[reading:] == [batch_cli._words(running)]
-        await until(lambda: told.count(batch_cli._words(running)) >= 3)
+        assert shown[reading:] == [batch_cli._words(running)]
+        await until(lambda: shown.count(batch_cli._words(running)) >= 3)
         show(done)
-    assert told.count(batch_cli._words(done)) == 1
+    assert shown.count(batch_cli._words(done)) == 1
 
 
 @pytest.mark.parametrize(
@@ -256,12 +256,12 @@ async def test_a_log_is_told_how_it_goes_even_while_nothing_changes(
     ],
 )
 def test_progress_in_words(now: BatchProgress, words: str) -> None:
-    """Trouble is named where there is some; rate and time left once they are known."""
+    """Failures are named where there are some; rate and time left once they are known."""
     assert batch_cli._words(now) == words
 
 
 def test_progress_fits_a_terminal_of_80_columns() -> None:
-    """What is least needed is left out: trouble and the time left stay."""
+    """What is least needed is left out: failures and the time left stay."""
     now = BatchProgress(
         total=20_000,
         saved=10_000,
@@ -282,10 +282,10 @@ def test_progress_fits_a_terminal_of_80_columns() -> None:
     assert batch_cli._words(now, 1000) == batch_cli._words(now)
 
 
-def test_of_many_failures_some_are_told_and_the_rest_counted(
+def test_of_many_failures_some_are_named_and_the_others_counted(
     api: Emulator, lakes: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A thousand lines of the same trouble help nobody; the manifest has them all."""
+    """A thousand lines of the same failure help nobody; the manifest has them all."""
     Path(lakes).write_text("".join(f"lake {k}\n" for k in range(25)))
     api.faults.add(faults.Status(400, route="submit"))
     assert main(["batch", lakes, "--out", "out"]) == 1
@@ -327,7 +327,7 @@ def test_interrupted_it_finishes_what_runs_and_says_how_to_go_on(api: Emulator, 
 
 
 def test_a_terminal_that_is_closed_interrupts_it(api: Emulator, lakes: str) -> None:
-    """What runs is finished and recorded, though nobody can be told any more."""
+    """What runs is finished and recorded, though nobody reads its output any more."""
     Path(lakes).write_text("".join(f"lake {k}\n" for k in range(400)))
     terminal, end = os.openpty()
     process = command(
