@@ -77,7 +77,6 @@ class Item:
     idempotency_key: str | None = None
     task_id: str | None = None
     snapshot: Mapping[str, Any] | None = field(default=None, hash=False)
-    stem: str | None = None
     code: str | None = None
     message: str | None = None
     retryable: bool = False
@@ -121,7 +120,7 @@ class Counts:
 
 _COLUMNS: Final = (
     "number, identity, user_id, line, wanted, request, metadata, model, pictures, state, "
-    "idempotency_key, task_id, snapshot, stem, code, message, retryable, credits_reserved, "
+    "idempotency_key, task_id, snapshot, code, message, retryable, credits_reserved, "
     "credits_used, queued_at, submitting_at, submitted_at, completed_at, saved_at, ended_at"
 )
 _TIMES: Final = ("queued", "submitting", "submitted", "completed", "saved", "ended")
@@ -158,13 +157,12 @@ def _item(connection: sqlite3.Connection, row: tuple[Any, ...]) -> Item:
         idempotency_key=row[10],
         task_id=row[11],
         snapshot=json.loads(row[12]) if row[12] is not None else None,
-        stem=row[13],
-        code=row[14],
-        message=row[15],
-        retryable=bool(row[16]),
-        credits_reserved=row[17],
-        credits_used=row[18],
-        times={name: at for name, at in zip(_TIMES, row[19:], strict=True) if at is not None},
+        code=row[13],
+        message=row[14],
+        retryable=bool(row[15]),
+        credits_reserved=row[16],
+        credits_used=row[17],
+        times={name: at for name, at in zip(_TIMES, row[18:], strict=True) if at is not None},
         files=tuple(files(connection, row[0]).values()),
     )
 

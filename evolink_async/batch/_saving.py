@@ -82,7 +82,7 @@ class Saver:
             await self._saved(live, paths)
 
     async def _download(
-        self, item: Item, result: GenerationResult, stem: str, *, patient: bool
+        self, item: Item, result: GenerationResult, stem: str, *, retry_expired: bool
     ) -> tuple[Path, ...]:
         """Its files: those that are there as they were saved, and the others anew."""
         folder = self.run.folder
@@ -100,7 +100,7 @@ class Saver:
             existing=there,
             overwrite=True,
             before_rename=self._keep_stranger,
-            retry_expired=patient,
+            retry_expired=retry_expired,
         )
 
     def _keep_stranger(self, new: Path, target: Path) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from desk import Desk, prompts
+from desk import RETRY, Desk, prompts
 
 from evolink_async import PollPolicy, RetryPolicy, Session
-from evolink_async.batch import run_batch
+from evolink_async.batch import BatchProgress, run_batch
 from evolink_async.emulator import Emulator, ManualClock, RealClock, faults
 from evolink_async.errors import (
     LedgerError,
@@ -114,6 +115,18 @@ async def test_what_waited_while_another_was_put_off_is_not_bought_twice(tmp_pat
         report = await desk.run(prompts(4), settings=settings)
     assert report.saved == 4
     assert desk.bought == {f"lake {k}": 1 for k in range(4)}
+
+
+async def test_an_api_that_is_not_there_is_asked_at_intervals(desk: Desk) -> None:
+    """Every 15 seconds at most, until the batch has had enough; all stays queued."""
+    seen: list[BatchProgress] = []
+    nowhere = "http://127.0.0.1:9"
+    async with Session("key", base_url=nowhere, retry=RETRY, clock=desk.emulator.clock) as session:
+        report = await run_batch(session, prompts(5), desk.out, patience=60, progress=seen.append)
+    assert report.stop is not None
+    assert (report.stop.kind, report.queued) == ("network", 5)
+    tries = sum(now.running > before.running for before, now in pairwise(seen))
+    assert 5 < tries <= 5 * (1 + 60 / 15)
 
 
 async def test_an_outage_without_end_stops_the_batch(desk: Desk) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from desk import Desk, prompts, until
 
+from evolink_async import PollPolicy
 from evolink_async.batch import BatchProgress, run_batch
 from evolink_async.batch._ledger import LEDGER
 from evolink_async.emulator import Emulator, faults
@@ -94,6 +95,22 @@ async def test_what_was_not_sent_goes_back_to_the_queue(tmp_path: Path) -> None:
             report = await job
     assert (report.queued, report.uncertain) == (5, 0)
     assert report.saved + report.running + report.completed == 1
+
+
+async def test_stopped_while_its_submits_wait_for_a_slot_it_ends_at_once(desk: Desk) -> None:
+    """Nothing of them has left: they are not given the grace of what runs."""
+    desk.emulator.faults.add(faults.TaskHangs(50))
+    stop = asyncio.Event()
+    async with desk.session(max_in_flight=1, poll=PollPolicy(deadline=None)) as session:
+        await session.submit("of somebody else")
+        batch = run_batch(session, prompts(3), desk.out, stop=stop, grace=600)
+        job = asyncio.create_task(batch)
+        await until(lambda: session.stats.waiting == 1)
+        stop.set()
+        async with asyncio.timeout(30):
+            report = await job
+    assert (report.queued, report.uncertain) == (3, 0)
+    assert len(desk.emulator.books.submits()) == 1
 
 
 async def test_a_closed_session_ends_the_batch(desk: Desk) -> None:
