@@ -94,7 +94,7 @@ def test_the_command_names_what_it_kept_aside(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A retouched picture gets another name, which is shown; so is why one is not downloaded."""
+    """A retouched picture gets another name, which is printed; so is why one is not downloaded."""
     # The minute in which a fresh link is tried again passes a hundred times as fast.
     monkeypatch.setattr(_clock, "default", lambda: RealClock(100.0))
     assert main(["batch", lakes, "--out", "out"]) == 0
@@ -102,8 +102,10 @@ def test_the_command_names_what_it_kept_aside(
     first.write_bytes(b"retouched")
     api.faults.add(not_found())
     assert main(["batch", lakes, "--out", "out"]) == 1
-    shown = capsys.readouterr().err
-    assert re.search(r"line 1: generated, not downloaded yet \(task .*the host answered 404", shown)
+    printed = capsys.readouterr().err
+    assert re.search(
+        r"line 1: generated, not downloaded yet \(task .*the host answered 404", printed
+    )
     assert first.read_bytes() == b"retouched"
     api.faults.clear()
     assert main(["batch", lakes, "--out", "out", "--json"]) == 0
@@ -116,7 +118,7 @@ def test_the_command_names_what_it_kept_aside(
 def test_the_command_says_what_is_left_to_pay_for(
     api: Emulator, lakes: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At its own limit it ends with 1, without credits with 3; it names the price of the others."""
+    """Exit code 1 at its own limit, 3 without credits; it prints what the rest would cost."""
     assert main(["batch", lakes, "--out", "out", "--max-credits", "1"]) == 1
     assert "2 not submitted, about 2 credits" in capsys.readouterr().err
     api.faults.add(faults.Status(402, route="submit"))
@@ -129,7 +131,7 @@ def test_the_command_says_what_is_left_to_pay_for(
 def test_the_command_names_every_bad_line(
     api: Emulator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And ends with the code for wrong usage, unless they are to be skipped."""
+    """Bad lines are printed and end with exit code 2, unless they are to be skipped."""
     source = tmp_path / "p.jsonl"
     source.write_text('"a lake"\n{"prompt": ""}\n7\n')
     assert main(["batch", str(source), "--out", str(tmp_path / "out")]) == 2
@@ -144,7 +146,7 @@ def test_the_command_names_every_bad_line(
 def test_the_command_runs_without_key_or_money(
     lakes: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With an emulator of its own; without one, and without a key, it says what is missing."""
+    """--emulator starts an emulator; without it, and without a key, the key is asked for."""
     monkeypatch.setitem(console_module.EMULATED, "clock", ManualClock())
     monkeypatch.delitem(console_module.EMULATED, "time_scale")
     monkeypatch.setitem(console_module.EMULATED, "pictures", "tiny")
@@ -166,7 +168,7 @@ def test_the_command_runs_without_key_or_money(
 def test_the_command_speaks_of_its_options(
     api: Emulator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What to do next is said in words that can be typed, not in those of Python."""
+    """What to do next is said with options of the command line, not with Python arguments."""
     source, out = tmp_path / "p.jsonl", tmp_path / "out"
     source.write_text('"a"\n{"prompt": "b", "n": 3}\n')
     assert main(["batch", str(source), "--out", str(out)]) == 2
@@ -180,8 +182,10 @@ def test_the_command_speaks_of_its_options(
     assert main(["batch", str(source), "--out", str(out), "--max-credits", "nan"]) == 2
     assert main(["batch", str(out / "gallery.html"), "--out", str(out)]) == 2
     assert main(["batch", str(source), "--out", str(out)]) == 0
-    shown = first + capsys.readouterr().err
-    assert not re.search(r"skip_invalid|validate=|resubmit_expired|max_credits|out=|source=", shown)
+    printed = first + capsys.readouterr().err
+    assert not re.search(
+        r"skip_invalid|validate=|resubmit_expired|max_credits|out=|source=", printed
+    )
     source.write_text('{"prompt": "b", "n": 3, "validate": false}\n')
     assert main(["batch", str(source), "--out", str(out)]) in {0, 1}
     assert [task.n for task in api.books.tasks(prompt="b")] in ([3], [])
@@ -191,7 +195,7 @@ def test_the_command_speaks_of_its_options(
 def test_the_command_does_not_end_with_0_if_the_manifest_is_missing(
     api: Emulator, lakes: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All pictures are there, and what is not is an error with what to do."""
+    """A manifest that cannot be written is an error with advice; the pictures are saved."""
     Path("out", "manifest.jsonl").mkdir(parents=True)
     assert main(["batch", lakes, "--out", "out"]) == 3
     out, err = capsys.readouterr()
@@ -201,28 +205,28 @@ def test_the_command_does_not_end_with_0_if_the_manifest_is_missing(
     assert "see to that, then run the same batch again" in err
 
 
-async def test_a_log_shows_progress_even_while_nothing_changes(
+async def test_a_log_gets_a_line_of_progress_even_while_nothing_changes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A line every few seconds, from the reading on; what is new in the end is shown, once."""
-    monkeypatch.setattr(batch_cli, "_LINE_EVERY", 0.005)
-    shown: list[str] = []
+    """A line every few seconds while prompts are read and later; the last state once."""
+    monkeypatch.setattr(batch_cli, "_LINE_INTERVAL", 0.005)
+    printed: list[str] = []
     console = console_module.Console(
-        drive=asyncio.run,
-        say=shown.append,
-        say_json=lambda value: shown.append(str(value)),
-        tell=shown.append,
+        run_cancellable=asyncio.run,
+        print_result=printed.append,
+        print_json=lambda value: printed.append(str(value)),
+        print_error=printed.append,
         emulator=lambda settings: Emulator(**settings),
     )
     running, done = BatchProgress(total=1, running=1), BatchProgress(total=1, saved=1)
     async with batch_cli._progress(console) as show:
-        await until(lambda: shown.count("reading the prompts") >= 3)
-        reading = len(shown)
+        await until(lambda: printed.count("reading the prompts") >= 3)
+        before = len(printed)
         show(running)
-        assert shown[reading:] == [batch_cli._words(running)]
-        await until(lambda: shown.count(batch_cli._words(running)) >= 3)
+        assert printed[before:] == [batch_cli._words(running)]
+        await until(lambda: printed.count(batch_cli._words(running)) >= 3)
         show(done)
-    assert shown.count(batch_cli._words(done)) == 1
+    assert printed.count(batch_cli._words(done)) == 1
 
 
 @pytest.mark.parametrize(
@@ -256,12 +260,12 @@ async def test_a_log_shows_progress_even_while_nothing_changes(
     ],
 )
 def test_progress_in_words(now: BatchProgress, words: str) -> None:
-    """Failures are named where there are some; rate and time left once they are known."""
+    """Failures are shown if there are some; rate and time left once they are known."""
     assert batch_cli._words(now) == words
 
 
 def test_progress_fits_a_terminal_of_80_columns() -> None:
-    """What is least needed is left out: failures and the time left stay."""
+    """The least important facts are left out first: failures and the time left stay."""
     now = BatchProgress(
         total=20_000,
         saved=10_000,
@@ -282,10 +286,10 @@ def test_progress_fits_a_terminal_of_80_columns() -> None:
     assert batch_cli._words(now, 1000) == batch_cli._words(now)
 
 
-def test_of_many_failures_some_are_named_and_the_others_counted(
+def test_of_many_failures_some_are_printed_and_the_rest_counted(
     api: Emulator, lakes: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A thousand lines of the same failure help nobody; the manifest has them all."""
+    """Of many failed items only the first are printed; the manifest has them all."""
     Path(lakes).write_text("".join(f"lake {k}\n" for k in range(25)))
     api.faults.add(faults.Status(400, route="submit"))
     assert main(["batch", lakes, "--out", "out"]) == 1
@@ -327,7 +331,7 @@ def test_interrupted_it_finishes_what_runs_and_says_how_to_go_on(api: Emulator, 
 
 
 def test_a_terminal_that_is_closed_interrupts_it(api: Emulator, lakes: str) -> None:
-    """What runs is finished and recorded, though nobody reads its output any more."""
+    """Running generations are finished and recorded although nobody reads stderr."""
     Path(lakes).write_text("".join(f"lake {k}\n" for k in range(400)))
     terminal, end = os.openpty()
     process = command(
@@ -365,7 +369,7 @@ def test_without_a_terminal_to_lose_it_goes_on(api: Emulator, lakes: str) -> Non
 
 
 def test_interrupted_twice_it_leaves_at_once(api: Emulator, lakes: str) -> None:
-    """What runs goes on without it, and is picked up by the next run."""
+    """Running generations go on without it, and the next run picks them up."""
     api.faults.add(faults.TaskHangs(50))
     process = command(lakes, "--out", "out", stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     assert process.stderr is not None
@@ -419,7 +423,7 @@ def test_on_a_terminal_it_draws_a_bar_and_a_table(api: Emulator, lakes: str) -> 
     )
     os.close(end)
     shown = b""
-    with contextlib.suppress(OSError):  # how Linux says that nobody writes there any more
+    with contextlib.suppress(OSError):  # Linux raises it when the other end is closed
         while chunk := os.read(terminal, 4096):
             shown += chunk
     os.close(terminal)
