@@ -6,14 +6,14 @@ Four clients run the same durations, each in a process of its own, in turn::
                                      [--clients session,bare,coroutine,tenacity] [--url URL]
 
 - ``session``: this library, through `Session.submit` and ``await task``;
-- ``bare``: one aiohttp coroutine that reads everything every second, 50 ids a request;
-- ``coroutine``: a coroutine per task that reads its task every second;
+- ``bare``: one aiohttp coroutine that polls everything every second, 50 ids a request;
+- ``coroutine``: a coroutine per task that polls its task every second;
 - ``tenacity``: a coroutine per task with tenacity's exponential backoff, 1 s to 10 s.
 
 All are submitted at once; durations are lognormal, median 25 s, sigma 0.4. ``--speed 5``
 runs everything five times as fast (durations, intervals, price) and reports in unscaled
-seconds. The server is a bare-bones one in another process; ``--url`` takes any other, which
-then decides the durations, and whose ends cannot be seen, so that no delay is reported.
+seconds. The server is a bare-bones one in another process. ``--url`` takes any other, which then
+decides the durations; when its tasks end cannot be seen, so no delay is reported.
 CPU is the client process's own, from the first submit to the last result.
 """
 
@@ -51,7 +51,7 @@ Learned = dict[str, float]
 
 
 class Server(asyncio.Protocol):
-    """Just enough of the API: submit, read, batch read; and what a benchmark asks after."""
+    """Just enough of the API: submit, read, batch read; and ``/ends``, which the report needs."""
 
     ends: ClassVar[dict[str, float]] = {}
     counts: ClassVar[dict[str, int]] = {"submits": 0, "reads": 0, "ids": 0}
@@ -159,11 +159,11 @@ async def bare_client(url: str, durations: list[float], options: argparse.Namesp
     waiting: dict[str, asyncio.Future[None]] = {}
     learned: Learned = {}
     loop = asyncio.get_running_loop()
-    gate = asyncio.Semaphore(CONNECTIONS)
+    permits = asyncio.Semaphore(CONNECTIONS)
 
     async def one(seconds: float) -> None:
         body = {"model": "wan2.5-text-to-image", "prompt": f"A lake {seconds}"}
-        async with gate, http.post("/v1/images/generations", json=body) as response:
+        async with permits, http.post("/v1/images/generations", json=body) as response:
             task_id = (await response.json())["id"]
         future = waiting[task_id] = loop.create_future()
         await future
@@ -177,7 +177,7 @@ async def bare_client(url: str, durations: list[float], options: argparse.Namesp
             await asyncio.gather(*map(read, batches))
 
     async def read(ids: list[str]) -> None:
-        async with gate, http.post("/v1/tasks/batch", json={"task_ids": ids}) as response:
+        async with permits, http.post("/v1/tasks/batch", json={"task_ids": ids}) as response:
             tasks = (await response.json())["data"]
         for task in tasks:
             if task["status"] in {"completed", "failed", "cancelled"}:
@@ -255,7 +255,7 @@ CLIENTS: dict[str, Client] = {
 
 
 def run_client(options: argparse.Namespace) -> None:
-    """One client, one run, in this process: prints what it learned when."""
+    """One client, one run, in this process: prints when it learned of which end."""
     rng = random.Random(options.seed)
     durations = [
         MEDIAN * math.exp(SIGMA * rng.gauss(0, 1)) / options.speed for _ in range(options.tasks)
@@ -282,13 +282,13 @@ def measure(client: str, seed: int, options: argparse.Namespace) -> dict[str, fl
         command = [sys.executable, __file__, "--client", client, "--url", url]
         command += [f"--{name}={getattr(options, name)}" for name in ("tasks", "speed", "price")]
         command += ["--key", options.key, f"--seed={seed}"]
-        told = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-        row = {"CPU ms/task": told["cpu"] / options.tasks * 1000}
+        answer = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        row = {"CPU ms/task": answer["cpu"] / options.tasks * 1000}
         if server is not None:
-            with urlopen(f"{url}/ends") as answer:
-                books = json.load(answer)
+            with urlopen(f"{url}/ends") as ends:
+                books = json.load(ends)
             delays = sorted(
-                (told["learned"][task_id] - end) * options.speed
+                (answer["learned"][task_id] - end) * options.speed
                 for task_id, end in books["ends"].items()
             )
             row["requests/task"] = (books["submits"] + books["reads"]) / options.tasks

@@ -25,7 +25,7 @@ CLAIM = 2000
 
 
 def emulate(pipe: Connection) -> None:
-    """Serve until told to stop; answer every other message with the CPU seconds used."""
+    """Serve until a false message; answer every true one with the CPU seconds used."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 

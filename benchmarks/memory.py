@@ -74,16 +74,22 @@ class Stalls:
 
 
 async def session_client(url: str, count: int) -> float:
+    ids: list[str] = []
+
+    async def submit() -> None:
+        ids.append((await session.submit(f"A lake {SECONDS}")).id)
+
     policy = PollPolicy(deadline=None, max_interval=3600)
     async with Session(KEY, base_url=url, max_in_flight=count, poll=policy) as session:
-        await in_groups(count, lambda: session.submit(f"A lake {SECONDS}"))
+        await at_once(count, submit)
         before = session.stats.ids_read
-        for k, watch in enumerate(session._watcher.watches):  # noqa: SLF001 - read all now
-            session._watcher.nudge(watch.id)  # noqa: SLF001
+        for k, task_id in enumerate(ids):  # poll all of them now
+            session.nudge(task_id)
             if k % 100 == 0:
                 await asyncio.sleep(0)
-        while session.stats.ids_read < before + count or session._watcher._readings:  # noqa: SLF001, ASYNC110 - there is no event for it
+        while session.stats.ids_read < before + count:  # noqa: ASYNC110 - there is no event for it
             await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)  # for the last answers
         return settle()
 
 
@@ -97,7 +103,7 @@ async def bare_client(url: str, count: int) -> float:
             waiting[(await response.json())["id"]] = loop.create_future()
 
     async with open_http(url) as http:
-        await in_groups(count, submit)
+        await at_once(count, submit)
         ids = list(waiting)
         for k in range(0, count, BATCH):
             async with http.post("/v1/tasks/batch", json={"task_ids": ids[k : k + BATCH]}) as got:
@@ -111,15 +117,15 @@ async def coroutine_client(url: str, count: int) -> float:
     async def watch() -> None:
         nonlocal read
         body = {"model": "wan2.5-text-to-image", "prompt": f"A lake {SECONDS}"}
-        async with gate, http.post("/v1/images/generations", json=body) as response:
+        async with permits, http.post("/v1/images/generations", json=body) as response:
             task = await response.json()
         while task["status"] != "completed":
-            async with gate, http.get(f"/v1/tasks/{task['id']}") as response:
+            async with permits, http.get(f"/v1/tasks/{task['id']}") as response:
                 task = await response.json()
             read += 1
             await asyncio.sleep(3600)
 
-    gate = asyncio.Semaphore(CONNECTIONS)
+    permits = asyncio.Semaphore(CONNECTIONS)
     async with open_http(url) as http:
         tasks = [asyncio.create_task(watch()) for _ in range(count)]
         while read < count:  # noqa: ASYNC110 - there is no event for it
@@ -135,10 +141,10 @@ def open_http(url: str) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=CONNECTIONS))
 
 
-async def in_groups(count: int, submit: Any) -> None:
-    """Submit *count* times, a few at once, keeping nothing of it."""
-    for _ in range(0, count, CONNECTIONS):
-        await asyncio.gather(*(submit() for _ in range(CONNECTIONS)))
+async def at_once(count: int, submit: Any) -> None:
+    """Submit *count* times, as many at once as there are connections."""
+    for k in range(0, count, CONNECTIONS):
+        await asyncio.gather(*(submit() for _ in range(min(CONNECTIONS, count - k))))
 
 
 def settle() -> float:
@@ -174,8 +180,8 @@ def in_a_process(client: str, count: int) -> dict[str, float]:
         url = f"http://127.0.0.1:{server.stdout.readline().strip()}"
         command = [sys.executable, __file__, "--client", client, "--url", url, "--tasks"]
         run = subprocess.run([*command, str(count)], check=True, stdout=subprocess.PIPE)
-        told: dict[str, float] = json.loads(run.stdout)
-        return told
+        row: dict[str, float] = json.loads(run.stdout)
+        return row
     finally:
         server.terminate()
         server.wait()
@@ -190,8 +196,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.client:
         logging.disable(logging.WARNING)  # closing names each of the tasks that still run
-        told = asyncio.run(measure(options.client, options.url, options.tasks[0]))
-        print(json.dumps(told))
+        row = asyncio.run(measure(options.client, options.url, options.tasks[0]))
+        print(json.dumps(row))
         return
     print(
         f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}, "

@@ -1,4 +1,4 @@
-"""What a server in trouble sees of one session, in emulated time over real HTTP on loopback.
+"""What a server that fails sees of one session, in emulated time over real HTTP on loopback.
 
 A thousand tasks are running when the server begins to answer 503 (or 429), and goes on for
 a minute::
