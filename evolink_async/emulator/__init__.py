@@ -6,7 +6,7 @@
         ...                                   # emulator.base_url, .api_key, .clock
         assert emulator.books.submits(prompt="A peaceful lake")
 
-An independent reading of the API's pages: it shares no code with the client.
+It is an independent implementation of the API's pages and shares no code with the client.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options: the settings of an `Emulator`, but for those only Python can say."""
+    """The command's options: those settings of an `Emulator` that a command line can express."""
     options = _Parser(
         prog="python -m evolink_async.emulator",
         description="Serve an emulated EvoLink API until interrupted.",
@@ -60,7 +60,7 @@ def _add_service(options: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FEATURE",
-        help="an undocumented feature it shall not have; may be repeated: " + ", ".join(FEATURES),
+        help="an undocumented feature it does not have; may be repeated: " + ", ".join(FEATURES),
     )
     options.add_argument(
         "--callback-origin",
@@ -88,7 +88,7 @@ def _add_behaviour(options: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--estimate",
         type=float,
-        help="seconds a submit is told it takes; else as --duration has it",
+        help="estimated seconds in the answer to a submit; else from --duration",
     )
     options.add_argument(
         "--pictures",
@@ -96,9 +96,7 @@ def _add_behaviour(options: argparse.ArgumentParser) -> None:
         default="full",
         help="full: drawn from the prompt, with pillow; tiny: of one colour",
     )
-    options.add_argument(
-        "--seed", type=int, default=0, help="of everything drawn by chance" + _DEFAULT
-    )
+    options.add_argument("--seed", type=int, default=0, help="of everything random" + _DEFAULT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,14 +33,14 @@ class Background:
         self._loop = self._started.result()
 
     def stop(self) -> None:
-        """Stop it, and wait until it has stopped."""
+        """Stop the emulator, and wait until it has stopped."""
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
 
     async def _run(self) -> None:
         try:
             await self._emulator.start()
-        except BaseException as error:  # noqa: BLE001 - it is raised in the thread that waits
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
             self._started.set_exception(error)
             return
         self._started.set_result(asyncio.get_running_loop())

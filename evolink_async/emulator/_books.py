@@ -1,4 +1,4 @@
-"""The emulator's books: what it saw and did, for tests that assert on the server's view."""
+"""The emulator's books: what it received and did, for tests that assert on the server's view."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from evolink_async.emulator._tasks import GenerationTask
 __all__ = ["ROUTES", "Books", "CallbackRecord", "RequestRecord", "TaskRecord"]
 
 ROUTES = ("submit", "read", "batch", "list", "credits", "result")
-"""What ``route`` may name: the API's endpoints, and the links to the results."""
+"""The values of ``route``: the API's endpoints, and the links to the results."""
 
 
 @frozen(kw_only=True)
 class RequestRecord:
-    """One request the emulator saw.
+    """One request the emulator received.
 
     Attributes:
         time: When it had arrived, on the emulator's clock.
@@ -100,7 +100,7 @@ class CallbackRecord:
         url: Where it went.
         status: Of the receiver's answer; None if there was none within 10 s.
         attempt: Counted from 1 for each delivery; there are up to four.
-        forged: Whether it was a stranger's.
+        forged: Whether it came from a `CallbackForged`, not from the task.
     """
 
     time: float
@@ -113,7 +113,7 @@ class CallbackRecord:
 
 @define(eq=False)
 class Books:
-    """What an emulator saw and did. May be asked from any thread, also while it serves."""
+    """What an emulator received and did. Can be used from any thread, also while it serves."""
 
     _service: Service
     _requests: list[RequestRecord] = field(factory=list, init=False)
@@ -131,7 +131,7 @@ class Books:
         self._callbacks.append(entry)
 
     def callbacks(self, task: str | None = None) -> tuple[CallbackRecord, ...]:
-        """The callbacks sent, repeats and forgeries included, perhaps only those of *task*."""
+        """The callbacks sent, repeats and forgeries included; with *task*, only those about it."""
         return tuple(entry for entry in self._callbacks if task in {None, entry.task_id})
 
     def requests(
@@ -142,7 +142,7 @@ class Books:
         task: str | None = None,
         prompt: str | None = None,
     ) -> tuple[RequestRecord, ...]:
-        """The requests seen, in the order in which they were answered.
+        """The requests received, in the order in which they were answered.
 
         Args:
             route: Only those to this route: one of ``faults.ROUTES``, or ``other``.
@@ -166,7 +166,7 @@ class Books:
         )
 
     def submits(self, prompt: str | None = None) -> tuple[RequestRecord, ...]:
-        """The POSTs to generation endpoints seen, accepted or not.
+        """The POSTs to generation endpoints, accepted or not.
 
         Args:
             prompt: Only those with exactly this prompt (a fault's ``prompt`` is a part of one).
@@ -174,7 +174,7 @@ class Books:
         return self.requests("submit", prompt=prompt)
 
     def reads(self, task: str | None = None) -> tuple[RequestRecord, ...]:
-        """The reads seen, single and batch, perhaps only those that asked for *task*."""
+        """The reads, single and batch; with *task*, only those that asked for it."""
         return tuple(
             entry for entry in self.requests(task=task) if entry.route in {"read", "batch"}
         )
@@ -206,7 +206,7 @@ class Books:
         return self._task(self._service.tasks[task_id], now)
 
     def _task(self, task: GenerationTask, now: float) -> TaskRecord:
-        status = task.course.status_at(now)
+        status = task.timeline.status_at(now)
         urls = task.result_paths() if status == "completed" else ()
         return TaskRecord(
             id=task.id,
@@ -216,7 +216,7 @@ class Books:
             status=status,
             n=task.submission.n,
             accepted_at=task.accepted_at,
-            ends_at=task.course.ends_at,
+            ends_at=task.timeline.ends_at,
             idempotency_key=task.idempotency_key,
             reserved=task.reserved,
             charged=task.charged,

@@ -1,7 +1,7 @@
-"""Sending callbacks, as the API's page has it, and as badly as asked for.
+"""Sending callbacks as the API's page describes it, or as the faults want it.
 
-A callback is POSTed when its task has ended, with the body of a read; it may take 10 s, and
-is sent again 1 s, 2 s and 4 s after a failure. Any 2xx is success.
+A callback is POSTed when its task has ended, with the body of a read. The receiver has 10 s to
+answer; any 2xx is success. After a failure it is sent again, 1 s, 2 s and 4 s later.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from evolink_async.emulator.faults import (
 __all__ = ["Callbacks"]
 
 _TIMEOUT = aiohttp.ClientTimeout(total=10)
-_RETRY_AFTER = (1.0, 2.0, 4.0)
+_RETRY_DELAYS = (1.0, 2.0, 4.0)
 
 
 class Callbacks:
@@ -52,19 +52,19 @@ class Callbacks:
         self._loop = asyncio.get_running_loop()
         self._http = aiohttp.ClientSession(timeout=_TIMEOUT, trust_env=False)
         self._sending: set[asyncio.Task[None]] = set()
-        self._redirected: dict[str, asyncio.Event] = {}
+        self._timeline_changed: dict[str, asyncio.Event] = {}
         self._sent = asyncio.Event()
 
     def expect(self, task: GenerationTask) -> None:
         """Send the callback of *task* when it ends."""
-        redirected = self._redirected[task.id] = asyncio.Event()
-        sending = self._loop.create_task(self._accompany(task, redirected))
+        timeline_changed = self._timeline_changed[task.id] = asyncio.Event()
+        sending = self._loop.create_task(self._follow(task, timeline_changed))
         self._sending.add(sending)
         sending.add_done_callback(self._sending.discard)
 
-    def redirected(self, task_id: str) -> None:
-        """Look again when this task ends; may be called from any thread."""
-        event = self._redirected.get(task_id)
+    def timeline_changed(self, task_id: str) -> None:
+        """Find out anew when this task ends; may be called from any thread."""
+        event = self._timeline_changed.get(task_id)
         if event is not None:
             self._loop.call_soon_threadsafe(event.set)
 
@@ -75,13 +75,13 @@ class Callbacks:
         await asyncio.gather(*self._sending, return_exceptions=True)
         await self._http.close()
 
-    async def _accompany(self, task: GenerationTask, redirected: asyncio.Event) -> None:
+    async def _follow(self, task: GenerationTask, timeline_changed: asyncio.Event) -> None:
         url = self._local(task.submission.callback_url or "")
         about = task.id, task.submission.prompt
         for fault in self._faults.forgeries(*about, self._clock.now()):
             await self._post(task, url, self._forgery(task, fault), attempt=1, forged=True)
-        await self._end_of(task, redirected)
-        del self._redirected[task.id]
+        await self._end_of(task, timeline_changed)
+        del self._timeline_changed[task.id]
         struck = self._faults.of_callback(*about, self._clock.now())
         if any(isinstance(fault, CallbackDropped) for fault in struck):
             return
@@ -89,20 +89,20 @@ class Callbacks:
         for _ in range(copies):
             await self._deliver(task, url)
 
-    async def _end_of(self, task: GenerationTask, redirected: asyncio.Event) -> None:
-        while self._clock.now() < task.course.ends_at:
-            redirected.clear()
-            await _first(redirected.wait(), self._clock.sleep_until(task.course.ends_at))
+    async def _end_of(self, task: GenerationTask, timeline_changed: asyncio.Event) -> None:
+        while self._clock.now() < task.timeline.ends_at:
+            timeline_changed.clear()
+            await _first(timeline_changed.wait(), self._clock.sleep_until(task.timeline.ends_at))
 
     async def _hold_back(self, struck: list[CallbackFault]) -> int:
-        """Wait as the faults want it, and say how many times to send."""
+        """Wait as long as the faults say; returns how many times to send."""
         copies = 1
         for fault in struck:
             if isinstance(fault, CallbackDelayed):
                 await self._clock.sleep_until(self._clock.now() + fault.seconds)
             elif isinstance(fault, CallbackReordered):
-                patience = self._clock.sleep_until(self._clock.now() + fault.seconds)
-                await _first(self._sent.wait(), patience)
+                waited_enough = self._clock.sleep_until(self._clock.now() + fault.seconds)
+                await _first(self._sent.wait(), waited_enough)
             elif isinstance(fault, CallbackDuplicated):
                 copies = fault.copies
         return copies
@@ -110,13 +110,13 @@ class Callbacks:
     async def _deliver(self, task: GenerationTask, url: str) -> None:
         """Up to four attempts."""
         self._service.settle()
-        for attempt, wait in enumerate((*_RETRY_AFTER, None), start=1):
-            answer = task.answer(self._clock.now(), self._service.base_url, self._service.without)
+        for attempt, wait in enumerate((*_RETRY_DELAYS, None), start=1):
+            answer = self._service.body_of(task, self._clock.now())
             if await self._post(task, url, answer, attempt=attempt, forged=False):
                 break
             if wait is not None:
                 await self._clock.sleep_until(self._clock.now() + wait)
-        # Whoever waits for another to go first goes now.
+        # Callbacks that wait for another one to be sent first are sent now.
         self._sent.set()
         self._sent = asyncio.Event()
 
@@ -150,7 +150,7 @@ class Callbacks:
             return None
 
     def _forgery(self, task: GenerationTask, fault: CallbackForged) -> dict[str, Any]:
-        answer = task.answer(self._clock.now(), self._service.base_url, self._service.without)
+        answer = self._service.body_of(task, self._clock.now())
         return {**answer, "status": fault.status, "progress": 100, "results": [fault.url]}
 
     def _local(self, url: str) -> str:
@@ -160,7 +160,7 @@ class Callbacks:
 
 
 async def _first(*waits: Coroutine[Any, Any, Any]) -> None:
-    """Wait for the first of several to end, and drop the others."""
+    """Wait for the first of several to end, and cancel the others."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -11,7 +11,7 @@ __all__ = ["write_caption"]
 
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-# Asked for by name, wherever the system keeps its fonts; the first that has the glyphs is taken.
+# Pillow finds these by name; the first one that has the glyphs is used.
 _WIDE_FONTS = (
     "NotoSansCJK-Regular.ttc",
     "NotoSans-Regular.ttf",
@@ -25,6 +25,7 @@ _WIDE_FONTS = (
 _SPELT_SCRIPTS = ("HANGUL SYLLABLE", "HIRAGANA LETTER", "KATAKANA LETTER")
 _SIZES = (1.0, 0.85, 0.72, 0.6, 0.5, 0.42, 0.36, 0.3)
 _SHARE = 0.26
+"""Of the height of a picture: the most a caption takes."""
 
 
 def write_caption(scene: Image.Image, prompt: str) -> None:

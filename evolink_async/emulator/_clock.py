@@ -1,4 +1,4 @@
-"""The clocks an emulator can live by: real time, real time at a multiple, or a time of its own.
+"""The clocks of an emulator: real time, a multiple of it, or a time that tests move.
 
 A clock has ``now()`` and ``sleep_until(when)``; `ManualClock` has ``hold()`` besides.
 """
@@ -75,15 +75,15 @@ class RealClock:
 
 
 class ManualClock:
-    """A time of its own, for tests: ten minutes pass as soon as everybody waits for them.
+    """A time for tests: ten minutes pass as soon as all that is left to do is to wait for them.
 
-    Time stands still until it is moved by `advance`, or, with *autoadvance*, until nobody
-    holds it and every event loop that uses it has had nothing to say for *spins* turns; then
-    it jumps to the earliest sleeper. Client and emulator may live in different threads.
+    Time stands still until `advance` moves it. With *autoadvance* it also jumps to the earliest
+    sleeper once nothing holds it and every event loop that uses it has been quiet for *spins*
+    turns. Client and emulator may run in different threads.
 
     Args:
         start: What `now` says at first, in Unix seconds.
-        autoadvance: Jump to the earliest sleeper when all is quiet. If false, only
+        autoadvance: Jump to the earliest sleeper when all loops are quiet. If false, only
             `advance` moves the time.
         spins: Turns of the event loops without a `hold` or a new sleeper that count as quiet.
     """
@@ -140,9 +140,9 @@ class ManualClock:
                 self._stir(loop)
 
     def advance(self, seconds: float) -> None:
-        """Move the time by *seconds*, even while it is held, and wake all who are due.
+        """Move the time by *seconds*, even while it is held, and wake the sleepers that are due.
 
-        They wake in the order of their times, all seeing the new time.
+        They wake in the order of their times, and all of them see the new time.
 
         Raises:
             ValueError: *seconds* is negative, not finite, or more than three centuries.
@@ -158,7 +158,7 @@ class ManualClock:
     # The rest runs under the lock.
 
     def _stir(self, loop: asyncio.AbstractEventLoop | None) -> None:
-        """Something happened: start counting quiet turns anew, in every loop that takes part."""
+        """Start counting quiet turns anew in every loop, because something happened."""
         if loop is not None:
             self._quiet.setdefault(loop, 0)
         for other in list(self._quiet):
@@ -178,7 +178,7 @@ class ManualClock:
                 loop.call_soon_threadsafe(self._tick, loop)
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
-        """One turn of *loop*: go on counting, or jump when all loops are quiet."""
+        """Count one quiet turn of *loop*, and jump when all loops have been quiet long enough."""
         with self._lock:
             earliest = self._earliest()
             if self._holds or earliest == math.inf:
@@ -193,7 +193,7 @@ class ManualClock:
         loop.call_soon(self._tick, loop)
 
     def _earliest(self) -> float:
-        """When the next living sleeper is due."""
+        """When the next sleeper is due that has not been cancelled."""
         while self._sleepers:
             when, _, sleeper = self._sleepers[0]
             if not sleeper.done() and not sleeper.get_loop().is_closed():
@@ -208,7 +208,7 @@ class ManualClock:
             sleeper.get_loop().call_soon_threadsafe(_wake, sleeper)
 
     def _forget(self) -> None:
-        """One more sleeper cancelled; sweep the heap whenever half of it may be of their kind."""
+        """Count a cancelled sleeper, and clear the heap when half of it may be cancelled ones."""
         with self._lock:
             self._cancelled += 1
             if self._cancelled > 64 and self._cancelled * 2 > len(self._sleepers):

@@ -1,7 +1,7 @@
-"""What a submit must look like: the rules of the API's pages, and the refusals they lead to.
+"""The rules of the API's pages for a submit, and the errors for a submit that breaks them.
 
-Rules marked [C] are those of the ``wan2.5-text-to-image`` page; the other generation
-endpoints and models are generic: a model, perhaps a prompt, perhaps a callback.
+Rules marked [C] are those of the ``wan2.5-text-to-image`` page. The other generation endpoints
+and models are generic: a model, and optionally a prompt and a callback.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _LOCAL_NAMES = ("localhost", "local", "internal", "lan", "home.arpa")
 
 @frozen
 class Submission:
-    """A submit that keeps the rules.
+    """A submit that follows the rules.
 
     Attributes:
         type: ``image``, ``video``, ``audio``.
@@ -68,7 +68,7 @@ def read_submission(kind: str, body: dict[str, Any], image_models: tuple[str, ..
     """The submission in a JSON *body* for the endpoint of type *kind*.
 
     Raises:
-        ApiError: 400 for a broken rule, 404 for a model that is not there.
+        ApiError: 400 for a broken rule, 404 for an unknown model.
     """
     model = _string(body, "model")
     if kind == "image" and model not in (MODEL, *image_models):
@@ -146,7 +146,7 @@ def check_size(value: Any) -> tuple[int, int]:
 
 def _count(body: dict[str, Any], *, allowed: tuple[int, ...]) -> int:
     n = body.get("n", 1)
-    # In JSON 2.0 is an integer, and true, which Python takes for 1, is not.
+    # 2.0 is an integer in JSON; true is none, though it equals 1 in Python.
     if isinstance(n, bool) or n not in allowed:
         words = ", ".join(map(str, allowed))
         raise ApiError(400, f"n must be one of {words}", param="n")

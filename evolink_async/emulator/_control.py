@@ -1,4 +1,4 @@
-"""Control over HTTP, under ``/_emulator``, with the emulator's key like everything else.
+"""Control over HTTP, under ``/_emulator``, with the emulator's key as for the API.
 
 =========================== ======================================================
 ``GET  /books``             the totals
@@ -13,8 +13,8 @@
 ``POST /tasks/{task_id}``   end a task: ``{"status": "failed", "code": "service_error"}``
 =========================== ======================================================
 
-``prompt`` is the whole prompt in the books, and a part of it in a fault. Nothing of this is in
-the books, and no fault strikes it. What is not understood is answered with 400.
+``prompt`` is the whole prompt in the books, and a part of it in a fault. These requests are not
+in the books, and no fault strikes them. A request that is not understood is answered with 400.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["Control"]
 
 
 class _Emulator(Protocol):
-    """What is controlled."""
+    """What the control paths need of an `Emulator`."""
 
     @property
     def base_url(self) -> str: ...

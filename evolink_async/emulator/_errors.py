@@ -33,7 +33,7 @@ class ApiError(Exception):
     Args:
         status: The HTTP status; its documented ``type`` and ``code`` follow from it.
         message: The text for people.
-        param: The field that is to blame.
+        param: The field that is wrong.
         code: A string code instead of the status's own; always sent as it is, because
             codes of this kind exist only as strings.
         kind: The ``type``, if it is not the one that goes with *status*.

@@ -1,4 +1,4 @@
-"""One request on its way through the emulator, and what its answer is made of."""
+"""One request on its way through the emulator, and its answer."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from attrs import define, field
 from evolink_async.emulator._books import RequestRecord
 from evolink_async.emulator._errors import ApiError
 
-__all__ = ["Exchange", "json_response"]
+__all__ = ["Exchange", "http_date", "json_response"]
 
 
 @define(kw_only=True, eq=False)
 class Exchange:
-    """A request, what is known about it, and what became of it.
+    """A request, what is known about it, and how it was answered.
 
     Attributes:
         task_ids: The ids it asks for; for a submit the id it was given.
         prompts: The prompts of the tasks it is about.
-        status: Of the answer; None as long as there is none.
+        status: Of the answer; None until there is one.
         string_codes: Whether documented errors carry string codes.
-        without: Undocumented features the answer must do without.
+        without: Undocumented features to leave out of the answer.
     """
 
     request: web.Request
@@ -41,14 +41,14 @@ class Exchange:
     faults: list[str] = field(factory=list)
 
     def refuse(self, error: ApiError) -> web.Response:
-        """The answer *error* stands for."""
+        """The answer for *error*."""
         response = json_response(error.body(string_codes=self.string_codes), status=error.status)
         if error.retry_after is not None and "retry_after" not in self.without:
             response.headers["Retry-After"] = f"{error.retry_after:.15g}"
         return response
 
     def record(self) -> RequestRecord:
-        """Its line in the books."""
+        """Its entry for the books."""
         headers = self.request.headers
         submit = self.route == "submit"
         return RequestRecord(

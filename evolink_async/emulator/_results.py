@@ -18,6 +18,7 @@ from evolink_async.emulator._tasks import RESULT_LIFETIME, GenerationTask
 __all__ = ["Results"]
 
 _CACHED = 32
+"""Files that are kept."""
 _CONTENT_TYPES = {"image": "image/png", "audio": "audio/wav", "video": "video/mp4"}
 _REFUSAL = (
     '<?xml version="1.0" encoding="UTF-8"?>\n'
@@ -26,7 +27,7 @@ _REFUSAL = (
 
 
 class Results:
-    """Makes the results when they are asked for, and keeps the last few.
+    """Makes the results when they are requested, and keeps the last few.
 
     Args:
         pictures: ``full`` or ``tiny``.
@@ -39,9 +40,9 @@ class Results:
     async def answer(self, path: str, task: GenerationTask | None, now: float) -> web.Response:
         """The answer to a GET of *path*, as an object store gives it: errors are XML."""
         paths = task.result_paths() if task is not None else ()
-        if task is None or path not in paths or task.course.status_at(now) != "completed":
+        if task is None or path not in paths or task.timeline.status_at(now) != "completed":
             return _refusal(404, "NoSuchKey", "The specified key does not exist.")
-        if now > task.course.ends_at + RESULT_LIFETIME:
+        if now > task.timeline.ends_at + RESULT_LIFETIME:
             return _refusal(403, "AccessDenied", "Request has expired")
         body = await self._file(path, task, paths.index(path) + 1)
         task.delivered += 1

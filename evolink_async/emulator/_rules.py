@@ -1,4 +1,4 @@
-"""What a field of a fault or a setting of an emulator may be: tests that can say what they want."""
+"""Rules for the fields of faults and the settings of an emulator, each with its wording."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class Rule:
     """What a value must be.
 
     Attributes:
-        words: How it goes on after "must be".
-        allows: Whether a value, of whatever type, is it.
+        words: The rule as it follows "must be".
+        allows: Whether a value of any type follows the rule.
     """
 
     words: str
     allows: Callable[[Any], bool]
 
     def check(self, name: str, value: Any) -> None:
-        """Refuse a *value* that is something else.
+        """Refuse a *value* that breaks the rule.
 
         Raises:
             ValueError: With *name*, what is allowed, and the value.
@@ -50,7 +50,7 @@ class Rule:
             raise ValueError(f"{name} must be {self.words}, not {_shown(value)}")
 
     def __call__(self, owner: object, attribute: Attribute[Any], value: Any) -> None:
-        """Be the validator of an attribute."""
+        """Check an attribute, as a validator of attrs."""
         self.check(f"{type(owner).__name__}: {attribute.name}", value)
 
 
@@ -86,7 +86,7 @@ def one_of(*words: str) -> Rule:
 
 
 def matching(pattern: str, words: str) -> Rule:
-    """A text that is *pattern* from its beginning to its end."""
+    """A text that *pattern* matches as a whole."""
     compiled = re.compile(pattern)
     return Rule(
         words, lambda value: isinstance(value, str) and compiled.fullmatch(value) is not None

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import itertools
-import json
 import sys
-from collections.abc import Awaitable, Callable
-from typing import Any, Self, TextIO
+from collections.abc import Callable
+from typing import Self, TextIO
 
 from aiohttp import web
 from attrs import evolve
@@ -16,21 +14,19 @@ from attrs import evolve
 from evolink_async.emulator._background import Background
 from evolink_async.emulator._books import Books
 from evolink_async.emulator._callbacks import Callbacks
-from evolink_async.emulator._clock import Clock, RealClock, held
+from evolink_async.emulator._clock import Clock, RealClock
 from evolink_async.emulator._contract import OTHER_IMAGE_MODELS, Submission
 from evolink_async.emulator._control import Control
+from evolink_async.emulator._endpoints import Endpoints
 from evolink_async.emulator._errors import ApiError
-from evolink_async.emulator._exchange import Exchange, http_date, json_response
 from evolink_async.emulator._results import Results
 from evolink_async.emulator._rules import NAME, TEXT
-from evolink_async.emulator._service import Account, Duration, Service
+from evolink_async.emulator._service import Account, Duration, Service, Terms
 from evolink_async.emulator._settings import check
-from evolink_async.emulator._tasks import Course, GenerationTask
-from evolink_async.emulator.faults import Armed, Fault, Faults, RequestFault
+from evolink_async.emulator._tasks import GenerationTask, Timeline
+from evolink_async.emulator.faults import Fault, Faults
 
 __all__ = ["Emulator", "serve"]
-
-_Handler = Callable[[Exchange], Awaitable[web.Response]]
 
 
 class Emulator:
@@ -58,7 +54,7 @@ class Emulator:
             one-coloured ones of the true size and needs nothing.
         seed: Of everything drawn: durations, ids, faults with a rate.
         models: Image models it knows besides the documented ones.
-        without: Undocumented features it shall not have, out of ``emulator.FEATURES``.
+        without: Undocumented features it does not have, out of ``emulator.FEATURES``.
         string_codes: Errors carry codes such as ``invalid_request`` instead of the status.
         faults: Faults to start with; more by ``emulator.faults.add()``.
         callback_origin: Where callbacks are sent, such as ``http://127.0.0.1:8080``, whatever
@@ -67,8 +63,8 @@ class Emulator:
         max_body: Bytes of a request beyond which the answer is 413.
 
     Raises:
-        ValueError: A setting that is not what it may be.
-        TypeError: Something among *faults* that is no fault.
+        ValueError: A setting that is not allowed.
+        TypeError: *faults* contains something that is not a fault.
         ImportError: ``pictures="full"`` without pillow.
     """
 
@@ -99,26 +95,35 @@ class Emulator:
         self.api_key = api_key
         self.clock: Clock = RealClock(time_scale) if clock is None else clock
         self.callback_origin = callback_origin
-        self._string_codes = string_codes
-        self._max_body = max_body
         self.without = frozenset(without)
         self._service = Service(
             clock=self.clock,
             account=Account(remaining=float(credits)),
-            price=price,
-            duration=duration,
-            estimate=estimate,
-            seed=seed,
-            image_models=(*OTHER_IMAGE_MODELS, *models),
-            without=self.without,
-            bend=self._bend,
+            terms=Terms(
+                price=price,
+                duration=duration,
+                estimate=estimate,
+                seed=seed,
+                image_models=(*OTHER_IMAGE_MODELS, *models),
+                without=self.without,
+            ),
+            adjust=self._adjust,
         )
         self.books = Books(self._service)
-        self.faults = Faults(seed, self.clock.now(), self._redirect)
+        self.faults = Faults(seed, self.clock.now(), self._change_timeline)
         self.faults.add(*faults)
-        self._results = Results(pictures)
-        self._request_numbers = itertools.count(1)
-        self._dates: tuple[int, str] = (0, "")
+        self._endpoints = Endpoints(
+            service=self._service,
+            faults=self.faults,
+            books=self.books,
+            clock=self.clock,
+            results=Results(pictures),
+            accepted=self._accepted,
+            authorize=self.authorize,
+            string_codes=string_codes,
+            without=self.without,
+            max_body=max_body,
+        )
         self._runner: web.AppRunner | None = None
         self._callbacks: Callbacks | None = None
         self._background: Background | None = None
@@ -158,9 +163,9 @@ class Emulator:
         """
         if self._runner is not None:
             raise RuntimeError("this emulator is running already")
-        runner = web.AppRunner(
-            self._application(), access_log=None, handle_signals=False, shutdown_timeout=0.2
-        )
+        app = self._endpoints.application()
+        Control(self).add_to(app)
+        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=0.2)
         await runner.setup()
         try:
             await web.TCPSite(runner, self.host, self.port, backlog=1024).start()
@@ -186,7 +191,7 @@ class Emulator:
             await runner.cleanup()
 
     def fail(self, task_id: str, code: str = "service_error", message: str = "") -> None:
-        """Let a running task fail now; one that has ended stays as it is.
+        """End a running task as failed; a task that has ended stays as it is.
 
         Args:
             task_id: Which task.
@@ -202,7 +207,7 @@ class Emulator:
         self._end(task_id, "failed", code, message or "a failure you asked for")
 
     def cancel(self, task_id: str) -> None:
-        """Let a running task be cancelled now; one that has ended stays as it is.
+        """End a running task as cancelled; a task that has ended stays as it is.
 
         Raises:
             KeyError: There is no such task.
@@ -210,7 +215,7 @@ class Emulator:
         self._end(task_id, "cancelled", "request_cancelled", "the request was cancelled")
 
     def complete(self, task_id: str) -> None:
-        """Let a running task complete now; one that has ended stays as it is.
+        """End a running task as completed; a task that has ended stays as it is.
 
         Raises:
             KeyError: There is no such task.
@@ -218,147 +223,28 @@ class Emulator:
         self._end(task_id, "completed", None, None)
 
     def _end(self, task_id: str, status: str, code: str | None, message: str | None) -> None:
-        def change(course: Course, now: float) -> Course:
+        def change(timeline: Timeline, now: float) -> Timeline:
             return evolve(
-                course, ends_at=now, status=status, error_code=code, error_message=message
+                timeline, ends_at=now, status=status, error_code=code, error_message=message
             )
 
-        self._redirect(task_id, change)
+        self._change_timeline(task_id, change)
 
-    def _redirect(self, task_id: str, change: Callable[[Course, float], Course]) -> bool:
-        running = self._service.redirect(task_id, change)
+    def _change_timeline(self, task_id: str, change: Callable[[Timeline, float], Timeline]) -> bool:
+        running = self._service.change_timeline(task_id, change)
         if self._callbacks is not None:
-            self._callbacks.redirected(task_id)
+            self._callbacks.timeline_changed(task_id)
         return running
 
-    def _bend(self, submission: Submission, course: Course) -> Course:
-        return self.faults.bend(submission, course, self.clock.now())
+    def _adjust(self, submission: Submission, timeline: Timeline) -> Timeline:
+        return self.faults.adjust(submission, timeline, self.clock.now())
 
-    # The way of a request
-
-    def _application(self) -> web.Application:
-        app = web.Application(client_max_size=self._max_body, middlewares=[self._strays])
-        for kind in ("image", "video", "audio"):
-            self._route(app, "POST", f"/v1/{kind}s/generations", "submit", self._submitter(kind))
-        task_id = "{task_id}"
-        if "batch" not in self.without:
-            self._route(app, "POST", "/v1/tasks/batch", "batch", self._read_many)
-            task_id = "{task_id:(?!batch$)[^{}/]+}"  # a GET of the batch is a 405
-        if "list" not in self.without:
-            self._route(app, "GET", "/v1/tasks", "list", self._list)
-        self._route(app, "GET", f"/v1/tasks/{task_id}", "read", self._read)
-        self._route(app, "GET", "/v1/credits", "credits", self._credits)
-        self._route(app, "GET", "/results/{secret}/{name}", "result", self._result)
-        Control(self).add_to(app)
-        return app
-
-    def _route(
-        self, app: web.Application, method: str, path: str, route: str, handler: _Handler
-    ) -> None:
-        async def endpoint(request: web.Request) -> web.StreamResponse:
-            return await self._serve(request, route, handler)
-
-        app.router.add_route(method, path, endpoint)
-
-    @web.middleware
-    async def _strays(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
-        """Answer in the API's JSON where no endpoint is."""
-        stray = request.match_info.http_exception
-        if stray is None:
-            return await handler(request)
-
-        async def refuse(exchange: Exchange) -> web.Response:
-            response = exchange.refuse(
-                ApiError(stray.status, f"no endpoint for {request.method} {request.path}")
-            )
-            if "Allow" in stray.headers:
-                response.headers["Allow"] = stray.headers["Allow"]
-            return response
-
-        return await self._serve(request, "other", refuse)
-
-    async def _serve(
-        self, request: web.Request, route: str, handler: _Handler
-    ) -> web.StreamResponse:
-        with held(self.clock):
-            exchange = Exchange(
-                request=request,
-                route=route,
-                time=self.clock.now(),
-                request_id=f"req-{next(self._request_numbers):08d}",
-                string_codes=self._string_codes,
-                without=self.without,
-            )
-            try:
-                return await self._answer(exchange, handler)
-            finally:
-                self.books.record(exchange.record())
-
-    async def _answer(self, exchange: Exchange, handler: _Handler) -> web.StreamResponse:
-        refusal = await self._open(exchange)
-        struck = self.faults.of_request(exchange)
-        for fault, armed in struck:
-            spoiled = await _instead(exchange, fault, armed)
-            if spoiled is not None:
-                return self._signed(exchange, spoiled)
-        if refusal is None:
-            try:
-                response = await handler(exchange)
-            except ApiError as error:
-                response = exchange.refuse(error)
-        else:
-            response = exchange.refuse(refusal)
-        self._signed(exchange, response)
-        exchange.status = response.status
-        return await _spoiled(exchange, response, struck) if struck else response
-
-    async def _open(self, exchange: Exchange) -> ApiError | None:
-        """Find out what *exchange* is about; an error if it shall not be processed."""
-        request = exchange.request
-        try:
-            if exchange.route == "result":
-                self._about(exchange, (request.match_info["name"].rpartition("-")[0],))
-            elif exchange.route != "other":
-                self.authorize(request)
-                await self._open_call(exchange)
-        except ApiError as error:
-            return error
-        return None
-
-    async def _open_call(self, exchange: Exchange) -> None:
-        if exchange.route == "read":
-            self._about(exchange, (exchange.request.match_info["task_id"],))
-        elif exchange.request.method == "POST":
-            exchange.data = data = await self._object(exchange.request)
-            if exchange.route == "submit":
-                exchange.prompts = tuple(_strings([data.get("prompt")]))
-            else:
-                self._about(exchange, tuple(_strings(data.get("task_ids"))))
-
-    async def _object(self, request: web.Request) -> dict[str, Any]:
-        try:
-            data = json.loads(await request.read())
-            json.dumps(data)  # what is too deep to be written is too deep
-        except web.HTTPRequestEntityTooLarge:
-            raise ApiError(413, f"the body has more than {self._max_body} bytes") from None
-        except (ValueError, RecursionError, web.RequestPayloadError):
-            raise ApiError(400, "the body is not JSON") from None
-        if not isinstance(data, dict):
-            raise ApiError(400, "the body must be a JSON object")
-        return data
-
-    def _about(self, exchange: Exchange, ids: tuple[str, ...]) -> None:
-        tasks = self._service.tasks
-        # Known ids are kept as the one string the task has: books of many reads stay small.
-        exchange.task_ids = tuple(tasks[each].id if each in tasks else each for each in ids)
-        if self.faults.active:
-            found = (tasks.get(each) for each in ids)
-            exchange.prompts = tuple(task.submission.prompt for task in found if task is not None)
+    def _accepted(self, task: GenerationTask) -> None:
+        if self._callbacks is not None and task.submission.callback_url is not None:
+            self._callbacks.expect(task)
 
     def authorize(self, request: web.Request) -> None:
-        """Let *request* pass if it carries the key.
+        """Accept *request* if it carries the key.
 
         Raises:
             ApiError: 401.
@@ -369,97 +255,9 @@ class Emulator:
         ):
             raise ApiError(401, "the API key is missing or wrong")
 
-    def _signed(self, exchange: Exchange, response: web.StreamResponse) -> web.StreamResponse:
-        """*response* with the headers every answer has; its date is the emulated one."""
-        if "request_ids" not in self.without:
-            response.headers["X-Request-Id"] = exchange.request_id
-        second = int(exchange.time)
-        if self._dates[0] != second:
-            self._dates = second, http_date(second)
-        response.headers["Date"] = self._dates[1]
-        return response
-
-    # The endpoints
-
-    def _submitter(self, kind: str) -> _Handler:
-        async def submit(exchange: Exchange) -> web.Response:
-            key = exchange.request.headers.get("Idempotency-Key")
-            reply = self._service.submit(kind, exchange.data, key)
-            if reply.error is not None:
-                response = exchange.refuse(reply.error)
-            else:
-                response = json_response(reply.body)
-            if reply.replayed:
-                exchange.replayed = True
-                response.headers["Idempotency-Replayed"] = "true"
-            if reply.task is not None:
-                exchange.task_ids = (reply.task.id,)
-                if not reply.replayed:
-                    self._announce(reply.task)
-            return response
-
-        return submit
-
-    def _announce(self, task: GenerationTask) -> None:
-        """Have the callback of a task that has just been accepted sent."""
-        if self._callbacks is not None and task.submission.callback_url is not None:
-            self._callbacks.expect(task)
-
-    async def _read(self, exchange: Exchange) -> web.Response:
-        return json_response(self._service.read(exchange.request.match_info["task_id"]))
-
-    async def _read_many(self, exchange: Exchange) -> web.Response:
-        return json_response(self._service.read_many(exchange.data))
-
-    async def _list(self, exchange: Exchange) -> web.Response:
-        return json_response(self._service.list(dict(exchange.request.query)))
-
-    async def _credits(self, _exchange: Exchange) -> web.Response:
-        return json_response(self._service.credits())
-
-    async def _result(self, exchange: Exchange) -> web.Response:
-        match = exchange.request.match_info
-        path = f"/results/{match['secret']}/{match['name']}"
-        task = self._service.tasks.get(exchange.task_ids[0])
-        return await self._results.answer(path, task, self._service.settle())
-
-
-def _strings(values: Any) -> list[str]:
-    return [each for each in values if isinstance(each, str)] if isinstance(values, list) else []
-
-
-def _disconnected(exchange: Exchange) -> bool:
-    transport = exchange.request.transport
-    return transport is None or transport.is_closing()
-
-
-async def _instead(
-    exchange: Exchange, fault: RequestFault, armed: Armed
-) -> web.StreamResponse | None:
-    """The answer *fault* gives instead of processing, if it does."""
-    exchange.faults.append(type(fault).__name__)
-    response = await fault.before(exchange, armed)
-    if response is not None and not _disconnected(exchange):
-        exchange.status = response.status
-    return response
-
-
-async def _spoiled(
-    exchange: Exchange, response: web.Response, struck: list[tuple[RequestFault, Armed]]
-) -> web.StreamResponse:
-    """What becomes of *response* after all that *struck*: the first that sends ends it."""
-    for fault, _ in struck:
-        exchange.status = None
-        spoiled = await fault.after(exchange, response)
-        if _disconnected(exchange) or not isinstance(spoiled, web.Response):
-            return spoiled
-        response = spoiled
-        exchange.status = response.status
-    return response
-
 
 async def serve(emulator: Emulator, *, out: TextIO | None = None) -> None:
-    """Run *emulator* until cancelled, after saying on *out* (stdout) where it is.
+    """Print the address and the key on *out* (stdout), and run *emulator* until cancelled.
 
     Raises:
         OSError: The port is taken.

@@ -1,7 +1,7 @@
 """The emulated service without HTTP: tasks, credits, idempotency keys.
 
-Everything that changes with time is brought up to date by `Service.settle`, called before
-anything is looked at; all public methods may be called from any thread.
+Every public method first calls `Service.settle`, which charges what has ended by now. All may
+be called from any thread. [O] marks what was observed and is not documented.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from evolink_async.emulator._clock import Clock
 from evolink_async.emulator._contract import IDEMPOTENCY_KEY, TASK_ID, Submission, read_submission
 from evolink_async.emulator._errors import ApiError
 from evolink_async.emulator._rules import LONGEST, number
-from evolink_async.emulator._tasks import Course, GenerationTask, exact
+from evolink_async.emulator._tasks import GenerationTask, Timeline, exact
 
-__all__ = ["Account", "Duration", "Reply", "Service"]
+__all__ = ["Account", "Duration", "Reply", "Service", "Terms"]
 
 Duration = float | tuple[float, float] | Callable[[str, random.Random], float]
 """Seconds a generation takes: fixed, uniform between two bounds, or drawn by a function of the
@@ -38,7 +38,7 @@ _LISTED = ("processing", "completed", "failed", "cancelled")
 
 @frozen
 class Reply:
-    """What a submit is answered with, now and whenever its idempotency key comes again."""
+    """The answer to a submit, and to each later one with the same idempotency key."""
 
     body: dict[str, Any] | None
     task: GenerationTask | None = None
@@ -74,25 +74,32 @@ class Account:
         self.refunded = exact(self.refunded + reserved - charged)
 
 
-@define(kw_only=True, eq=False)
-class Service:
-    """Submit, read, read many, list, credits.
+@frozen(kw_only=True)
+class Terms:
+    """What a service offers: the settings of an `Emulator` that it follows."""
 
-    Attributes:
-        bend: Changes the course of a task that has just been accepted (the faults do).
-        tasks: All tasks by id, in the order of their acceptance.
-        peak_running: The most tasks that ever ran at the same time, from acceptance to end.
-    """
-
-    clock: Clock
-    account: Account
     price: float
     duration: Duration
     estimate: float | None
     seed: int
     image_models: tuple[str, ...]
     without: frozenset[str]
-    bend: Callable[[Submission, Course], Course] = lambda _, course: course
+
+
+@define(kw_only=True, eq=False)
+class Service:
+    """Submit, read, read many, list, credits.
+
+    Attributes:
+        adjust: Changes the timeline of a task that is being accepted (the faults do).
+        tasks: All tasks by id, in the order of their acceptance.
+        peak_running: The most tasks that ever ran at the same time, from acceptance to end.
+    """
+
+    clock: Clock
+    account: Account
+    terms: Terms
+    adjust: Callable[[Submission, Timeline], Timeline]
     base_url: str = ""
     tasks: dict[str, GenerationTask] = field(factory=dict)
     peak_running: int = 0
@@ -111,18 +118,18 @@ class Service:
             return self._alive
 
     def settle(self) -> float:
-        """Charge and refund what has ended by now, and say when that is."""
+        """Charge and refund the tasks that have ended by now; returns the time."""
         with self._lock:
             now = self.clock.now()
             while self._running and self._running[0][0] <= now:
                 at, _, task = heapq.heappop(self._running)
-                if at == task.course.ends_at and task.charged is None:
+                if at == task.timeline.ends_at and task.charged is None:
                     self._settle(task)
             return now
 
     def _settle(self, task: GenerationTask) -> None:
-        completed = task.course.status == "completed"
-        task.charged = exact(self.price * task.course.made) if completed else 0
+        completed = task.timeline.status == "completed"
+        task.charged = exact(self.terms.price * task.timeline.made) if completed else 0
         self.account.settle(task.reserved, task.charged)
         self._alive -= 1
 
@@ -136,7 +143,7 @@ class Service:
         Raises:
             ApiError: 400 for a malformed key, 409 for one that came with another body.
         """
-        if key is None or "idempotency" in self.without:
+        if key is None or "idempotency" in self.terms.without:
             return self._submit(kind, body, None)
         if not IDEMPOTENCY_KEY.fullmatch(key):
             raise ApiError(400, "Idempotency-Key must be 16-96 of A-Za-z0-9._-")
@@ -157,28 +164,28 @@ class Service:
 
     def _submit(self, kind: str, body: dict[str, Any], key: str | None) -> Reply:
         try:
-            submission = read_submission(kind, body, self.image_models)
+            submission = read_submission(kind, body, self.terms.image_models)
             with self._lock:
                 task = self._accept(submission, _digest(kind, body), key)
         except ApiError as error:
             return Reply(None, error=error)
-        return Reply(task.answer(task.accepted_at, self.base_url, self.without), task)
+        return Reply(self.body_of(task, task.accepted_at), task)
 
     def _accept(self, submission: Submission, digest: bytes, key: str | None) -> GenerationTask:
         now = self.settle()
-        reserved = exact(self.price * submission.n)
+        reserved = exact(self.terms.price * submission.n)
         self.account.reserve(reserved)
         draw = self._draw(digest)
-        course, estimate = self._course(submission, now, draw)
+        timeline, estimate = self._timeline(submission, now, draw)
         task = GenerationTask(
             id=self._new_id(now, draw),
             submission=submission,
             accepted_at=now,
             estimate=estimate,
-            course=self.bend(submission, course),
+            timeline=self.adjust(submission, timeline),
             reserved=reserved,
             secret=f"{draw.getrandbits(64):016x}",
-            price=self.price,
+            price=self.terms.price,
             idempotency_key=key,
         )
         self.tasks[task.id] = task
@@ -188,10 +195,10 @@ class Service:
         return task
 
     def _draw(self, digest: bytes) -> random.Random:
-        """Chance for one submit: the same for the k-th repeat of a body, whatever else is sent."""
+        """The random generator of one submit: its seed is the body and how often it came before."""
         occurrence = self._occurrences.get(digest, 0)
         self._occurrences[digest] = occurrence + 1
-        return random.Random(f"{self.seed}:{digest.hex()}:{occurrence}")  # noqa: S311 - not secret
+        return random.Random(f"{self.terms.seed}:{digest.hex()}:{occurrence}")  # noqa: S311 - not secret
 
     def _new_id(self, now: float, draw: random.Random) -> str:
         while True:
@@ -200,10 +207,10 @@ class Service:
             if name not in self.tasks:
                 return name
 
-    def _course(
+    def _timeline(
         self, submission: Submission, now: float, draw: random.Random
-    ) -> tuple[Course, float]:
-        law = self.duration
+    ) -> tuple[Timeline, float]:
+        law = self.terms.duration
         if callable(law):
             seconds = law(submission.prompt, draw)
             number(0, LONGEST).check("what duration(prompt, random) returns", seconds)
@@ -213,21 +220,21 @@ class Service:
             typical = sum(law) / 2
         else:
             seconds = typical = law
-        course = Course(
+        timeline = Timeline(
             starts_at=now + min(2.0, 0.1 * seconds), ends_at=now + seconds, made=submission.n
         )
-        return course, typical if self.estimate is None else self.estimate
+        return timeline, typical if self.terms.estimate is None else self.terms.estimate
 
     def _expect(self, task: GenerationTask) -> None:
         """Settle *task* when it ends."""
-        heapq.heappush(self._running, (task.course.ends_at, next(self._order), task))
+        heapq.heappush(self._running, (task.timeline.ends_at, next(self._order), task))
 
-    def redirect(self, task_id: str, change: Callable[[Course, float], Course]) -> bool:
-        """Change the course of a running task; one that has ended keeps its own.
+    def change_timeline(self, task_id: str, change: Callable[[Timeline, float], Timeline]) -> bool:
+        """Change the timeline of a running task; a task that has ended stays as it is.
 
         Args:
             task_id: Which task.
-            change: Makes the new course of the old one and the time.
+            change: Takes the timeline and the time; returns the new timeline.
 
         Returns:
             Whether it was running.
@@ -238,10 +245,10 @@ class Service:
         with self._lock:
             now = self.settle()
             task = self.tasks[task_id]
-            running = now < task.course.ends_at
+            running = now < task.timeline.ends_at
             if running:
-                # Its entry at the old end stays behind and settles nothing.
-                task.course = change(task.course, now)
+                # Its entry at the old end stays in the heap, and settle ignores it.
+                task.timeline = change(task.timeline, now)
                 self._expect(task)
                 self.settle()
             return running
@@ -266,7 +273,11 @@ class Service:
         if task is None or not task.known_at(now):
             return None
         task.reads += 1
-        return task.answer(now, self.base_url, self.without)
+        return self.body_of(task, now)
+
+    def body_of(self, task: GenerationTask, now: float) -> dict[str, Any]:
+        """What a read of *task* at *now* is answered with; this one is not counted."""
+        return task.answer(now, self.base_url, self.terms.without)
 
     def read_many(self, body: dict[str, Any]) -> dict[str, Any]:
         """The body of a batch read [O]; unknown ids are absent from it.
@@ -287,7 +298,7 @@ class Service:
         """The body of a listing [O]: newest first, filtered, in pages.
 
         Raises:
-            ApiError: 400 for a filter or page that cannot be.
+            ApiError: 400 for a filter or page that is not allowed.
         """
         status = _choice(query, "status", _LISTED)
         kind = _choice(query, "type", _TYPES)
@@ -314,7 +325,7 @@ class Service:
         }
 
     def credits(self) -> dict[str, Any]:
-        """The body of a look at the credits; what is reserved is not remaining."""
+        """The body of the answer about credits; what is reserved is not remaining."""
         self.settle()
         amounts = {
             "remaining_credits": self.account.remaining,
@@ -333,8 +344,8 @@ def _digest(kind: str, body: Any) -> bytes:
 
 
 def _listed_as(task: GenerationTask, now: float) -> str:
-    """The status filter a task falls under: queued ones count as processing [O]."""
-    return task.course.status if now >= task.course.ends_at else "processing"
+    """The status filter that finds a task: queued ones count as processing [O]."""
+    return task.timeline.status if now >= task.timeline.ends_at else "processing"
 
 
 def _choice(query: dict[str, str], name: str, allowed: tuple[str, ...]) -> str | None:

@@ -1,4 +1,4 @@
-"""What the settings of an emulator may be."""
+"""The rules for the settings of an emulator."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FEATURES = (
     "result_data",
     "retry_after",
 )
-"""What the API does without documenting it, and ``without`` may switch off."""
+"""Undocumented features of the API that ``without`` can switch off."""
 
 _MOST_CREDITS = 1e12
 _SECONDS = number(0, LONGEST)
@@ -88,7 +88,7 @@ _RULES = {
 
 
 def check(settings: Mapping[str, Any]) -> None:
-    """Refuse a setting that is not what it may be.
+    """Refuse a setting that breaks its rule.
 
     Raises:
         ValueError: Naming the setting, its value, and what is allowed.

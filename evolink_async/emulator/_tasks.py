@@ -1,4 +1,4 @@
-"""The life of one task, computed from the time whenever somebody looks: no timers."""
+"""One task: its timeline, and what the API says about it at a time. There are no timers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from attrs import define, field, frozen
 
 from evolink_async.emulator._contract import Submission
 
-__all__ = ["RESULT_LIFETIME", "Course", "GenerationTask", "exact"]
+__all__ = ["RESULT_LIFETIME", "GenerationTask", "Timeline", "exact"]
 
 RESULT_LIFETIME = 24 * 3600.0
 """Seconds a result link works after the task has completed (docs.evolink.ai, "query task")."""
@@ -18,25 +18,25 @@ _SUFFIXES = {"image": "png", "audio": "wav", "video": "mp4"}
 
 
 def exact(amount: float) -> float:
-    """Credits without the dust of binary fractions; whole ones as an integer."""
+    """Credits, rounded to six decimals; whole ones as an integer."""
     rounded = round(amount, 6)
     return int(rounded) if rounded == int(rounded) else rounded
 
 
 @frozen(kw_only=True)
-class Course:
-    """How a task is going to go, decided when it is accepted.
+class Timeline:
+    """When a task changes, and how it ends; decided when it is accepted.
 
     Attributes:
         starts_at: When it turns from pending to processing.
         ends_at: When it reaches *status*; infinite for one that hangs.
         status: How it ends: ``completed``, ``failed``, ``cancelled``.
-        made: Results it will have, and is charged for.
+        made: Results it will have; the task is charged for these.
         error_code: Of a failed or cancelled task.
         error_message: Of a failed or cancelled task.
         stuck_at: Progress it never gets beyond, in percent.
-        vanishes_at: From when on the API does not know it any more.
-        lag: Seconds after its acceptance for which the API does not know it yet.
+        vanishes_at: When the API forgets it.
+        lag: Seconds after its acceptance until the API knows it.
         word: A status word shown instead of ``processing``.
         falls_back: Whether progress goes back in the second half.
     """
@@ -86,7 +86,7 @@ class GenerationTask:
     submission: Submission
     accepted_at: float
     estimate: float
-    course: Course
+    timeline: Timeline
     reserved: float
     secret: str
     price: float
@@ -102,19 +102,19 @@ class GenerationTask:
 
     def known_at(self, now: float) -> bool:
         """Whether a read at *now* finds it."""
-        return self.accepted_at + self.course.lag <= now < self.course.vanishes_at
+        return self.accepted_at + self.timeline.lag <= now < self.timeline.vanishes_at
 
     def result_paths(self) -> tuple[str, ...]:
         """The paths of its results on the emulator's own origin."""
         return tuple(
             f"/results/{self.secret}/{self.id}-{number}.{self.suffix}"
-            for number in range(1, self.course.made + 1)
+            for number in range(1, self.timeline.made + 1)
         )
 
     def answer(self, now: float, base_url: str, without: frozenset[str]) -> dict[str, Any]:
         """The body of a read at *now*; *without* names undocumented features to leave out."""
-        status = self.course.status_at(now)
-        ended = now >= self.course.ends_at
+        status = self.timeline.status_at(now)
+        ended = now >= self.timeline.ends_at
         passed = 0.0 if "remaining_time" in without else now - self.accepted_at
         left = 0.0 if ended else max(0.0, self.estimate - passed)
         answer: dict[str, Any] = {
@@ -122,7 +122,7 @@ class GenerationTask:
             "id": self.id,
             "model": self.submission.model,
             "object": f"{self.submission.type}.generation.task",
-            "progress": self.course.progress_at(now),
+            "progress": self.timeline.progress_at(now),
             "status": status,
             "task_info": {"can_cancel": not ended, "estimated_time": round(left)},
             "type": self.submission.type,
@@ -137,8 +137,8 @@ class GenerationTask:
         return answer
 
     def _add_end(self, answer: dict[str, Any], base_url: str, without: frozenset[str]) -> None:
-        course = self.course
-        if course.status == "completed":
+        timeline = self.timeline
+        if timeline.status == "completed":
             urls = [base_url + path for path in self.result_paths()]
             answer["results"] = urls
             if "result_data" not in without:
@@ -147,34 +147,34 @@ class GenerationTask:
         else:
             answer["error"] = self._error(without)
         if "duration" not in without:
-            answer["duration"] = round(course.ends_at - self.accepted_at, 3)
+            answer["duration"] = round(timeline.ends_at - self.accepted_at, 3)
         if "credits_used" not in without:
-            used = exact(self.price * course.made) if course.status == "completed" else 0
+            used = exact(self.price * timeline.made) if timeline.status == "completed" else 0
             answer["usage"]["credits_used"] = used
             answer["usage"]["cost"] = used
 
     def _error(self, without: frozenset[str]) -> dict[str, Any]:
-        error = {"code": self.course.error_code, "message": self.course.error_message}
+        error = {"code": self.timeline.error_code, "message": self.timeline.error_message}
         if "error_details" not in without:
             error["type"] = "task_error"
             error["suggestion"] = "see the error code's page"
         return error
 
     def summary(self, now: float) -> dict[str, Any]:
-        """Its line in the list of tasks at *now* (observed, not documented)."""
-        course = self.course
-        ended = now >= course.ends_at
-        completed = ended and course.status == "completed"
+        """Its entry in the list of tasks at *now* (observed, not documented)."""
+        timeline = self.timeline
+        ended = now >= timeline.ends_at
+        completed = ended and timeline.status == "completed"
         return {
             "id": self.id,
             "model": self.submission.model,
             "type": self.submission.type,
-            "status": course.status_at(now),
-            "progress": course.progress_at(now),
+            "status": timeline.status_at(now),
+            "progress": timeline.progress_at(now),
             "created_at": int(self.accepted_at),
-            "duration": round(course.ends_at - self.accepted_at, 3) if ended else 0,
+            "duration": round(timeline.ends_at - self.accepted_at, 3) if ended else 0,
             "has_results": completed,
-            "result_count": course.made if completed else 0,
-            "has_error": ended and course.error_code is not None,
-            "credits_used": exact(self.price * course.made) if completed else 0,
+            "result_count": timeline.made if completed else 0,
+            "has_error": ended and timeline.error_code is not None,
+            "credits_used": exact(self.price * timeline.made) if completed else 0,
         }

@@ -483,7 +483,7 @@ async def test_only_the_last_results_are_kept(api: Caller, emulator: Emulator) -
         emulator.complete(name)
         for url in emulator.books.task(name).result_urls:
             await api.get(url)
-    assert len(emulator._results._cache) == 32
+    assert len(emulator._endpoints.results._cache) == 32
     assert (await api.get(emulator.books.task(name).result_urls[0])).status == 200
 
 

@@ -30,7 +30,7 @@ from evolink_async import (
     Timeout,
 )
 from evolink_async.emulator import Emulator, ManualClock, TaskRecord
-from evolink_async.emulator._tasks import Course
+from evolink_async.emulator._tasks import Timeline
 from evolink_async.emulator.faults import (
     Endless,
     Fault,
@@ -114,19 +114,19 @@ def storm() -> tuple[Fault, ...]:
     )
 
 
-def agrees(outcome: Outcome, record: TaskRecord, course: Course) -> bool:
+def agrees(outcome: Outcome, record: TaskRecord, timeline: Timeline) -> bool:
     """Whether what the caller got is what the books say of the task."""
     error = outcome.error
     if error is None:
         return outcome.result is not None and outcome.result.urls == record.result_urls
     if isinstance(error, TaskFailedError):
-        return (record.status, course.error_code) == ("failed", error.code)
+        return (record.status, timeline.error_code) == ("failed", error.code)
     if isinstance(error, TaskCancelledError):
         return record.status == "cancelled"
     if isinstance(error, NotFoundError):
-        return course.vanishes_at < math.inf
+        return timeline.vanishes_at < math.inf
     if isinstance(error, TaskTimeoutError):
-        return course.ends_at == math.inf
+        return timeline.ends_at == math.inf
     return isinstance(error, SubmitUncertainError)
 
 
@@ -166,7 +166,7 @@ async def test_every_task_ends_as_the_books_say(tmp_path: Path) -> None:
         if records is None:
             refused = (SubmitUncertainError, RateLimitError, ServerError)
             assert isinstance(outcome.error, refused), outcome
-        elif not agrees(outcome, records[0], emulator._service.tasks[records[0].id].course):
+        elif not agrees(outcome, records[0], emulator._service.tasks[records[0].id].timeline):
             disagreeing.append((outcome, records[0]))
     assert disagreeing == []
     hit = sum(bool(entry.faults) for entry in emulator.books.requests())
