@@ -156,5 +156,5 @@ def _substitute(char: str, family: str | None) -> str:
     script, _, sound = unicodedata.name(char, "").rpartition(" ")
     if script in _SPELT_SCRIPTS:
         return sound.lower()
-    plain = unicodedata.normalize("NFKD", char)[0]
-    return plain if _has_glyph(plain, family) else "\N{MIDDLE DOT}"
+    letter = unicodedata.normalize("NFKD", char)[0]
+    return letter if _has_glyph(letter, family) else "\N{MIDDLE DOT}"

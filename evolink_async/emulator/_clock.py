@@ -155,7 +155,7 @@ class ManualClock:
             self._move_to(self._now + seconds)
             self._stir(None)
 
-    # The rest runs under the lock.
+    # The methods below run under the lock.
 
     def _stir(self, loop: asyncio.AbstractEventLoop | None) -> None:
         """Start counting quiet turns anew in every loop, because something happened."""

@@ -277,7 +277,7 @@ def _add_ridge(land: Image.Image, heights: _Curve, top: _Colour, foot: _Colour) 
 
 
 def _with_trees(heights: _Curve, tall: float, chance: random.Random) -> _Curve:
-    """The line with firs on it, in groups."""
+    """The line with groves of firs on it."""
     groves = _fractal(len(heights), 5.0, 0.5, chance)
     line = list(heights)
     spot = 0.0

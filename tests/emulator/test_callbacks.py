@@ -1,4 +1,4 @@
-"""Callbacks, as the page has them and as badly as asked for, to a real receiver."""
+"""Callbacks as the API's page describes them, and with faults, to a real receiver."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ URL = "https://app.example.com/hooks/evolink?token=1"
 
 @define
 class Receiver:
-    """Keeps what is POSTed to it, and answers with the statuses it is given, then with 200."""
+    """Keeps what is POSTed to it; answers with the given statuses, then with 200."""
 
     clock: ManualClock
     origin: str = ""
@@ -176,7 +176,7 @@ async def test_without_an_origin_nothing_is_sent(clock: ManualClock) -> None:
 
 @pytest.mark.parametrize("origin", ["", "ftp://x", "app.example.com"])
 def test_the_origin_is_checked(origin: str) -> None:
-    """What is no http origin is refused."""
+    """A callback origin that is not an http origin is refused."""
     with pytest.raises(ValueError, match="callback_origin must be an origin such as"):
         Emulator(pictures="tiny", callback_origin=origin)
 
@@ -201,7 +201,7 @@ async def test_a_callback_may_be_dropped_delayed_or_doubled(
     assert times == {"drop": [], "late": [130], "again": [100, 100, 100]}
 
 
-async def test_the_callback_of_one_task_may_be_spoilt(
+async def test_the_callback_of_one_task_may_have_a_fault(
     api: Caller, emulator: Emulator, receiver: Receiver, clock: ManualClock
 ) -> None:
     """A callback fault may be about one task, and be added while it runs."""
@@ -240,7 +240,7 @@ async def test_callbacks_may_come_in_another_order(
 async def test_a_callback_may_be_forged(
     api: Caller, emulator: Emulator, receiver: Receiver, clock: ManualClock
 ) -> None:
-    """A stranger may say that a running task has ended; the true callback comes as well."""
+    """A forged callback says that a running task has ended; the true one comes as well."""
     emulator.faults.add(CallbackForged("completed", "https://attacker.example/x.png"))
     name = await api.task(callback_url=URL)
     await receiver.arrived.wait()

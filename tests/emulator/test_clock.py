@@ -54,7 +54,7 @@ async def test_a_time_that_has_come_does_not_wait() -> None:
 
 
 async def test_a_held_clock_stands_still() -> None:
-    """While anybody holds it, time does not jump; holds nest."""
+    """While the clock is held, time does not jump; holds nest."""
     clock = ManualClock()
     sleeping = asyncio.create_task(clock.sleep_until(EPOCH + 10))
     with clock.hold():
@@ -99,7 +99,7 @@ async def test_a_hold_from_outside_any_loop_counts() -> None:
 
 
 async def test_a_cancelled_sleeper_moves_nothing() -> None:
-    """Time does not jump to where nobody waits any more, and the heap does not keep them."""
+    """Time does not jump to a cancelled sleeper, and the heap does not keep cancelled ones."""
     clock = ManualClock()
     with clock.hold():
         sleepers = [asyncio.create_task(clock.sleep_until(EPOCH + 5)) for _ in range(200)]
@@ -118,7 +118,7 @@ async def test_a_cancelled_sleeper_moves_nothing() -> None:
 
 
 async def test_advancing_moves_time_by_hand() -> None:
-    """Without autoadvance only `advance` moves time, and wakes all who are due."""
+    """Without autoadvance only `advance` moves time; it wakes every sleeper that is due."""
     clock = ManualClock(start=0, autoadvance=False)
     early, late = (asyncio.create_task(clock.sleep_until(at)) for at in (10, 20))
     await asyncio.sleep(0.01)

@@ -29,7 +29,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 async def emulator(clock: ManualClock) -> AsyncIterator[Emulator]:
-    """An emulator whose generations take 100 s."""
+    """An emulator with generations of 100 s."""
     async with Emulator(clock=clock, pictures="tiny", duration=100) as emulator:
         yield emulator
 
@@ -42,7 +42,7 @@ async def api(emulator: Emulator) -> AsyncIterator[Caller]:
 
 
 async def test_the_books_are_open(api: Caller, emulator: Emulator) -> None:
-    """Over HTTP the books say what they say in Python, and looking leaves no trace."""
+    """Over HTTP the books say what they say in Python, and requests for them are not in them."""
     name = await api.task(prompt="one")
     await api.submit(prompt="two", n=3)
     assert (await api.get("/_emulator/books")).json == emulator.books.summary()
@@ -123,7 +123,7 @@ async def test_a_task_can_be_ended_over_http(api: Caller, status: str) -> None:
 async def test_nonsense_is_refused(
     api: Caller, method: str, path: str, body: str | None, status: int
 ) -> None:
-    """What control does not understand is a 4xx in the API's form."""
+    """A control request that is not understood is a 4xx in the API's form."""
     answer = await api.call(method, path, data=body)
     assert (answer.status, answer.error["code"]) == (status, status)
 
@@ -139,7 +139,7 @@ async def test_a_real_clock_cannot_be_moved() -> None:
 
 
 async def test_control_needs_the_key(api: Caller) -> None:
-    """Without the key nobody controls anything."""
+    """Control requests without the key are refused."""
     answer = await api.get("/_emulator/books", headers={"Authorization": "Bearer wrong"})
     assert answer.status == 401
 
@@ -172,7 +172,7 @@ def test_it_runs_in_a_thread_of_its_own() -> None:
 
 
 def test_what_keeps_it_from_starting_is_raised() -> None:
-    """A taken port is an error where the emulator was to start."""
+    """A taken port raises in the thread that starts the emulator."""
     with (
         Emulator(pictures="tiny") as emulator,
         pytest.raises(OSError, match="address already in use"),

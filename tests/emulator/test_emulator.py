@@ -28,7 +28,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 async def emulator(clock: ManualClock) -> AsyncIterator[Emulator]:
-    """An emulator whose generations take 100 s."""
+    """An emulator with generations of 100 s."""
     async with Emulator(clock=clock, pictures="tiny", duration=100, credits=10) as emulator:
         yield emulator
 
@@ -127,13 +127,13 @@ async def test_a_submit_that_breaks_a_rule_is_refused(
     ],
 )
 async def test_a_submit_within_the_rules_is_accepted(api: Caller, fields: dict[str, Any]) -> None:
-    """Bounds are inclusive, and unknown fields are nobody's business."""
+    """Bounds are inclusive, and unknown fields are ignored."""
     assert (await api.submit(**fields)).status == 200
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"7", b"\xff", b"[" * 100_000])
 async def test_a_body_that_is_no_json_object_is_refused(api: Caller, body: bytes) -> None:
-    """Whatever is not a JSON object is a 400."""
+    """A body that is not a JSON object is a 400."""
     answer = await api.call("POST", IMAGES, data=body)
     assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
 
@@ -277,7 +277,7 @@ async def test_durations_and_ids_follow_from_the_seed() -> None:
 
 
 async def test_a_duration_may_be_a_function() -> None:
-    """A function of prompt and chance decides each duration; the estimate may be set apart."""
+    """A function of prompt and random generator sets each duration; the estimate can be fixed."""
 
     def law(prompt: str, chance: random.Random) -> float:
         return len(prompt) + chance.random()
@@ -374,7 +374,7 @@ async def test_without_credits_nothing_is_accepted(api: Caller, emulator: Emulat
 
 
 async def test_prices_may_be_fractions() -> None:
-    """Fractions of credits add up without dust."""
+    """Fractions of credits add up without rounding errors."""
     async with (
         Emulator(clock=ManualClock(), pictures="tiny", price=0.1, credits=1) as emulator,
         calling(emulator) as api,
@@ -465,7 +465,7 @@ async def test_result_links_expire_after_a_day(api: Caller, clock: ManualClock) 
 async def test_a_result_is_found_under_its_own_link_only(
     api: Caller, emulator: Emulator, clock: ManualClock
 ) -> None:
-    """Nothing is served before the task completes, nor to those who guess."""
+    """No result is served before the task completes, nor at a guessed path."""
     name = await api.task()
     (url,) = emulator._service.tasks[name].result_paths()
     assert (await api.get(url)).status == 404
@@ -476,7 +476,7 @@ async def test_a_result_is_found_under_its_own_link_only(
 
 
 async def test_only_the_last_results_are_kept(api: Caller, emulator: Emulator) -> None:
-    """Results are made when asked for; what is kept of them is bounded."""
+    """Results are made when they are requested, and only the last few are kept."""
     emulator._service.account.remaining = 100
     for _ in range(10):
         name = await api.task(n=4)
@@ -653,7 +653,7 @@ def test_the_command_serves_until_interrupted(
 async def test_the_command_makes_the_emulator_it_was_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What the options switch on and off is so when it serves."""
+    """The options that switch something on or off take effect when it serves."""
     made: list[Emulator] = []
 
     async def kept(emulator: Emulator) -> None:
@@ -671,7 +671,7 @@ async def test_the_command_makes_the_emulator_it_was_asked_for(
 
 
 def test_the_command_has_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each setting has its option, but for those that are Python objects; `--help` names all."""
+    """Each setting that is not a Python object has an option, and `--help` names all of them."""
     options = vars(parser().parse_args([]))
     settings = set(inspect.signature(Emulator).parameters)
     assert set(options) == settings - {"clock", "faults"}

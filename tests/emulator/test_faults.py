@@ -1,4 +1,4 @@
-"""Every fault, seen from the other end of the connection."""
+"""Every fault, as a client meets it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 async def emulator(clock: ManualClock) -> AsyncIterator[Emulator]:
-    """An emulator whose generations take 100 s."""
+    """An emulator with generations of 100 s."""
     async with Emulator(clock=clock, pictures="tiny", duration=100, credits=10**6) as emulator:
         yield emulator
 
@@ -81,13 +81,13 @@ async def test_a_fault_strikes_its_route_only(api: Caller, emulator: Emulator) -
 
 
 async def test_a_fault_strikes_the_nth_and_so_many_times(api: Caller, emulator: Emulator) -> None:
-    """`nth` counts what fits, `times` bounds what is struck."""
+    """`nth` counts the requests that fit, `times` bounds how many are struck."""
     emulator.faults.add(Status(500, nth=(1, 3)), Status(502, route="credits", times=2))
     assert [(await api.get("/v1/credits")).status for _ in range(4)] == [500, 502, 500, 200]
 
 
 async def test_a_fault_strikes_one_task_or_prompt(api: Caller, emulator: Emulator) -> None:
-    """A fault may be about one task, or all whose prompt contains something."""
+    """A fault may be about one task, or about all tasks with a text in their prompt."""
     one, other = [await api.task(prompt=prompt) for prompt in ("a lake", "a fox")]
     emulator.faults.add(Status(500, task=one), Status(502, prompt="fox"))
     assert [(await api.get(f"/v1/tasks/{name}")).status for name in (one, other)] == [500, 502]
@@ -150,7 +150,7 @@ async def test_a_fault_about_one_task_strikes_all_that_name_it(
 
 
 async def test_only_faults_are_faults(emulator: Emulator) -> None:
-    """Something else than a fault is refused, a class as well."""
+    """Only faults can be added: a text is refused, and so is a class of faults."""
     with pytest.raises(TypeError, match="is no fault"):
         emulator.faults.add("Status")  # type: ignore[arg-type]  # the point
     with pytest.raises(TypeError, match=r"Status is a class, not a fault; write Status\(\)"):
@@ -161,7 +161,7 @@ PROMPT = "a slow and odd lake, forbidden to four"
 
 
 async def attempted(call: Coroutine[Any, Any, Answer]) -> Answer | None:
-    """The answer, if it comes whole within a moment."""
+    """The answer, or None unless it comes whole within a moment."""
     try:
         async with asyncio.timeout(0.1):
             return await call
@@ -181,10 +181,10 @@ def told(answer: Answer | None) -> tuple[Any, ...]:
 
 
 async def story(example: str = "") -> tuple[list[Any], set[str]]:
-    """What a small client sees that reads every 3 s, and the faults its requests met.
+    """What a small client sees, and the names of the faults that struck its requests.
 
-    It submits eleven times, reads the first three tasks five times, fetches one result and
-    waits for the callbacks. Ids, times and durations are the same in each run.
+    It submits eleven times, reads the first three tasks every 3 s, five times, fetches one
+    result and waits for the callbacks. Ids, times and durations are the same in each run.
     """
     clock = ManualClock()
     async with (
@@ -245,7 +245,7 @@ def test_every_fault_can_be_found() -> None:
 
 
 async def test_a_status_comes_in_the_apis_own_form(api: Caller, emulator: Emulator) -> None:
-    """A status carries the documented type, a code of one's choice, and Retry-After."""
+    """A status carries the documented type, the given code, and Retry-After."""
     emulator.faults.add(
         Status(429, "slow down", code="key_daily_quota_exhausted", retry_after=7, nth=1),
         Status(503, retry_after=7, as_date=True, nth=2),
@@ -295,7 +295,7 @@ async def test_an_answer_may_be_late(api: Caller, emulator: Emulator, when: str)
 async def test_a_connection_may_be_reset(
     api: Caller, emulator: Emulator, when: str, accepted: int
 ) -> None:
-    """A submit whose connection is reset was accepted or not, and the books know."""
+    """A reset connection leaves open whether a submit was accepted; the books tell."""
     emulator.faults.add(Reset(when, route="submit"))
     with pytest.raises((aiohttp.ClientError, ConnectionError)):
         await api.submit()
@@ -307,7 +307,7 @@ async def test_a_connection_may_be_reset(
 async def test_a_client_may_leave_before_a_fault_strikes(
     api: Caller, emulator: Emulator, fault: Fault
 ) -> None:
-    """A fault that finds nobody there any more harms nobody."""
+    """A fault that strikes after the client has left does no harm."""
     emulator.faults.add(Latency(0.05), fault)
     await left_alone(emulator, fault, api.get("/v1/credits"))
     await finished(emulator, 1)
@@ -333,7 +333,7 @@ async def test_a_length_may_be_too_short(api: Caller, emulator: Emulator) -> Non
 
 
 async def test_a_body_may_make_no_sense(api: Caller, emulator: Emulator) -> None:
-    """A garbled body has the right length, or is what one likes."""
+    """A garbled body has the right length, or is the given one."""
     emulator.faults.add(Garbled(nth=1), Garbled("[]", nth=2))
     garbled = await api.get("/v1/credits")
     with pytest.raises(ValueError, match="utf-8"):
@@ -343,7 +343,7 @@ async def test_a_body_may_make_no_sense(api: Caller, emulator: Emulator) -> None
 
 
 async def test_a_body_may_drip(api: Caller, emulator: Emulator) -> None:
-    """A dripping body arrives whole for whoever waits, and ends for whoever leaves."""
+    """A dripping body arrives whole if the client waits, and ends when it leaves."""
     drip = SlowDrip(1, 0.005, nth=2)
     emulator.faults.add(SlowDrip(64, 0.001, nth=1), drip)
     assert (await api.get("/v1/credits")).json["success"] is True
@@ -364,7 +364,7 @@ async def test_a_body_may_never_end(api: Caller, emulator: Emulator, fault: Faul
 async def left_alone(emulator: Emulator, fault: Fault, call: Coroutine[Any, Any, Answer]) -> None:
     """Leave a *call* soon after *fault* has struck it."""
     calling = asyncio.create_task(call)
-    while not emulator.faults.struck(fault):  # noqa: ASYNC110 - faults tell nobody
+    while not emulator.faults.struck(fault):  # noqa: ASYNC110 - there is no event for it
         await asyncio.sleep(0.001)
     await asyncio.sleep(0.01)
     calling.cancel()
@@ -378,7 +378,7 @@ async def finished(emulator: Emulator, requests: int) -> None:
 
 
 async def test_closing_does_not_wait_for_a_stalled_answer() -> None:
-    """An emulator closes although somebody waits for an answer that never ends."""
+    """An emulator closes although a client waits for an answer that never ends."""
     async with (
         Emulator(pictures="tiny", faults=(Stalled(),)) as emulator,
         calling(emulator) as api,
@@ -401,7 +401,7 @@ async def test_a_result_may_be_no_picture(api: Caller, emulator: Emulator) -> No
 
 
 async def test_a_rate_may_be_limited(api: Caller, emulator: Emulator, clock: ManualClock) -> None:
-    """Beyond the rate the answer is 429, and who waits as told passes."""
+    """Beyond the rate the answer is 429; after `Retry-After` the next request passes."""
     limit = RateLimit(2, 1.5, route="credits")
     emulator.faults.add(limit)
     answers = [await api.get("/v1/credits") for _ in range(3)]
@@ -416,7 +416,7 @@ async def test_a_rate_may_be_limited(api: Caller, emulator: Emulator, clock: Man
 
 
 async def test_the_service_may_be_out(api: Caller, emulator: Emulator, clock: ManualClock) -> None:
-    """During an outage a proxy answers, or nobody."""
+    """During an outage a proxy's page answers, or every connection is reset."""
     emulator.faults.add(Outage(10, 10), Outage(20, 10, status=None))
     assert (await api.get("/v1/credits")).status == 200
     clock.advance(10)
@@ -447,7 +447,7 @@ async def test_faults_strike_together(api: Caller, emulator: Emulator) -> None:
 async def test_a_task_may_fail(
     api: Caller, emulator: Emulator, clock: ManualClock, code: str
 ) -> None:
-    """A task whose prompt fits fails with the code, and is refunded."""
+    """A task with a fitting prompt fails with the given code, and is refunded."""
     emulator.faults.add(TaskFails(code, "no", prompt="bad"))
     bad, good = [await api.task(prompt=prompt) for prompt in ("a bad thing", "a good thing")]
     clock.advance(60)
@@ -535,7 +535,7 @@ async def test_a_running_task_may_be_changed(
 async def test_a_task_failed_late_has_failed_when_it_was_told_to(
     api: Caller, emulator: Emulator, clock: ManualClock
 ) -> None:
-    """A running task beyond the share at which it shall fail fails now, and is refunded."""
+    """A task past the share at which it is to fail fails at once, and is refunded."""
     name = await api.task()
     clock.advance(60)
     emulator.faults.add(TaskFails(at=0.1, task=name))
@@ -562,7 +562,7 @@ async def test_only_a_running_task_can_be_changed(
 async def test_a_hanging_task_reaches_no_share(
     api: Caller, emulator: Emulator, clock: ManualClock
 ) -> None:
-    """A task that hangs and shall fail on its way hangs."""
+    """A task with both faults, one to hang and one to fail, hangs."""
     emulator.faults.add(TaskHangs(), TaskFails(at=0), TaskVanishes(0.5))
     name = await api.task()
     clock.advance(10**6)
@@ -591,7 +591,7 @@ async def test_progress_may_go_back(api: Caller, emulator: Emulator, clock: Manu
 async def test_a_status_may_be_a_new_word(
     api: Caller, emulator: Emulator, clock: ManualClock
 ) -> None:
-    """A task may be in a state nobody has heard of, and complete all the same."""
+    """A task may show an unknown status word, and complete all the same."""
     emulator.faults.add(UnknownStatus("moderating"))
     name = await api.task()
     clock.advance(50)

@@ -1,4 +1,4 @@
-"""The emulator does what its OpenAPI document says, for whatever can be generated from it.
+"""The emulator does what its OpenAPI document says, in cases generated from the document.
 
 ``EVOLINK_TEST_EXAMPLES=200`` generates that many cases per operation.
 """
@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from evolink_async.emulator import FEATURES, Emulator, ManualClock
+from evolink_async.emulator._contract import MODEL, OTHER_IMAGE_MODELS
 from evolink_async.emulator._openapi import document
 
 schemathesis = pytest.importorskip("schemathesis")
@@ -49,7 +50,7 @@ def emulator() -> Iterator[Emulator]:
 def schemas(emulator: Emulator) -> dict[str, Any]:
     """The document it serves, as schemathesis reads it, for good and for bad requests.
 
-    For bad ones the key is no part of it: they shall be bad in spite of a good key.
+    The one for bad requests has no security, so that they are sent with a good key.
     """
     url = f"{emulator.base_url}/openapi.json"
     open_to_all = document(emulator.base_url, frozenset())
@@ -108,3 +109,11 @@ async def test_the_document_leaves_out_what_is_switched_off() -> None:
         "/v1/tasks/{task_id}",
         "/v1/videos/generations",
     ]
+
+
+def test_the_document_names_the_models_of_the_contract() -> None:
+    """The models in the data file are those that submits are checked against."""
+    schemas = document("http://127.0.0.1", frozenset())["components"]["schemas"]
+    strict, other = schemas["ImageRequest"]["oneOf"]
+    assert strict["properties"]["model"] == {"const": MODEL}
+    assert other["properties"]["model"] == {"enum": list(OTHER_IMAGE_MODELS)}

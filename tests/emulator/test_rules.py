@@ -1,4 +1,4 @@
-"""What faults and settings may be, and how everything else is refused."""
+"""Which values faults and settings take, and how all others are refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ JSON = (
 
 
 def every_field() -> Iterator[Any]:
-    """Each field of each fault; those all share on a few of them only."""
+    """Each field of each fault; the common ones on a few faults only."""
     for name, kind in KINDS.items():
         for each in fields(kind):
             if each.name not in SHARED or name in {"Status", "TaskFails", "CallbackDropped"}:
@@ -63,14 +63,14 @@ def every_field() -> Iterator[Any]:
 
 
 def test_every_field_has_a_rule() -> None:
-    """No fault takes a value that nobody has looked at."""
+    """Every field of every fault has a validator."""
     for kind in KINDS.values():
         assert [each.name for each in fields(kind) if not isinstance(each.validator, Rule)] == []
 
 
 @pytest.mark.parametrize(("kind", "field"), tuple(every_field()))
 def test_what_no_field_may_be_is_refused(kind: type[Fault], field: str) -> None:
-    """Wrong types and numbers out of all bounds are refused, naming the field and the rule."""
+    """Wrong types and numbers out of bounds are refused, naming the field and the rule."""
     for value in NEVER:
         with pytest.raises(
             ValueError, match=rf"^{kind.__name__}: {field} must be .+, not "
@@ -182,13 +182,13 @@ def test_selectors_that_may_fit_are_taken() -> None:
 
 @pytest.mark.parametrize("base", ["Fault", "RequestFault", "TaskFault", "CallbackFault"])
 def test_a_base_is_no_fault(base: str) -> None:
-    """What faults have in common does nothing, and says which ones do something."""
+    """A base of faults cannot be made, and the error names the faults based on it."""
     with pytest.raises(TypeError, match=f"^{base} is only what these have in common: .*Callback|S"):
         getattr(faults, base)()
 
 
 def test_a_fault_of_ones_own_may_be_made() -> None:
-    """A class of one's own on such a base is a fault."""
+    """A class derived from a base elsewhere is a fault."""
 
     class Mine(RequestFault):
         pass
@@ -210,7 +210,7 @@ def test_forgotten_parentheses_are_named(kind: Any) -> None:
 
 @pytest.fixture
 async def emulator() -> AsyncIterator[Emulator]:
-    """An emulator whose generations take a second."""
+    """An emulator with generations of one second."""
     async with Emulator(
         clock=ManualClock(), pictures="tiny", duration=1, credits=10**9,
         callback_origin="http://127.0.0.1:9",
@@ -229,7 +229,7 @@ async def api(emulator: Emulator) -> AsyncIterator[Caller]:
 async def test_any_json_is_taken_or_refused(
     api: Caller, emulator: Emulator, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever a field is over HTTP, it is refused by name, or the server lives with it."""
+    """Over HTTP a value of a field is refused by name, or the server goes on working with it."""
     link = emulator.books.task(await ended(api, emulator)).result_urls[0]
     shared = SHARED if name in {"Status", "TaskFails", "CallbackDropped"} else set()
     for field in [each.name for each in fields(KINDS[name])]:
@@ -255,7 +255,7 @@ async def ended(api: Caller, emulator: Emulator) -> str:
 
 
 async def struck(api: Caller, link: str) -> None:
-    """One request of each kind, whatever comes of it."""
+    """Send one request of each kind; the answers do not matter."""
     await briefly(api.submit(callback_url="https://app.example.com/hook"))
     await briefly(api.get("/v1/tasks", allow_redirects=False))
     await briefly(api.get(link, allow_redirects=False))
@@ -289,7 +289,7 @@ async def test_what_is_no_fault_is_refused_over_http(api: Caller, body: str, wor
 
 
 async def test_faults_come_as_they_can_be_posted(api: Caller, emulator: Emulator) -> None:
-    """What the list of faults says of each can be POSTed to make it again."""
+    """Each entry of the list of faults can be POSTed to make the same fault."""
     made = tuple(kind(prompt="a", nth=2) for name, kind in KINDS.items() if name != "Outage")
     emulator.faults.add(*made, Outage(1, 2))
     listed = (await api.get("/_emulator/faults")).json["data"]
@@ -335,7 +335,7 @@ async def test_faults_come_as_they_can_be_posted(api: Caller, emulator: Emulator
     ],
 )
 def test_settings_are_checked(name: str, value: Any, words: str) -> None:
-    """A setting that cannot be is refused at once, with what is allowed."""
+    """A setting that is not allowed is refused at once, with what is allowed."""
     settings: dict[str, Any] = {"pictures": "tiny", name: value}
     with pytest.raises(ValueError, match=f"^{name} must be .*{words}.*, not "):
         Emulator(**settings)

@@ -115,7 +115,7 @@ def storm() -> tuple[Fault, ...]:
 
 
 def agrees(outcome: Outcome, record: TaskRecord, timeline: Timeline) -> bool:
-    """Whether what the caller got is what the books say of the task."""
+    """Whether the caller's outcome is the one in the books."""
     error = outcome.error
     if error is None:
         return outcome.result is not None and outcome.result.urls == record.result_urls

@@ -88,4 +88,4 @@ class CallbackForged(CallbackFault):
     def check_together(self) -> None:
         super().check_together()
         if self.task is not None:
-            self._refuse("task", "it is sent before anybody knows the id; use prompt or nth")
+            self._refuse("task", "the id is not known yet when it is sent; use prompt or nth")

@@ -141,7 +141,7 @@ class TaskLags(TaskFault):
     def check_together(self) -> None:
         super().check_together()
         if self.task is not None:
-            self._refuse("task", "it strikes before anybody knows the id; use prompt or nth")
+            self._refuse("task", "the id is not known yet when it strikes; use prompt or nth")
 
     def adjust(self, timeline: Timeline) -> Timeline:
         return evolve(timeline, lag=self.seconds)
