@@ -14,12 +14,13 @@ import time
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
+from evolink_async.emulator._rules import LONGEST
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["EPOCH", "Clock", "ManualClock", "RealClock"]
 
-_LONGEST = 1e10
 EPOCH = 1_757_156_493.0
 """Where a `ManualClock` starts: the ``created`` of the API page's example, in Unix seconds."""
 
@@ -147,9 +148,9 @@ class ManualClock:
         Raises:
             ValueError: *seconds* is negative, not finite, or more than three centuries.
         """
-        if not 0 <= seconds <= _LONGEST:
-            raise ValueError(f"seconds must be a number from 0 to {_LONGEST:g}, not {seconds!r}")
-        if self._now + seconds > EPOCH + _LONGEST:
+        if not 0 <= seconds <= LONGEST:
+            raise ValueError(f"seconds must be a number from 0 to {LONGEST:g}, not {seconds!r}")
+        if self._now + seconds > EPOCH + LONGEST:
             raise ValueError("the clock cannot be moved on by more than three centuries in all")
         with self._lock:
             self._move_to(self._now + seconds)

@@ -41,47 +41,48 @@ class _Palette:
     night: bool = False
 
 
-_DAWN = _Palette(
-    ((62, 84, 138), (142, 136, 176), (232, 172, 168), (255, 218, 178)),
-    (190, 152, 170), (44, 44, 72), (255, 240, 214),
-)  # fmt: skip
-_GOLD = _Palette(
-    ((58, 74, 112), (164, 122, 122), (244, 162, 92), (255, 214, 130)),
-    (206, 134, 98), (46, 30, 42), (255, 244, 204),
-)  # fmt: skip
-_ROSE = _Palette(
-    ((44, 40, 92), (122, 70, 130), (226, 104, 122), (255, 178, 128)),
-    (178, 88, 122), (30, 20, 48), (255, 226, 190),
-)  # fmt: skip
-_MIST = _Palette(
-    ((98, 138, 156), (154, 184, 188), (212, 220, 206), (246, 238, 214)),
-    (164, 186, 188), (30, 52, 62), (255, 252, 236),
-)  # fmt: skip
-_VIOLET = _Palette(
-    ((20, 20, 58), (62, 46, 108), (136, 84, 146), (236, 150, 150)),
-    (112, 80, 140), (16, 14, 36), (255, 232, 214), night=True,
-)  # fmt: skip
-_BLUE = _Palette(
-    ((8, 16, 42), (20, 44, 86), (52, 96, 138), (150, 186, 196)),
-    (64, 104, 140), (6, 14, 30), (244, 248, 255), night=True,
-)  # fmt: skip
-_TEAL = _Palette(
-    ((6, 16, 34), (10, 48, 66), (30, 104, 106), (148, 202, 164)),
-    (44, 106, 110), (4, 16, 26), (240, 255, 240), night=True,
-)  # fmt: skip
-_EMBER = _Palette(
-    ((28, 24, 44), (88, 38, 54), (186, 66, 50), (255, 166, 88)),
-    (150, 62, 56), (20, 12, 20), (255, 222, 168),
-)  # fmt: skip
-
-_PALETTES = (_GOLD, _VIOLET, _MIST, _ROSE, _TEAL, _DAWN, _BLUE, _EMBER)
-_HINTS = {
-    "sunset": _GOLD, "golden": _GOLD, "autumn": _EMBER, "fire": _EMBER, "desert": _EMBER,
-    "sunrise": _DAWN, "dawn": _DAWN, "morning": _DAWN, "spring": _DAWN,
-    "mist": _MIST, "fog": _MIST, "snow": _MIST, "winter": _MIST, "peaceful": _MIST,
-    "night": _BLUE, "moon": _BLUE, "star": _BLUE, "aurora": _TEAL, "forest": _TEAL,
-    "dusk": _VIOLET, "evening": _ROSE, "love": _ROSE,
+_PALETTES = {
+    "gold": _Palette(
+        ((58, 74, 112), (164, 122, 122), (244, 162, 92), (255, 214, 130)),
+        (206, 134, 98), (46, 30, 42), (255, 244, 204),
+    ),
+    "violet": _Palette(
+        ((20, 20, 58), (62, 46, 108), (136, 84, 146), (236, 150, 150)),
+        (112, 80, 140), (16, 14, 36), (255, 232, 214), night=True,
+    ),
+    "mist": _Palette(
+        ((98, 138, 156), (154, 184, 188), (212, 220, 206), (246, 238, 214)),
+        (164, 186, 188), (30, 52, 62), (255, 252, 236),
+    ),
+    "rose": _Palette(
+        ((44, 40, 92), (122, 70, 130), (226, 104, 122), (255, 178, 128)),
+        (178, 88, 122), (30, 20, 48), (255, 226, 190),
+    ),
+    "teal": _Palette(
+        ((6, 16, 34), (10, 48, 66), (30, 104, 106), (148, 202, 164)),
+        (44, 106, 110), (4, 16, 26), (240, 255, 240), night=True,
+    ),
+    "dawn": _Palette(
+        ((62, 84, 138), (142, 136, 176), (232, 172, 168), (255, 218, 178)),
+        (190, 152, 170), (44, 44, 72), (255, 240, 214),
+    ),
+    "blue": _Palette(
+        ((8, 16, 42), (20, 44, 86), (52, 96, 138), (150, 186, 196)),
+        (64, 104, 140), (6, 14, 30), (244, 248, 255), night=True,
+    ),
+    "ember": _Palette(
+        ((28, 24, 44), (88, 38, 54), (186, 66, 50), (255, 166, 88)),
+        (150, 62, 56), (20, 12, 20), (255, 222, 168),
+    ),
 }  # fmt: skip
+_HINTS = {
+    "sunset": "gold", "golden": "gold", "autumn": "ember", "fire": "ember", "desert": "ember",
+    "sunrise": "dawn", "dawn": "dawn", "morning": "dawn", "spring": "dawn",
+    "mist": "mist", "fog": "mist", "snow": "mist", "winter": "mist", "peaceful": "mist",
+    "night": "blue", "moon": "blue", "star": "blue", "aurora": "teal", "forest": "teal",
+    "dusk": "violet", "evening": "rose", "love": "rose",
+}  # fmt: skip
+"""The palette that a word of the prompt suggests."""
 
 
 def draw_picture(prompt: str, size: tuple[int, int], variant: int) -> bytes:
@@ -98,13 +99,11 @@ def draw_picture(prompt: str, size: tuple[int, int], variant: int) -> bytes:
 
 def _palette(prompt: str, variant: int) -> _Palette:
     """The palette a word of the prompt suggests, or one by chance; the next for each variant."""
-    words = prompt.lower()
-    hinted = next((palette for word, palette in _HINTS.items() if word in words), None)
+    words, names = prompt.lower(), list(_PALETTES)
     seed = prompt.encode("utf-8", "surrogatepass")
-    first = random.Random(seed).randrange(len(_PALETTES))  # noqa: S311 - a drawing
-    if hinted is not None:
-        first = _PALETTES.index(hinted)
-    return _PALETTES[(first + variant - 1) % len(_PALETTES)]
+    first = random.Random(seed).randrange(len(names))  # noqa: S311 - a drawing
+    hinted = next((name for word, name in _HINTS.items() if word in words), names[first])
+    return _PALETTES[names[(names.index(hinted) + variant - 1) % len(names)]]
 
 
 def _paint(palette: _Palette, size: tuple[int, int], chance: random.Random) -> Image.Image:

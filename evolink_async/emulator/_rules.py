@@ -12,6 +12,7 @@ __all__ = [
     "FLAG",
     "LONGEST",
     "NAME",
+    "SECONDS",
     "TEXT",
     "TOKEN",
     "UTF8",
@@ -118,4 +119,5 @@ FLAG = Rule("True or False", lambda value: isinstance(value, bool))
 TEXT = Rule("a text", lambda value: isinstance(value, str))
 NAME = Rule("a text that is not empty", lambda value: isinstance(value, str) and value != "")
 TOKEN = matching(r"[!-~]+", "printable ASCII without blanks")
+SECONDS = number(0, LONGEST)
 UTF8 = Rule("a text that UTF-8 can encode", _is_utf8)

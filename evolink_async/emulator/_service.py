@@ -11,6 +11,7 @@ import heapq
 import itertools
 import json
 import random
+import string
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -29,9 +30,10 @@ Duration = float | tuple[float, float] | Callable[[str, random.Random], float]
 """Seconds a generation takes: fixed, uniform between two bounds, or drawn by a function of the
 prompt and a random generator seeded for this submit."""
 
-_ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 _BATCH_LIMIT = 50
+"""Ids in one batch read."""
 _PAGE_LIMIT = 50
+"""Tasks on one page of a listing."""
 _TYPES = ("text", "image", "audio", "video")
 _LISTED = ("processing", "completed", "failed", "cancelled")
 
@@ -202,7 +204,7 @@ class Service:
 
     def _new_id(self, now: float, draw: random.Random) -> str:
         while True:
-            tail = "".join(draw.choices(_ALPHABET, k=8))
+            tail = "".join(draw.choices(string.digits + string.ascii_lowercase, k=8))
             name = f"task-unified-{int(now)}-{tail}"
             if name not in self.tasks:
                 return name

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 from evolink_async.emulator._rules import (
     FLAG,
-    LONGEST,
     NAME,
+    SECONDS,
     TOKEN,
     Rule,
     number,
@@ -38,13 +38,13 @@ FEATURES = (
 """Undocumented features of the API that ``without`` can switch off."""
 
 _MOST_CREDITS = 1e12
-_SECONDS = number(0, LONGEST)
+"""What an account can have, and a result can cost."""
 
 
 def _is_duration(value: Any) -> bool:
     if isinstance(value, tuple):
-        return len(value) == 2 and all(map(_SECONDS.allows, value)) and value[0] <= value[1]
-    return callable(value) or _SECONDS.allows(value)
+        return len(value) == 2 and all(map(SECONDS.allows, value)) and value[0] <= value[1]
+    return callable(value) or SECONDS.allows(value)
 
 
 def _is_origin(value: Any) -> bool:
@@ -70,10 +70,8 @@ _RULES = {
     "api_key": TOKEN,
     "credits": number(0, _MOST_CREDITS),
     "price": number(0, _MOST_CREDITS),
-    "duration": Rule(
-        f"{_SECONDS.words}, two of them as (least, most), or a function", _is_duration
-    ),
-    "estimate": or_none(_SECONDS),
+    "duration": Rule(f"{SECONDS.words}, two of them as (least, most), or a function", _is_duration),
+    "estimate": or_none(SECONDS),
     "time_scale": number(0, 1e6, above=True),
     "clock": or_none(Rule("a clock such as ManualClock()", _is_clock)),
     "pictures": one_of("full", "tiny"),

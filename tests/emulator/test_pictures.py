@@ -133,7 +133,7 @@ def test_a_font_that_has_the_letters_is_taken(
 def test_every_palette_is_drawn() -> None:
     """Successive variants go through all hours of the day."""
     hours = {_pictures._palette("x", variant) for variant in range(1, 9)}
-    assert hours == set(_pictures._PALETTES)
+    assert hours == set(_pictures._PALETTES.values())
 
 
 async def test_the_emulator_serves_full_pictures() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from attrs import field, frozen
 
-from evolink_async.emulator._rules import NAME, TEXT, whole
-from evolink_async.emulator.faults._fault import SECONDS, Fault, listed
+from evolink_async.emulator._rules import NAME, SECONDS, TEXT, whole
+from evolink_async.emulator.faults._fault import Fault, listed
 
 __all__ = [
     "CallbackDelayed",

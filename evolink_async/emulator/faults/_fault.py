@@ -13,6 +13,7 @@ from evolink_async.emulator._books import ROUTES
 from evolink_async.emulator._rules import (
     LONGEST,
     NAME,
+    SECONDS,
     Rule,
     number,
     one_of,
@@ -24,7 +25,6 @@ from evolink_async.emulator._rules import (
 __all__ = [
     "REAL_SECONDS",
     "ROUTE",
-    "SECONDS",
     "SHARE",
     "Armed",
     "Fault",
@@ -33,8 +33,6 @@ __all__ = [
     "listed",
 ]
 
-SECONDS = number(0, LONGEST)
-"""Seconds on the emulator's clock."""
 REAL_SECONDS = number(0, 86400)
 """Seconds a request waits: at most a day."""
 SHARE = number(0, 1)
@@ -45,7 +43,7 @@ _BETWEEN = Rule(
     lambda value: several(SECONDS).allows(value) and len(value) == 2 and bool(value[0] < value[1]),
 )
 _KINDS: dict[str, type[Fault]] = {}
-F = TypeVar("F", bound="type[Fault]")
+FaultClass = TypeVar("FaultClass", bound="type[Fault]")
 
 
 def as_tuple(value: Any) -> Any:
@@ -168,7 +166,7 @@ class Armed:
         return True
 
 
-def listed(kind: F) -> F:
+def listed(kind: FaultClass) -> FaultClass:
     """Have `kinds` list a class of faults."""
     _KINDS[kind.__name__] = kind
     return kind

@@ -14,6 +14,7 @@ from evolink_async.emulator._rules import (
     FLAG,
     LONGEST,
     NAME,
+    SECONDS,
     TEXT,
     TOKEN,
     UTF8,
@@ -22,7 +23,7 @@ from evolink_async.emulator._rules import (
     or_none,
     whole,
 )
-from evolink_async.emulator.faults._fault import REAL_SECONDS, SECONDS, Armed, Fault, listed
+from evolink_async.emulator.faults._fault import REAL_SECONDS, Armed, Fault, listed
 from evolink_async.emulator.faults._wire import begin, body_of, reset, write
 
 __all__ = ["Latency", "Outage", "RateLimit", "RequestFault", "Reset", "Status"]
