@@ -379,9 +379,9 @@ class Harness:
         keys = [record.idempotency_key for record in emulator.books.submits()]
         assert len(keys) == len(set(keys)) <= len(prompts)
         known = {task_id for state, task_id, _ in items if state == "saved"}
-        doubtful = {key for state, _, key in items if state == "uncertain"}
+        uncertain = {key for state, _, key in items if state == "uncertain"}
         for task in emulator.books.tasks():
-            assert task.id in known or task.idempotency_key in doubtful, task
+            assert task.id in known or task.idempotency_key in uncertain, task
         check_files(out)
 
     def _check_all_paid_once(self, emulator: Emulator, out: Path, prompts: tuple[str, ...]) -> None:

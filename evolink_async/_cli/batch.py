@@ -259,7 +259,7 @@ def _bar() -> Iterator[Callable[[BatchProgress], None]]:
 def _words(now: BatchProgress, width: float = math.inf) -> str:
     """The progress in words; details are left out to fit *width* characters."""
     facts = _facts(now)
-    for name in ("rate", "to download", "queued", "running", "in doubt", "credits"):
+    for name in ("rate", "to download", "queued", "running", "uncertain credits", "credits"):
         if len(", ".join(facts.values())) > width:
             facts.pop(name, None)
     return ", ".join(facts.values())
@@ -272,10 +272,10 @@ def _facts(now: BatchProgress) -> dict[str, str]:
     facts |= {name: f"{n} {name}" for name, n in counts.items()}
     facts |= {name: f"{n} {name}" for name, n in failures.items() if n}
     facts["credits"] = f"{now.credits:.10g} credits"
-    if now.credits_in_doubt:
-        facts["in doubt"] = f"{now.credits_in_doubt:.10g} in doubt"
-    elif now.credits_in_doubt is None:
-        facts["in doubt"] = "some in doubt"
+    if now.credits_uncertain:
+        facts["uncertain credits"] = f"{now.credits_uncertain:.10g} uncertain"
+    elif now.credits_uncertain is None:
+        facts["uncertain credits"] = "some uncertain"
     if now.rate is not None:
         facts["rate"] = f"{now.rate:.2g}/s" if now.rate < 10 else f"{now.rate:.0f}/s"
     if now.stopping is not None:
@@ -384,10 +384,10 @@ def _rows(report: BatchReport) -> list[tuple[str, str]]:
 
 
 def _uncertain_credits(report: BatchReport) -> list[tuple[str, str]]:
-    amount = report.credits_in_doubt
+    amount = report.credits_uncertain
     if amount is None:
-        return [("credits in doubt", "unknown")]
-    return [("credits in doubt", f"{amount:.10g}")] if amount else []
+        return [("credits uncertain", "unknown")]
+    return [("credits uncertain", f"{amount:.10g}")] if amount else []
 
 
 def _name(path: Path) -> str:

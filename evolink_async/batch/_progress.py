@@ -35,7 +35,7 @@ class BatchProgress:
         uncertain: May have been paid for; see `SubmitUncertainError`.
         credits: Charged or reserved so far, over all runs; at the highest price seen where
             the API has not said how much.
-        credits_in_doubt: What uncertain items cost if they were accepted, at that price; not
+        credits_uncertain: What uncertain items cost if they were accepted, at that price; not
             among *credits*. None if no price is known.
         rate: Items ended per second of late; None until that can be said.
         seconds_left: Until all have ended, at that rate; None if that cannot be said.
@@ -50,7 +50,7 @@ class BatchProgress:
     failed: int = 0
     uncertain: int = 0
     credits: float = 0.0
-    credits_in_doubt: float | None = 0.0
+    credits_uncertain: float | None = 0.0
     rate: float | None = None
     seconds_left: float | None = None
     stopping: str | None = None
@@ -113,7 +113,7 @@ class Progress:
             failed=states.get("failed", 0),
             uncertain=states.get("uncertain", 0),
             credits=self.money.credits,
-            credits_in_doubt=self.money.credits_uncertain,
+            credits_uncertain=self.money.credits_uncertain,
             rate=rate,
             seconds_left=left / rate if rate else None,
             stopping=self.stopping,

@@ -70,7 +70,7 @@ class BatchReport:
         pictures: Files saved by this run.
         credits: Charged or reserved so far, over all runs; at the highest price seen where
             the API has not said how much.
-        credits_in_doubt: What uncertain items cost if they were accepted, at that price; not
+        credits_uncertain: What uncertain items cost if they were accepted, at that price; not
             among *credits*. None if no price is known.
         still_to_pay: Credits for the queued items at the highest price seen; None if no
             price is known.
@@ -101,7 +101,7 @@ class BatchReport:
     invalid: int
     pictures: int
     credits: float
-    credits_in_doubt: float | None
+    credits_uncertain: float | None
     still_to_pay: float | None
     seconds: float
     stop: Stop | None
@@ -154,7 +154,7 @@ async def report(
         invalid=invalid,
         pictures=saver.pictures,
         credits=money.credits,
-        credits_in_doubt=money.credits_uncertain,
+        credits_uncertain=money.credits_uncertain,
         still_to_pay=_still_to_pay(counts),
         seconds=seconds,
         stop=run.stop,

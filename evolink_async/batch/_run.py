@@ -65,7 +65,7 @@ async def run_batch(
     gallery: bool = True,
     stop: asyncio.Event | None = None,
     grace: float = 30.0,
-    patience: float = 1800.0,
+    outage_timeout: float = 1800.0,
     progress: Callable[[BatchProgress], None] | None = None,
     on_invalid: Callable[[Invalid], None] | None = None,
 ) -> BatchReport:
@@ -106,7 +106,7 @@ async def run_batch(
             return; looked at once the input is read.
         grace: See *stop*, in real seconds; also what running tasks are given after a failure
             that stops the batch.
-        patience: Seconds of the session's clock the API may be unreachable or refuse all
+        outage_timeout: Seconds of the session's clock the API may be unreachable or refuse all
             submits before the batch stops.
         progress: Called on the event loop at each change of an item's state, and each second.
             What it raises ends the batch at once, as a cancellation would, and is raised here.
@@ -133,7 +133,7 @@ async def run_batch(
             else number("max_credits", max_credits, most=1e15, unit="None, or credits")
         ),
         grace=number("grace", grace, unit="seconds"),
-        outage_timeout=number("patience", patience, unit="seconds"),
+        outage_timeout=number("outage_timeout", outage_timeout, unit="seconds"),
     )
     await asyncio.to_thread(check_readable, source)
     folder = await asyncio.to_thread(make_folder, out)

@@ -122,7 +122,9 @@ async def test_an_api_that_is_not_there_is_asked_at_intervals(desk: Desk) -> Non
     seen: list[BatchProgress] = []
     nowhere = "http://127.0.0.1:9"
     async with Session("key", base_url=nowhere, retry=RETRY, clock=desk.emulator.clock) as session:
-        report = await run_batch(session, prompts(5), desk.out, patience=60, progress=seen.append)
+        report = await run_batch(
+            session, prompts(5), desk.out, outage_timeout=60, progress=seen.append
+        )
     assert report.stop is not None
     assert (report.stop.kind, report.queued) == ("network", 5)
     tries = sum(now.running > before.running for before, now in pairwise(seen))
@@ -132,7 +134,7 @@ async def test_an_api_that_is_not_there_is_asked_at_intervals(desk: Desk) -> Non
 async def test_an_outage_without_end_stops_the_batch(desk: Desk) -> None:
     """After so long without one accepted submit the batch says why and ends, all still queued."""
     desk.emulator.faults.add(faults.Status(503, route="submit"))
-    report = await desk.run(prompts(5), patience=300)
+    report = await desk.run(prompts(5), outage_timeout=300)
     assert report.stop is not None
     assert (report.stop.kind, report.exit_code, report.queued) == ("network", 3, 5)
 

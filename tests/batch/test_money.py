@@ -179,8 +179,8 @@ async def test_progress_and_report_agree_on_credits(desk: Desk, *, stated: bool)
     seen: list[BatchProgress] = []
     report = await desk.run(["first", *prompts(6)], max_credits=6, progress=seen.append)
     assert (report.saved, report.failed, report.uncertain) == (4, 2, 1)
-    assert (report.credits, report.credits_in_doubt) == (5, 1)
-    assert (seen[-1].credits, seen[-1].credits_in_doubt) == (5, 1)
+    assert (report.credits, report.credits_uncertain) == (5, 1)
+    assert (seen[-1].credits, seen[-1].credits_uncertain) == (5, 1)
 
 
 async def test_what_has_not_left_when_it_is_stopped_is_not_held(tmp_path: Path) -> None:
@@ -256,8 +256,8 @@ async def test_a_refused_first_submit_leaves_the_price_to_the_next(desk: Desk) -
         ("grace", "x"),
         ("grace", float("nan")),
         ("grace", -1),
-        ("patience", -1),
-        ("patience", None),
+        ("outage_timeout", -1),
+        ("outage_timeout", None),
         ("progress", 5),
         ("on_invalid", "yes"),
         ("out", None),
@@ -303,8 +303,8 @@ async def test_uncertain_credits_of_unknown_price_are_unknown(desk: Desk) -> Non
     desk.emulator.faults.add(faults.Reset("after", route="submit", nth=1))
     seen: list[BatchProgress] = []
     report = await desk.run(["a"], progress=seen.append)
-    assert (report.uncertain, report.credits, report.credits_in_doubt) == (1, 0, None)
-    assert seen[-1].credits_in_doubt is None
+    assert (report.uncertain, report.credits, report.credits_uncertain) == (1, 0, None)
+    assert seen[-1].credits_uncertain is None
 
 
 @pytest.mark.parametrize("limit", [-1, True, "5", float("nan")])

@@ -244,13 +244,13 @@ async def test_a_log_gets_a_line_of_progress_even_while_nothing_changes(
                 failed=1,
                 uncertain=1,
                 credits=7,
-                credits_in_doubt=1.5,
+                credits_uncertain=1.5,
                 rate=0.5,
                 seconds_left=600,
             ),
             (
                 "4 of 9 saved, 3 running, 0 to download, 0 queued, 1 failed, 1 uncertain, "
-                "7 credits, 1.5 in doubt, 0.5/s, about 10 min left"
+                "7 credits, 1.5 uncertain, 0.5/s, about 10 min left"
             ),
         ),
         (
@@ -275,7 +275,7 @@ def test_progress_fits_a_terminal_of_80_columns() -> None:
         failed=11,
         uncertain=2,
         credits=10_051,
-        credits_in_doubt=2,
+        credits_uncertain=2,
         rate=1.2,
         seconds_left=8_000,
     )
