@@ -25,7 +25,8 @@ from evolink_async._model.snapshots import (
     Usage,
 )
 from evolink_async._polling.policy import PollPolicy
-from evolink_async._session import Session, Stats
+from evolink_async._session import Session
+from evolink_async._stats import Stats
 from evolink_async._task import Task
 from evolink_async.errors import (
     APIConnectionError,

@@ -7,48 +7,38 @@ import logging
 import os
 import time
 import warnings
-import weakref
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterable,
-    Iterable,
-    Mapping,
-)
-from contextvars import Context, copy_context
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
 
-from attrs import NOTHING, NothingType, evolve, field, frozen
+from attrs import NOTHING, NothingType
 
-from evolink_async import _clock as clocks
-from evolink_async._checks import instance, number, refuse, whole
-from evolink_async._clock import Clock, LoopClock
-from evolink_async._hosts import check_base_url, check_callback_url, shown_url
-from evolink_async._http.limiter import NOT_SENT, Gate
-from evolink_async._http.protocol import (
-    CREDITS_PATH,
-    TASKS_PATH,
-    check_idempotency_key,
-    new_idempotency_key,
+from evolink_async._callback import (
+    Callback,
+    CallbackSource,
+    check_callback,
+    tell_registered,
+    with_callback,
 )
+from evolink_async._checks import instance
+from evolink_async._clock import Clock, LoopClock
+from evolink_async._http.limiter import Gate
+from evolink_async._http.protocol import CREDITS_PATH, check_idempotency_key, new_idempotency_key
 from evolink_async._http.retry import RetryPolicy, Timeout
-from evolink_async._http.secret import Secret
-from evolink_async._http.submit import BeforeSend, Submission
+from evolink_async._http.submit import Accepted, BeforeSend, Submitter
+from evolink_async._list import list_tasks
 from evolink_async._map import Outcome, map_requests
 from evolink_async._model.requests import ImageRequest, RawRequest, as_request, check_task_id
-from evolink_async._model.snapshots import (
-    Credits,
-    GenerationResult,
-    TaskSnapshot,
-    TaskSummary,
-)
+from evolink_async._model.snapshots import Credits, GenerationResult, TaskSnapshot, TaskSummary
 from evolink_async._polling.policy import PollPolicy
 from evolink_async._polling.watch import Watch
 from evolink_async._polling.watcher import Watcher
-from evolink_async._task import Home, Task
+from evolink_async._settings import Settings, read_api_key
+from evolink_async._stats import Stats
+from evolink_async._task import Task
 from evolink_async._text import lines_of
 from evolink_async.errors import (
     ConfigurationError,
@@ -63,64 +53,14 @@ if TYPE_CHECKING:
     from evolink_async._http.transport import Transport
     from evolink_async._results.fetch import ResultClient
 
-__all__ = ["CallbackSource", "Session", "Stats"]
+__all__ = ["Session", "read_once", "save_result"]
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
-DEFAULT_BASE_URL: Final = "https://api.evolink.ai"
-_PAGE: Final = 50
 _LARGEST: Final = {"image": 64 << 20, "audio": 1 << 30, "video": 8 << 30}
 """Bytes one result may have, by the task's type."""
 
 Prompt = str | Mapping[str, Any] | ImageRequest | RawRequest
-
-
-class CallbackSource(Protocol):
-    """What makes a callback URL for each submit, such as a `webhook.CallbackReceiver`."""
-
-    def url_for(self, idempotency_key: str) -> str:
-        """The ``callback_url`` of the submit with that key."""
-        ...
-
-    def registered(self, task_id: str, callback_url: str) -> None:
-        """The submit with that ``callback_url`` was answered, and its task is watched."""
-        ...
-
-
-Callback = str | CallbackSource | None
-
-
-def _read_only(values: Mapping[str, float]) -> Mapping[str, float]:
-    return MappingProxyType(dict(values))
-
-
-@frozen(kw_only=True)
-class Stats:
-    """What a session is doing and has done so far.
-
-    Attributes:
-        running: Tasks watched now.
-        waiting: Submits waiting for a slot.
-        submits: POSTs of generations sent, resends included.
-        reads: Requests that read something.
-        ids_read: Tasks those reads asked for.
-        retries: Submits and single calls tried again.
-        cool_downs: Times the API asked the session for patience.
-        cooling_down: Seconds until it may ask again, 0 if it may now.
-        typical: Learned median duration of a generation in seconds, by endpoint and model,
-            e.g. ``"/v1/images/generations wan2.5-text-to-image"``.
-    """
-
-    running: int = 0
-    waiting: int = 0
-    submits: int = 0
-    reads: int = 0
-    ids_read: int = 0
-    retries: int = 0
-    cool_downs: int = 0
-    cooling_down: float = 0.0
-    typical: Mapping[str, float] = field(factory=dict, converter=_read_only, hash=False)
 
 
 class Session:
@@ -153,7 +93,7 @@ class Session:
                 environment's ``EVOLINK_BASE_URL``, else the public one.
             max_in_flight: Generations running at once, whoever asks for them.
             max_connections: HTTP requests in the air at once; of four or more, two
-                seats are kept for reads.
+                of them are kept for reads.
             max_requests_per_second: Most requests a second, None for no limit.
             poll: When running tasks are looked at.
             retry: How failed requests are tried again.
@@ -169,36 +109,28 @@ class Session:
         """
         self._closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._base_url = ""
-        self._key = Secret(_api_key(api_key))
+        key = read_api_key(api_key)
         del api_key  # or a report of a later error shows it
-        self._base_url = _base_url(base_url)
-        self._max_in_flight = whole("max_in_flight", max_in_flight)
-        self._max_connections = whole("max_connections", max_connections)
-        self._rate = (
-            None
-            if max_requests_per_second is None
-            else number("max_requests_per_second", max_requests_per_second, above=True)
+        self._settings = Settings(
+            api_key=key,
+            base_url=base_url,
+            max_in_flight=max_in_flight,
+            max_connections=max_connections,
+            max_requests_per_second=max_requests_per_second,
+            poll=poll,
+            retry=retry,
+            timeout=timeout,
+            http=http,
+            clock=clock,
         )
-        self._poll = instance("poll", poll, PollPolicy)
-        self._retry = instance("retry", retry, RetryPolicy)
-        self._timeout = instance("timeout", timeout, Timeout)
-        self._http = http
-        self._callback = _callback(callback, self)
-        self._clock: Clock = clocks.default() if clock is None else clock
-        self._slots = asyncio.Semaphore(self._max_in_flight)
-        self._release = self._slots.release  # one bound method for all watches
-        self._home: weakref.ref[Home] | None = None  # weak: it holds the session
-        self._waiting = 0
-        # Submits that wait for their first seat, and those that have had one.
-        self._queued: set[Submission] = set()
-        self._posts: dict[asyncio.Task[Watch], Submission] = {}
+        self._callback = check_callback(callback, self)
         self._closed: asyncio.Task[None] | None = None
         # Made by _open, on the loop:
-        self._gate: Gate
+        self._limiter: Gate
         self._transport: Transport
         self._results: ResultClient
         self._watcher: Watcher
+        self._submitter: Submitter
 
     # -- life ------------------------------------------------------------------------------
 
@@ -222,32 +154,41 @@ class Session:
         from evolink_async._http.transport import Transport  # noqa: PLC0415
         from evolink_async._results.fetch import ResultClient  # noqa: PLC0415
 
-        seats = _pool_limit(self._http, self._max_connections)
-        self._gate = Gate(self._clock, seats=seats, rate=self._rate)
+        settings = self._settings
+        clock, rate, permits = settings.clock, settings.max_requests_per_second, settings.permits()
+        limiter = self._limiter = Gate(clock, seats=permits, rate=rate)
         self._transport = Transport(
-            api_key=self._key,
-            base_url=self._base_url,
-            clock=self._clock,
-            gate=self._gate,
-            timeout=self._timeout,
-            policy=self._retry,
-            http=self._http,
+            api_key=settings.api_key,
+            base_url=settings.base_url,
+            clock=clock,
+            gate=limiter,
+            timeout=settings.timeout,
+            policy=settings.retry,
+            http=settings.http,
             user_agent=f"evolink-async/{version('evolink-async')}",
         )
         self._results = ResultClient(
-            allow_loopback=self._base_url.startswith("http:"),
-            max_connections=self._max_connections,
-            connect_timeout=self._timeout.connect,
-            stall_timeout=self._timeout.read,
+            allow_loopback=settings.base_url.startswith("http:"),
+            max_connections=settings.max_connections,
+            connect_timeout=settings.timeout.connect,
+            stall_timeout=settings.timeout.read,
         )
         self._watcher = Watcher(
             self._transport,
-            clock=self._clock,
-            policy=self._poll,
-            ready_at=self._gate.ready_at,
-            max_reads=seats,
-            contended=None if self._rate is None else lambda: self._gate.is_contended,
-            wall=time.time if isinstance(self._clock, LoopClock) else None,
+            clock=clock,
+            policy=settings.poll,
+            ready_at=limiter.ready_at,
+            max_reads=permits,
+            contended=None if rate is None else lambda: limiter.is_contended,
+            wall=time.time if isinstance(clock, LoopClock) else None,
+        )
+        self._submitter = Submitter(
+            self._transport,
+            gate=limiter,
+            clock=clock,
+            slots=settings.max_in_flight,
+            resend_uncertain=settings.retry.resend_uncertain,
+            notice_resume=self._watcher.notice_resume,
         )
         self._loop = loop
 
@@ -284,33 +225,15 @@ class Session:
         try:
             await asyncio.shield(self._closed)
         except asyncio.CancelledError:
-            for post in self._posts:
-                post.cancel()  # their answers are not waited for any longer
+            self._submitter.cut_off()
             await asyncio.shield(self._closed)
             raise
 
     async def _close(self, grace: float | None) -> None:
         try:
-            await self._finish_posts(grace)
+            await self._submitter.finish(grace)
         finally:
-            left = tuple(self._posts)  # none, unless we were cancelled meanwhile
-            for post in left:
-                post.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
             await self._shut()
-
-    async def _finish_posts(self, grace: float | None) -> None:
-        for _ in range(self._waiting):  # they wake, see that we are closing, and say so
-            self._slots.release()
-        self._gate.turn_away()
-        for post, submission in self._posts.items():
-            if not submission.sending:
-                post.cancel()
-        if self._posts:
-            _, late = await asyncio.wait(tuple(self._posts), timeout=grace)
-            for post in late:
-                post.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
 
     async def _shut(self) -> None:
         running = await self._watcher.stop(
@@ -333,7 +256,7 @@ class Session:
     def __repr__(self) -> str:
         state = "closed" if self._closing else "open" if self._loop is not None else "not opened"
         running = self._watcher.running if self._loop is not None else 0
-        return f"<Session {self._base_url} {state}, {running} running>"
+        return f"<Session {self.base_url} {state}, {running} running>"
 
     def __reduce__(self) -> str:
         raise TypeError("a Session cannot be pickled; make one in each process")
@@ -377,12 +300,29 @@ class Session:
             if idempotency_key is None
             else check_idempotency_key(idempotency_key)
         )
-        source = self._callback if callback is NOTHING else _callback(callback, self)
-        asked = _with_callback(given, source, key)
+        source = self._callback if callback is NOTHING else check_callback(callback, self)
+        asked = with_callback(given, source, key)
         self._open()
-        await self._take_slot()
-        watch = await self._post(asked, key, before_send, source)
-        return self._handle(watch.id, watch)
+        watch = await self._submitter.submit(
+            asked,
+            idempotency_key=key,
+            before_send=before_send,
+            register=partial(self._register, source),
+        )
+        return Task(watch.id, self, watch)
+
+    def _register(self, callback: Callback, accepted: Accepted) -> Watch:
+        """Watch the task that a submit made."""
+        watch = self._watcher.submitted(
+            accepted.snapshot,
+            started=accepted.sent_at,
+            request=accepted.request,
+            idempotency_key=accepted.idempotency_key,
+            on_end=self._submitter.free_slot,
+            replayed=accepted.replayed,
+        )
+        tell_registered(callback, watch.id, accepted.request.callback_url)
+        return watch
 
     async def generate(
         self,
@@ -419,114 +359,7 @@ class Session:
 
     @callback.setter
     def callback(self, callback: str | CallbackSource | None) -> None:
-        self._callback = _callback(callback, self)
-
-    async def _take_slot(self) -> None:
-        self._waiting += 1
-        try:
-            await self._slots.acquire()
-        finally:
-            self._waiting -= 1
-        if self._closing:
-            raise SessionClosedError(NOT_SENT)
-
-    async def _post(
-        self,
-        request: ImageRequest | RawRequest,
-        key: str,
-        before_send: BeforeSend | None,
-        callback: Callback,
-    ) -> Watch:
-        """Run one POST in an asyncio task of the session's own; holds a slot, gives it on."""
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Watch] = loop.create_future()
-        submission = Submission(
-            request, idempotency_key=key, before_send=before_send, answer=answer
-        )
-        self._queued.add(submission)
-        begin = partial(self._begin, submission, callback, loop, copy_context())
-        try:
-            self._gate.queue(answer, begin, submit=True)
-            return await answer
-        except BaseException as exc:
-            answer.cancel()  # if it is there already, its being unread is nothing to log
-            post = submission.post
-            if post is None:
-                self._queued.discard(submission)
-                self._slots.release()
-            elif post in self._posts:  # and will say what became of it
-                if not submission.in_air:
-                    submission.abandoned = True
-                    post.cancel()
-            elif isinstance(exc, asyncio.CancelledError):
-                _log_orphan(post, submission)
-            raise
-
-    def _begin(
-        self,
-        submission: Submission,
-        callback: Callback,
-        loop: asyncio.AbstractEventLoop,
-        context: Context,
-    ) -> None:
-        """Send a submission that has a seat, in the context of its caller."""
-        self._queued.discard(submission)
-        submission.seated = True
-        posting = self._submit_and_watch(submission, callback)
-        try:  # in its context, but without telling a task factory of the caller's, which may refuse
-            self._watcher.notice_resume()  # it must not go out on a connection that is dead
-            post = context.run(loop.create_task, posting)
-        except Exception as exc:  # noqa: BLE001 - such a factory may raise anything
-            posting.close()
-            submission.seated = False
-            submission.answer.set_exception(exc)
-            self._gate.decline(submit=True)
-            return
-        submission.post = post
-        self._posts[post] = submission
-        post.add_done_callback(self._post_ended)
-
-    async def _submit_and_watch(self, submission: Submission, callback: Callback) -> Watch:
-        try:
-            snapshot = await self._transport.submit(submission)
-        except asyncio.CancelledError:
-            if not submission.in_air:
-                raise
-            logger.warning(
-                "cut off in the middle of a submit, which may have been accepted: "
-                "idempotency key %s",
-                submission.idempotency_key,
-            )
-            raise submission.uncertain("it was cut off") from None
-        watch = self._watcher.submitted(
-            snapshot,
-            started=submission.sent_at,
-            request=submission.request,
-            idempotency_key=submission.idempotency_key,
-            on_end=self._release,
-            replayed=submission.replayed,
-        )
-        if not (callback is None or isinstance(callback, str)):
-            _tell(callback, watch)
-        return watch
-
-    def _post_ended(self, post: asyncio.Task[Watch]) -> None:
-        """Tell its caller; give slot and seat back (also if the task never started)."""
-        submission = self._posts.pop(post)
-        answer = submission.answer
-        if submission.seated:
-            self._gate.decline(submit=True)
-        error = SessionClosedError(NOT_SENT) if post.cancelled() else post.exception()
-        if error is not None:
-            self._slots.release()
-        if answer.done():
-            _log_orphan(post, submission)
-        elif error is None:
-            answer.set_result(post.result())
-        elif self._closing or not post.cancelled():
-            answer.set_exception(error)
-        else:
-            answer.cancel()
+        self._callback = check_callback(callback, self)
 
     @property
     def closed(self) -> bool:
@@ -537,21 +370,19 @@ class Session:
     def unsent(self) -> frozenset[str]:
         """Idempotency keys of the submits that cost nothing yet.
 
-        They wait for a seat, a cool-down or another attempt: no POST of theirs has left, or
+        They wait for a permit, a cool-down or another attempt: no POST of theirs has left, or
         each that has was surely refused.
         """
-        submissions = self._queued.union(self._posts.values())
-        in_air = {each.idempotency_key for each in submissions if each.in_air}
-        return frozenset(each.idempotency_key for each in submissions) - in_air
+        return self._submitter.unsent if self._loop is not None else frozenset()
 
     @property
     def base_url(self) -> str:
         """Origin of the API."""
-        return self._base_url
+        return self._settings.base_url
 
     def fingerprint(self, salt: bytes) -> bytes:
         """A salted hash of the API key: tells whether two sessions have the same, no more."""
-        return self._key.fingerprint(salt)
+        return self._settings.api_key.fingerprint(salt)
 
     def check_loop(self) -> None:
         """Refuse to be touched from another event loop or thread than the session's own.
@@ -572,17 +403,17 @@ class Session:
     @property
     def max_in_flight(self) -> int:
         """Generations running at once."""
-        return self._max_in_flight
+        return self._settings.max_in_flight
 
     @property
     def max_connections(self) -> int:
         """HTTP requests in the air at once."""
-        return self._max_connections
+        return self._settings.max_connections
 
     @property
     def clock(self) -> Clock:
         """Where the session takes its time from."""
-        return self._clock
+        return self._settings.clock
 
     # -- many ------------------------------------------------------------------------------
 
@@ -617,7 +448,7 @@ class Session:
         """
         check_task_id(task_id)
         live = self._watcher.find(task_id) if self._loop is not None else None
-        return self._handle(task_id, live)
+        return Task(task_id, self, live)
 
     def nudge(self, task_id: str) -> bool:
         """Look at a watched task now, because something else told that it has ended.
@@ -632,19 +463,7 @@ class Session:
         """The tasks that are watched now, oldest first."""
         if self._loop is None:
             return ()
-        return tuple(self._handle(watch.id, watch) for watch in self._watcher.watches)
-
-    def _handle(self, task_id: str, watch: Watch | None) -> Task:
-        home = None if self._home is None else self._home()
-        if home is None:
-            home = Home(
-                attach=self._attach,
-                watcher=self._watcher_here,
-                clock=self._clock,
-                save=self.download,
-            )
-            self._home = weakref.ref(home)
-        return Task(task_id, home, watch)
+        return tuple(Task(watch.id, self, watch) for watch in self._watcher.watches)
 
     def _watcher_here(self) -> Watcher:
         if self._loop is not asyncio.get_running_loop():
@@ -681,23 +500,9 @@ class Session:
             EvolinkError: The API did not answer as documented.
         """
         self._open()
-        if limit is not None:
-            whole("limit", limit)
-        given = {"status": status, "type": type, "model": model}
-        filters = {name: value for name, value in given.items() if value is not None}
-        seen: set[str] = set()
-        page = walked = 0
-        while limit is None or len(seen) < limit:
-            page += 1
-            paging = {"page": str(page), "page_size": str(_PAGE)}
-            rows, count, total = _rows(await self._transport.get(TASKS_PATH, filters | paging))
-            fresh = [row for row in rows if row.id not in seen]  # new tasks shift the pages
-            for row in fresh[: None if limit is None else limit - len(seen)]:
-                seen.add(row.id)
-                yield row
-            walked += count
-            if not count or walked >= total:
-                return
+        filters = {"status": status, "type": type, "model": model}
+        async for row in list_tasks(self._transport.get, filters, limit):
+            yield row
 
     async def credits(self) -> Credits:
         """What is left to spend.
@@ -738,9 +543,6 @@ class Session:
         instance("result", result, GenerationResult)
         return await save_result(self, result, Path(folder), stem=name, overwrite=overwrite)
 
-    async def _sleep(self, seconds: float) -> None:
-        await self._clock.sleep_until(self._clock.now() + seconds)
-
     @property
     def stats(self) -> Stats:
         """What the session is doing and has done so far."""
@@ -749,13 +551,13 @@ class Session:
         counters = self._transport.counters
         return Stats(
             running=self._watcher.running,
-            waiting=self._waiting,
+            waiting=self._submitter.waiting,
             submits=counters.submits,
             reads=counters.reads,
             ids_read=counters.ids_read,
             retries=counters.retries,
-            cool_downs=self._gate.cool_downs,
-            cooling_down=max(0.0, self._gate.closed_until - self._clock.now()),
+            cool_downs=self._limiter.cool_downs,
+            cooling_down=max(0.0, self._limiter.closed_until - self.clock.now()),
             typical=self._watcher.typical,
         )
 
@@ -766,6 +568,9 @@ async def save_result(
     """`Session.download`, with all that `save_all` can be told."""
     from evolink_async._results.save import save_all  # noqa: PLC0415 - see _open
 
+    async def sleep(seconds: float) -> None:
+        await session.clock.sleep_until(session.clock.now() + seconds)
+
     session._open()
     return await save_all(
         session._results.open,
@@ -774,9 +579,9 @@ async def save_result(
         task_id=result.task_id,
         **how,
         max_bytes=_LARGEST.get(result.snapshot.type or "", _LARGEST["image"]),
-        attempts=session._retry.attempts,
-        wait_after=session._retry.wait_after,
-        sleep=session._sleep,
+        attempts=session._settings.retry.attempts,
+        wait_after=session._settings.retry.wait_after,
+        sleep=sleep,
     )
 
 
@@ -793,109 +598,3 @@ async def read_once(session: Session, task_id: str) -> TaskSnapshot:
     if answer is None:
         raise InvalidResponseError(f"the answer does not name task {task_id}")
     return answer
-
-
-def _with_callback(
-    request: ImageRequest | RawRequest, callback: Callback, key: str
-) -> ImageRequest | RawRequest:
-    """*request* with a callback URL; it keeps the first key's where a new one is minted."""
-    if callback is None or request.callback_url is not None:
-        return request
-    url = callback if isinstance(callback, str) else callback.url_for(key)
-    if isinstance(request, RawRequest):
-        return RawRequest(request.path, body={**request.body(), "callback_url": url})
-    return evolve(request, callback_url=url)
-
-
-def _tell(callback: CallbackSource, watch: Watch) -> None:
-    """Tell who made the callback URL which task it is about."""
-    url = watch.request.callback_url if watch.request is not None else None
-    try:
-        if url is not None:
-            callback.registered(watch.id, url)
-    except Exception:  # other people's code must not lose a paid task
-        logger.exception("callback=%r failed to register task %s", type(callback), watch.id)
-
-
-def _log_orphan(post: asyncio.Task[Watch], submission: Submission) -> None:
-    """Say what became of a POST whose caller was cancelled."""
-    key = submission.idempotency_key
-    if post.cancelled():
-        return
-    if (error := post.exception()) is not None:
-        logger.warning("a submit whose caller was cancelled failed (key %s): %s", key, error)
-    else:
-        logger.warning(
-            "a submit whose caller was cancelled made task %s (key %s); it is being watched",
-            post.result().id,
-            key,
-        )
-
-
-def _rows(answer: Any) -> tuple[list[TaskSummary], int, int]:
-    data = answer.get("data") if isinstance(answer, dict) else None
-    if not isinstance(data, list):
-        raise InvalidResponseError("the task list has no list named data")
-    total = answer.get("total")
-    rows = []
-    for row in data:
-        try:
-            rows.append(TaskSummary.from_json(row))
-        except InvalidResponseError as exc:  # the others may be what somebody is looking for
-            logger.warning("a row of the task list was left out: %s", exc)
-    return rows, len(data), total if isinstance(total, int) else 10**9
-
-
-# -- settings ----------------------------------------------------------------------------------
-
-
-def _api_key(given: str | None) -> str:
-    key = os.environ.get("EVOLINK_API_KEY", "") if given is None else given
-    if not isinstance(key, str) or not key.strip():
-        raise ConfigurationError(
-            "no API key is given",
-            field="api_key",
-            way_past="api_key",
-            advice="pass Session(api_key=...) or set EVOLINK_API_KEY; keys are made at "
-            "https://evolink.ai/dashboard/keys",
-        )
-    key = key.strip()
-    if not all("!" <= c <= "~" for c in key):
-        raise ConfigurationError("the API key has characters that no key has; copy it again")
-    return key
-
-
-def _base_url(given: str | None) -> str:
-    url = given or os.environ.get("EVOLINK_BASE_URL") or DEFAULT_BASE_URL
-    try:
-        return check_base_url(url)
-    except ValueError as exc:
-        allowed = "an https address such as https://api.evolink.ai, or http on this machine"
-        raise refuse("base_url", shown_url(url), allowed, exc) from None
-
-
-def _callback(callback: Callback, session: Session) -> Callback:
-    if callback is None:
-        return None
-    allowed = "an https address, a CallbackReceiver of this session or None"
-    reason = None
-    if isinstance(callback, str):
-        reason = check_callback_url(callback)
-    elif isinstance(callback, type) or not (
-        hasattr(callback, "url_for") and hasattr(callback, "registered")
-    ):
-        reason = "it makes no addresses"
-    elif getattr(callback, "session", session) is not session:
-        reason = "it belongs to another session, which would look for the tasks in vain"
-    if reason is not None:
-        raise refuse("callback", callback, allowed, reason)
-    return callback
-
-
-def _pool_limit(http: aiohttp.ClientSession | None, seats: int) -> int:
-    """Never more seats than a connector handed in has connections: its pool must not queue."""
-    connector = http.connector if http is not None else None
-    if connector is None:
-        return seats
-    limits = [limit for limit in (connector.limit, connector.limit_per_host) if limit > 0]
-    return min([seats, *limits])

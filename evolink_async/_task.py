@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
-from typing import Any, Final
-
-from attrs import frozen
+from typing import Any, Final, Protocol
 
 from evolink_async._checks import number
 from evolink_async._clock import Clock
@@ -25,26 +23,21 @@ from evolink_async.errors import (
     TaskTimeoutError,
 )
 
-__all__ = ["Home", "Task"]
+__all__ = ["Task"]
 
 _LONGEST_WAIT: Final = 1e9
 
 
-@frozen(kw_only=True)
-class Home:
-    """What a task needs of its session.
+class _Session(Protocol):
+    """What a task needs of its session."""
 
-    Attributes:
-        attach: Watches a task by its id.
-        watcher: The session's, if it lives on the running loop.
-        clock: Its clock.
-        save: Its `Session.download`.
-    """
-
-    attach: Callable[[str], Watch]
-    watcher: Callable[[], Watcher]
-    clock: Clock
-    save: Callable[..., Awaitable[tuple[Path, ...]]]
+    @property
+    def clock(self) -> Clock: ...
+    def _attach(self, task_id: str) -> Watch: ...
+    def _watcher_here(self) -> Watcher: ...
+    async def download(
+        self, result: GenerationResult, folder: str | os.PathLike[str], /, *, overwrite: bool
+    ) -> tuple[Path, ...]: ...
 
 
 class Task:
@@ -59,12 +52,12 @@ class Task:
     watching. There is no ``cancel``, because the API offers none.
     """
 
-    __slots__ = ("__weakref__", "_home", "_id", "_watch")
+    __slots__ = ("__weakref__", "_id", "_session", "_watch")
 
-    def __init__(self, task_id: str, home: Home, watch: Watch | None = None) -> None:
+    def __init__(self, task_id: str, session: _Session, watch: Watch | None = None) -> None:
         """Made by a session: see `Session.submit` and `Session.task`."""
         self._id = task_id
-        self._home = home
+        self._session = session
         self._watch = watch
 
     def __repr__(self) -> str:
@@ -130,7 +123,7 @@ class Task:
         """
         watch = self._watched()
         if timeout is None:
-            await self._home.watcher().until_ended(watch)
+            await self._session._watcher_here().until_ended(watch)
         elif not await self._ended_within(watch, timeout):
             raise TaskTimeoutError(
                 f"task {self._id} is {self._shown_status} after waiting {timeout:g} s; "
@@ -144,8 +137,8 @@ class Task:
         number("timeout", timeout, most=_LONGEST_WAIT, unit="None, or seconds")
         loop = asyncio.get_running_loop()
         racers = {
-            loop.create_task(self._home.watcher().until_ended(watch)),
-            loop.create_task(self._home.clock.sleep_until(self._home.clock.now() + timeout)),
+            loop.create_task(self._session._watcher_here().until_ended(watch)),
+            loop.create_task(self._session.clock.sleep_until(self._session.clock.now() + timeout)),
         }
         try:
             await asyncio.wait(racers, return_when=asyncio.FIRST_COMPLETED)
@@ -176,7 +169,7 @@ class Task:
             elif watch.ended:
                 break
             else:
-                await self._home.watcher().until_changed(watch)
+                await self._session._watcher_here().until_changed(watch)
         if watch.reason is not None:
             raise copy.copy(watch.reason) from watch.reason.__cause__
 
@@ -191,7 +184,7 @@ class Task:
         if self._watch is not None and self._watch.reason is not None:
             self._watch = None
         watch = self._watched()
-        await self._home.watcher().look(watch)
+        await self._session._watcher_here().look(watch)
         error = watch.reason or watch.last_error
         if error is not None:
             raise copy.copy(error) from error.__cause__
@@ -203,11 +196,11 @@ class Task:
         self, folder: str | os.PathLike[str], *, overwrite: bool = False
     ) -> tuple[Path, ...]:
         """Wait for the result and save it; see `Session.download`."""
-        return await self._home.save(await self, folder, overwrite=overwrite)
+        return await self._session.download(await self, folder, overwrite=overwrite)
 
     def _watched(self) -> Watch:
         if self._watch is None:
-            self._watch = self._home.attach(self._id)
+            self._watch = self._session._attach(self._id)
         return self._watch
 
 

@@ -422,10 +422,11 @@ async def test_a_key_where_a_message_is_cut(clock: ManualClock, before: int) -> 
 def test_a_session_is_not_pickled() -> None:
     """Pickling a session or its key is refused instead of writing the key somewhere."""
     session = Session(KEY)
-    for thing in (session, session._key):
+    key = session._settings.api_key
+    for thing in (session, key):
         with pytest.raises(TypeError):
             pickle.dumps(thing)
-    assert KEY not in repr(session._key)
+    assert KEY not in repr(key)
 
 
 # -- other hosts -------------------------------------------------------------------------------

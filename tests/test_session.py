@@ -396,14 +396,14 @@ async def test_a_submit_cancelled_at_any_moment(
             await asyncio.sleep(0)
         submit.cancel()
         returned = await asyncio.gather(submit, return_exceptions=True)
-        await wait_until(lambda: not session._posts)
+        await wait_until(lambda: not session._submitter._running)
         known = {task.id for task in session.tasks}
         if not isinstance(returned[0], BaseException):
             known.add(returned[0].id)
         accepted = {record.id for record in emulator.books.tasks()}
         assert accepted == known
-        assert session._slots._value == 32 - len(known)
-        assert session._gate._submits == 0
+        assert session._submitter._slots._value == 32 - len(known)
+        assert session._limiter._submits == 0
         if returned[0] is not None and isinstance(returned[0], asyncio.CancelledError):
             assert all(task_id in caplog.text for task_id in known)
 
@@ -597,7 +597,7 @@ async def test_an_unclosed_session_warns(emulator: Emulator) -> None:
 
 def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a key the error says where to get one."""
-    with pytest.raises(ConfigurationError, match=r"EVOLINK_API_KEY.*evolink\.ai"):
+    with pytest.raises(ConfigurationError, match=r"evolink\.ai.*EVOLINK_API_KEY"):
         Session()
     monkeypatch.setenv("EVOLINK_API_KEY", "from-the-environment")
     monkeypatch.setenv("EVOLINK_BASE_URL", "http://localhost:1234/")
@@ -649,7 +649,7 @@ async def test_a_session_handed_in_stays_the_callers(emulator: Emulator) -> None
     async with aiohttp.ClientSession(connector=connector, trace_configs=[trace]) as http:
         async with connect(emulator, http=http) as session:
             await asyncio.gather(*(session.generate(f"lake {i}") for i in range(5)))
-            assert session._gate._seats == 2
+            assert session._limiter._seats == 2
         assert not http.closed
         assert len(calls) == len(emulator.books.requests())
         closed = connect(emulator, http=http)

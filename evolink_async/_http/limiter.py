@@ -15,9 +15,9 @@ from attrs import define, field
 
 from evolink_async._clock import Clock
 from evolink_async._http.retry import MAX_RETRY_AFTER
-from evolink_async.errors import APIStatusError, SessionClosedError
+from evolink_async.errors import APIStatusError
 
-__all__ = ["NOT_SENT", "Gate"]
+__all__ = ["Gate"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,6 @@ _SHORTEST_COOL_DOWN: Final = 0.001
 """What any clock can tell from nothing."""
 _FIRST_COOL_DOWN: Final = 1.0
 _LONGEST_COOL_DOWN: Final = 60.0
-NOT_SENT: Final = "the session was closed before this submit; nothing was sent"
 _CHANNEL: Final = "no_available_channel"
 
 
@@ -248,10 +247,6 @@ class Gate:
             held.left(entered)
         self._closed.left(entered)
         self._pump()
-
-    def turn_away(self) -> None:
-        """Tell everybody who waits to submit that the session is closed."""
-        _fail(self._queues[True], lambda: SessionClosedError(NOT_SENT))
 
     def succeeded(self, *, sent_at: float, model: str = "") -> None:
         """An answer came that asks for no patience: widen the slow start.

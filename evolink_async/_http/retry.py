@@ -121,30 +121,13 @@ async def run(
     clock: Clock,
     again: Callable[[EvolinkError], bool],
     before_retry: Callable[[EvolinkError, float], None],
-    failed: EvolinkError | None = None,
-    since: float | None = None,
 ) -> T:
     """Await ``call()`` until it succeeds, *again* says no, or the policy ends it.
-
-    *failed* is the error of a first attempt that was made already, *since* when it began.
 
     Raises:
         EvolinkError: The last attempt's error, as it was.
     """
-    started = clock.now() if since is None else since
-    if failed is None:
-        try:
-            return await call()
-        except EvolinkError as exc:
-            failed = exc
-    failures = [failed]
-    del failed
-
-    async def attempt() -> T:
-        # tenacity is shown the first failure, not the many first attempts that succeed.
-        if failures:
-            raise failures.pop()
-        return await call()
+    started = clock.now()
 
     def wanted(error: BaseException) -> bool:
         return isinstance(error, EvolinkError) and again(error)
@@ -177,7 +160,7 @@ async def run(
         before_sleep=announce,
         reraise=True,
     )
-    return await attempts(attempt)
+    return await attempts(call)
 
 
 def _is_throttle(error: BaseException | None) -> bool:

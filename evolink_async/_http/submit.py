@@ -1,56 +1,104 @@
-"""One logical submit, from its request to the answer of its last POST."""
+"""The whole story of a submit, from the caller's wait for a slot to the answer of its last POST.
+
+Once a POST may have left, it belongs to the session: it is sent by an asyncio task of the
+session's own, which goes on if the caller is cancelled. So every submit runs in such a task
+(`Submitter.submit`), and what happens there is told top to bottom: `_run`, `_send`, `_attempt`.
+Whether a submit is sent again is decided in one place, `_may_resend`.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from attrs import define, field
+from attrs import define, field, frozen
 
+from evolink_async._clock import Clock, hold
+from evolink_async._http import protocol
+from evolink_async._http.limiter import Gate
+from evolink_async._http.retry import MAX_RETRY_AFTER
 from evolink_async._model.requests import ImageRequest, RawRequest
-from evolink_async._polling.watch import Watch
-from evolink_async.errors import EvolinkError, SubmitUncertainError
+from evolink_async._model.snapshots import TaskSnapshot
+from evolink_async.errors import (
+    APIStatusError,
+    EvolinkError,
+    SessionClosedError,
+    SubmitUncertainError,
+)
 
-__all__ = ["BeforeSend", "Submission"]
+if TYPE_CHECKING:  # it imports aiohttp
+    from evolink_async._http.transport import Transport
+
+__all__ = ["Accepted", "BeforeSend", "Submitter"]
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 BeforeSend = Callable[[str], Awaitable[object]]
 
+NOT_SENT: Final = "the session was closed before this submit; nothing was sent"
+
+
+@frozen(kw_only=True)
+class Accepted:
+    """A submit that was accepted.
+
+    Attributes:
+        snapshot: The task, as the answer shows it.
+        request: What was asked for.
+        idempotency_key: The key it was accepted under.
+        sent_at: When its POST was sent, on the session's clock.
+        replayed: True if the answer is the stored one of an earlier POST, maybe long ago.
+    """
+
+    snapshot: TaskSnapshot
+    request: ImageRequest | RawRequest
+    idempotency_key: str
+    sent_at: float
+    replayed: bool
+
 
 @define(eq=False)
-class Submission:
-    """One logical submit and how far it has come.
+class _Submission:
+    """How far one submit has come.
 
     Attributes:
         request: What is asked for.
-        idempotency_key: The key it carries.
-        answer: Where its caller waits for the task.
-        before_send: Awaited with the key right before a POST may leave; if it raises, none does.
-        post: What runs its POST, None before it has a seat.
-        seated: True while it has a seat of the gate that its POST has not taken over.
-        in_air: True while a POST of it may have been accepted.
-        sending: True while a POST of it waits for its answer.
-        abandoned: True once its caller was cancelled before any POST left.
-        sent_at: When the last POST was sent, on the session's clock.
-        replayed: True if the answer is the stored one of an earlier POST, maybe long ago.
-        objection: What *before_send* raised.
-        doubt: Why a POST of it may have been accepted although no usable answer came.
+        idempotency_key: The key its next POST carries.
+        before_send: The caller's hook.
+        may_have_left: True once a POST of it may have been accepted.
+        awaits_answer: True while a POST of it waits for its answer.
+        uncertain: Why a POST of it may have been accepted although no usable answer came.
+        hook_error: What *before_send* raised.
+        stopped: True once its caller was cancelled before a POST may have left.
+        abandoned: True once its caller was cancelled, whenever that was.
     """
 
     request: ImageRequest | RawRequest
     idempotency_key: str = field(kw_only=True)
-    answer: asyncio.Future[Watch] = field(kw_only=True)
-    before_send: BeforeSend | None = field(default=None, kw_only=True)
-    post: asyncio.Task[Watch] | None = field(default=None, init=False)
-    seated: bool = field(default=False, init=False)
-    in_air: bool = field(default=False, init=False)
-    sending: bool = field(default=False, init=False)
+    before_send: BeforeSend | None = field(kw_only=True)
+    may_have_left: bool = field(default=False, init=False)
+    awaits_answer: bool = field(default=False, init=False)
+    uncertain: EvolinkError | None = field(default=None, init=False)
+    hook_error: Exception | None = field(default=None, init=False)
+    stopped: bool = field(default=False, init=False)
     abandoned: bool = field(default=False, init=False)
-    sent_at: float = field(default=0.0, init=False)
-    replayed: bool = field(default=False, init=False)
-    objection: Exception | None = field(default=None, init=False)
-    doubt: EvolinkError | None = field(default=None, init=False)
 
-    def uncertain(self, why: object) -> SubmitUncertainError:
+    def failed(self, error: EvolinkError) -> None:
+        """Note what the failure of a POST says about the submit."""
+        if error.may_have_been_accepted:
+            self.uncertain = self.uncertain or error
+        elif error.resendable and getattr(error, "replayed", False):
+            # The stored answer to the first POST under this key: it was refused. The same
+            # key would get the same answer for ever.
+            self.uncertain = None
+            self.idempotency_key = protocol.new_idempotency_key()
+        self.may_have_left = self.uncertain is not None
+
+    def uncertain_error(self, why: object) -> SubmitUncertainError:
         """The error for a POST whose outcome nobody knows."""
         return SubmitUncertainError(
             f"the submit with idempotency key {self.idempotency_key} may have been accepted and "
@@ -59,4 +107,252 @@ class Submission:
             f"first answer, or look for the task in session.list()",
             request=self.request,
             idempotency_key=self.idempotency_key,
+        )
+
+
+class Submitter:
+    """Sends the submits of a session, never more than it has slots for.
+
+    A slot belongs to the generation: `submit` takes it, and whoever watches the accepted
+    task gives it back with `free_slot`. A submit that fails gives its slot back itself.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        gate: Gate,
+        clock: Clock,
+        slots: int,
+        resend_uncertain: bool,
+        notice_resume: Callable[[], None],
+    ) -> None:
+        """A submitter with so many slots.
+
+        Args:
+            transport: What sends a POST.
+            gate: What gives the permit for it.
+            clock: The session's.
+            slots: Generations running at once.
+            resend_uncertain: Whether a submit of unknown outcome is resent with the same key.
+            notice_resume: Called before each POST: after a suspension of the machine, it must
+                not go out on a connection that is dead.
+        """
+        self._transport = transport
+        self._gate = gate
+        self._clock = clock
+        self._slots = asyncio.Semaphore(slots)
+        self.free_slot = self._slots.release  # one bound method for all watches
+        self._resend_uncertain = resend_uncertain
+        self._notice_resume = notice_resume
+        self._running: dict[asyncio.Task[Any], _Submission] = {}
+        self.waiting = 0
+
+    @property
+    def unsent(self) -> frozenset[str]:
+        """Idempotency keys of the submits of which no POST may have been accepted."""
+        running = self._running.values()
+        sent = {each.idempotency_key for each in running if each.may_have_left}
+        return frozenset(each.idempotency_key for each in running) - sent
+
+    # -- the caller's side -----------------------------------------------------------------
+
+    async def submit(
+        self,
+        request: ImageRequest | RawRequest,
+        *,
+        idempotency_key: str,
+        before_send: BeforeSend | None,
+        register: Callable[[Accepted], T],
+    ) -> T:
+        """Submit *request* once there is a slot; returns what *register* makes of the answer.
+
+        *register* is called even if the caller was cancelled after its POST may have left.
+
+        Raises:
+            SubmitUncertainError: It may have been accepted.
+            SessionClosedError: The session was closed; nothing was sent.
+            EvolinkError: It was not accepted.
+        """
+        await self._take_slot()
+        submission = _Submission(request, idempotency_key=idempotency_key, before_send=before_send)
+        task = self._start(submission, register)
+        try:
+            await asyncio.wait((task,))
+        except BaseException:  # the caller was cancelled; the task was not
+            self._abandon(submission, task)
+            raise
+        if task.cancelled() and self._transport.closing:
+            raise SessionClosedError(NOT_SENT)
+        return task.result()
+
+    async def _take_slot(self) -> None:
+        self.waiting += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self.waiting -= 1
+        if self._transport.closing:
+            raise SessionClosedError(NOT_SENT)
+
+    def _start(self, submission: _Submission, register: Callable[[Accepted], T]) -> asyncio.Task[T]:
+        """Run a submit in an asyncio task of the session's own, in the context of its caller."""
+        running = self._run(submission, register)
+        try:
+            task = asyncio.get_running_loop().create_task(running)
+        except BaseException:  # of a task factory of the caller's
+            running.close()
+            self._slots.release()
+            raise
+        self._running[task] = submission
+        task.add_done_callback(self._ended)
+        return task
+
+    def _abandon(self, submission: _Submission, task: asyncio.Task[Any]) -> None:
+        """Stop a submit whose caller is gone, unless a POST of it may have left."""
+        if task.done():
+            _log_abandoned(submission, task)
+            return
+        submission.abandoned = True
+        if not submission.may_have_left:
+            submission.stopped = True
+            task.cancel()
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        """Give the slot of a failed submit back, even if its task never began."""
+        submission = self._running.pop(task)
+        if task.cancelled() or task.exception() is not None:
+            self._slots.release()
+        if submission.abandoned:
+            _log_abandoned(submission, task)
+
+    # -- the session's side ----------------------------------------------------------------
+
+    async def _run(self, submission: _Submission, register: Callable[[Accepted], T]) -> T:
+        """Send a submit, and register the task it made."""
+        try:
+            accepted = await self._send(submission)
+        except asyncio.CancelledError:
+            if not submission.may_have_left:
+                raise
+            logger.warning(
+                "cut off in the middle of a submit, which may have been accepted: "
+                "idempotency key %s",
+                submission.idempotency_key,
+            )
+            raise submission.uncertain_error("it was cut off") from None
+        return register(accepted)
+
+    async def _send(self, submission: _Submission) -> Accepted:
+        """Make attempts until one is accepted, or another must or may not be made."""
+        try:
+            return await self._transport.retrying(
+                partial(self._attempt, submission), partial(self._may_resend, submission)
+            )
+        except Exception:  # also what before_send raised: an earlier POST stays uncertain
+            if (why := submission.uncertain) is not None:
+                raise submission.uncertain_error(why) from why
+            raise
+
+    def _may_resend(self, submission: _Submission, error: EvolinkError) -> bool:
+        """Whether a submit is sent again after an attempt that ended with *error*.
+
+        This decides it, for every submit. How soon and how often, the retry policy says.
+        """
+        if self._transport.closing or error is submission.hook_error:
+            return False
+        if not (error.resendable or error.may_have_been_accepted) or _asks_for_too_much(error):
+            return False
+        return submission.uncertain is None or self._resend_uncertain
+
+    async def _attempt(self, submission: _Submission) -> Accepted:
+        """Wait for a permit, ask the hook, send one POST and read its answer."""
+        request = submission.request
+        await self._gate.enter(submit=True, model=request.model)
+        entered = self._clock.now()
+        try:
+            self._check_wanted(submission)
+            if submission.before_send is not None:
+                await self._ask_hook(submission, submission.before_send)
+                self._check_wanted(submission)
+            self._notice_resume()
+            return await self._post(submission)
+        finally:
+            self._gate.leave(submit=True, model=request.model, entered=entered)
+
+    def _check_wanted(self, submission: _Submission) -> None:
+        """Stop where the session was closed, or the hook kept a cancellation to itself."""
+        if self._transport.closing:
+            raise SessionClosedError(NOT_SENT)
+        if submission.stopped:
+            raise asyncio.CancelledError
+
+    async def _ask_hook(self, submission: _Submission, hook: BeforeSend) -> None:
+        try:
+            with hold(self._clock):
+                await hook(submission.idempotency_key)
+        except Exception as exc:
+            submission.hook_error = exc  # whatever its type, it says nothing about an answer
+            raise
+
+    async def _post(self, submission: _Submission) -> Accepted:
+        key = submission.idempotency_key
+        submission.may_have_left = submission.awaits_answer = True
+        try:
+            answer = await self._transport.post(submission.request, idempotency_key=key)
+            value = protocol.decipher(answer.status, answer.headers, answer.body)
+            snapshot = TaskSnapshot.from_json(value, body=answer.body, status="pending")
+        except EvolinkError as exc:
+            submission.failed(exc)
+            raise
+        finally:
+            submission.awaits_answer = False
+        return Accepted(
+            snapshot=snapshot,
+            request=submission.request,
+            idempotency_key=key,
+            sent_at=answer.sent_at,
+            replayed=answer.is_replayed,
+        )
+
+    # -- the end ---------------------------------------------------------------------------
+
+    async def finish(self, grace: float | None) -> None:
+        """Start no new POST, and give those in the air *grace* seconds, or their time-out."""
+        for _ in range(self.waiting):  # they wake, see that the session is closing, and say so
+            self._slots.release()
+        for task, submission in self._running.items():
+            if not submission.awaits_answer:
+                task.cancel()
+        try:
+            if self._running:
+                await asyncio.wait(tuple(self._running), timeout=grace)
+        finally:
+            self.cut_off()
+            await asyncio.gather(*self._running, return_exceptions=True)
+
+    def cut_off(self) -> None:
+        """Wait for no answer any longer."""
+        for task in self._running:
+            task.cancel()
+
+
+def _asks_for_too_much(error: EvolinkError) -> bool:
+    """True if the API asks a submit to wait longer than anybody should wait unawares."""
+    retry_after = error.retry_after if isinstance(error, APIStatusError) else None
+    return retry_after is not None and retry_after > MAX_RETRY_AFTER
+
+
+def _log_abandoned(submission: _Submission, task: asyncio.Task[Any]) -> None:
+    """Say what became of a POST whose caller was cancelled."""
+    key = submission.idempotency_key
+    if task.cancelled():
+        return
+    if (error := task.exception()) is not None:
+        logger.warning("a submit whose caller was cancelled failed (key %s): %s", key, error)
+    else:
+        logger.warning(
+            "a submit whose caller was cancelled made task %s (key %s); it is being watched",
+            task.result().id,
+            key,
         )

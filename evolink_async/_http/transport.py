@@ -9,7 +9,6 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
 from typing import Any, Final, Self, TypeVar
 
 import aiohttp
@@ -18,11 +17,11 @@ from attrs import define, field
 from evolink_async._clock import Clock, hold
 from evolink_async._http import protocol, retry
 from evolink_async._http.breaker import BatchEndpoint
-from evolink_async._http.limiter import NOT_SENT, Gate
+from evolink_async._http.limiter import Gate
 from evolink_async._http.proxy import environment_proxy
 from evolink_async._http.retry import Timeout
 from evolink_async._http.secret import Secret
-from evolink_async._http.submit import BeforeSend, Submission
+from evolink_async._model.requests import ImageRequest, RawRequest
 from evolink_async._model.snapshots import Page, TaskSnapshot
 from evolink_async._text import printable
 from evolink_async.errors import (
@@ -32,7 +31,6 @@ from evolink_async.errors import (
     ConfigurationError,
     EvolinkError,
     InvalidResponseError,
-    SessionClosedError,
 )
 
 __all__ = ["Answer", "Counters", "Reading", "Transport"]
@@ -193,32 +191,30 @@ class Transport:
         *,
         body: bytes | None = None,
         params: Mapping[str, str] | None = None,
-        submit: Submission | None = None,
+        idempotency_key: str | None = None,
     ) -> Answer:
-        """Send one request behind the gate and read its answer whole.
+        """Send one request and read its answer whole; with a key it is a submit.
 
         Raises:
             APIConnectionError: No answer, with ``sent`` saying whether one was earned.
             InvalidResponseError: The answer is larger than any the API gives.
         """
-        client = self._read_http if submit is None else self._submit_http
-        timeout = self._read_timeout if submit is None else self._submit_timeout
+        submit = idempotency_key is not None
+        client = self._submit_http if submit else self._read_http
+        timeout = self._submit_timeout if submit else self._read_timeout
         if client.closed:
             raise ConfigurationError("the aiohttp session handed in as http= is closed")
         failure: EvolinkError
         response: aiohttp.ClientResponse | None
         with hold(self._clock):
             sent_at = self._clock.now()
-            if submit is not None:
-                submit.sent_at = sent_at
-                submit.in_air = submit.sending = True
             try:
                 async with client.request(
                     method,
                     self._base_url + path,
                     data=body,
                     params=params,
-                    headers=self._headers(submit),
+                    headers=self._headers(idempotency_key),
                     timeout=timeout,
                     allow_redirects=False,
                     raise_for_status=False,
@@ -239,20 +235,17 @@ class Transport:
                 failure = self._translate(exc)  # a tracer of the caller raised it
             except Exception as exc:  # noqa: BLE001 - as may anything else
                 failure = self._translate(exc)
-            finally:
-                if submit is not None:
-                    submit.sending = False
         # Raised out here: aiohttp's frames and request objects hold the headers, and with
         # them the key, so neither its traceback nor the exception itself goes further.
         response = None
         raise failure
 
-    def _headers(self, submit: Submission | None) -> dict[str, str]:
+    def _headers(self, idempotency_key: str | None) -> dict[str, str]:
         """What a request says beside what our own clients do by themselves."""
         alone = self._http is None and self._proxy is None
         headers = {} if alone else self._common_headers()
-        if submit is not None:
-            headers["Idempotency-Key"] = submit.idempotency_key
+        if idempotency_key is not None:
+            headers["Idempotency-Key"] = idempotency_key
         return headers
 
     def _common_headers(self) -> dict[str, str]:
@@ -284,13 +277,13 @@ class Transport:
         stage = "cannot connect to" if never_sent else "connection broken to"
         return APIConnectionError(f"{stage} {self._base_url} ({kind}): {why}", sent=not never_sent)
 
-    def _decipher(self, answer: Answer, model: str = "") -> Any:
+    def _decipher(self, answer: Answer) -> Any:
         """The JSON of a successful answer.
 
         Raises:
             EvolinkError: It is an error, or not JSON.
         """
-        self._check_status(answer, model)
+        self._check_status(answer)
         return protocol.decipher(answer.status, answer.headers, answer.body)
 
     def _check_status(self, answer: Answer, model: str = "") -> None:
@@ -314,88 +307,21 @@ class Transport:
 
     # -- submits --------------------------------------------------------------------------
 
-    async def submit(self, submission: Submission) -> TaskSnapshot:
-        """POST a generation, resending only where it surely was not accepted.
+    async def post(self, request: ImageRequest | RawRequest, *, idempotency_key: str) -> Answer:
+        """Send one submit, for which there must be a permit.
 
         Raises:
-            SubmitUncertainError: It may have been accepted.
-            EvolinkError: It was not.
+            EvolinkError: It was not answered, or with an error.
         """
-        started = self._clock.now()
-        try:
-            # Nearly all succeed at once, and need nothing of what trying again takes.
-            try:
-                return await self._attempt(submission)
-            except EvolinkError as exc:
-                again = self._retrying(
-                    partial(self._attempt, submission),
-                    partial(self._may_resend, submission),
-                    failed=exc,
-                    since=started,
-                )
-            return await again
-        except Exception:  # also what before_send raised: an earlier POST stays uncertain
-            if submission.doubt is not None:
-                raise submission.uncertain(submission.doubt) from submission.doubt
-            raise
-
-    async def _attempt(self, submission: Submission) -> TaskSnapshot:
-        try:
-            snapshot = await self._post(submission)
-        except EvolinkError as exc:
-            if exc is submission.objection:
-                pass
-            elif exc.may_have_been_accepted:
-                submission.doubt = submission.doubt or exc
-            elif exc.resendable and getattr(exc, "replayed", False):
-                # The stored answer to the first POST under this key: it was refused.
-                submission.doubt = None
-                submission.idempotency_key = protocol.new_idempotency_key()
-            submission.in_air = submission.doubt is not None
-            raise
-        return snapshot  # still in the air for whoever asks: it was accepted
-
-    def _may_resend(self, submission: Submission, exc: EvolinkError) -> bool:
-        refused = not (exc.may_have_been_accepted or exc.resendable)
-        final = refused or exc is submission.objection
-        if self.closing or final or _too_patient(exc):
-            return False
-        if exc.may_have_been_accepted or submission.doubt is not None:
-            return self._policy.resend_uncertain
-        return True
-
-    async def _post(self, submission: Submission) -> TaskSnapshot:
-        request = submission.request
-        seated, submission.seated = submission.seated, False
-        if not (seated and self._gate.admit(request.model)):
-            await self._gate.enter(submit=True, model=request.model, seated=seated)
-        entered = self._clock.now()
-        try:
-            if self.closing:
-                raise SessionClosedError(NOT_SENT)
-            if submission.before_send is not None:
-                with hold(self._clock):
-                    await self._ask_hook(submission, submission.before_send)
-                if self.closing:  # meanwhile
-                    raise SessionClosedError(NOT_SENT)
-                if submission.abandoned:  # and the hook swallowed the cancellation
-                    raise asyncio.CancelledError
-            self.counters.submits += 1
-            answer = await self._exchange(
-                "POST", request.path, body=protocol.encode(request.body()), submit=submission
-            )
-            value = self._decipher(answer, request.model)  # before others are let in
-        finally:
-            self._gate.leave(submit=True, model=request.model, entered=entered)
-        submission.replayed = answer.is_replayed
-        return TaskSnapshot.from_json(value, body=answer.body, status="pending")
-
-    async def _ask_hook(self, submission: Submission, hook: BeforeSend) -> None:
-        try:
-            await hook(submission.idempotency_key)
-        except Exception as exc:
-            submission.objection = exc  # whatever its type: it says nothing of an answer
-            raise
+        self.counters.submits += 1
+        answer = await self._exchange(
+            "POST",
+            request.path,
+            body=protocol.encode(request.body()),
+            idempotency_key=idempotency_key,
+        )
+        self._check_status(answer, request.model)
+        return answer
 
     # -- reads ----------------------------------------------------------------------------
 
@@ -481,26 +407,27 @@ class Transport:
             finally:
                 self._gate.leave(entered=entered)
 
-        return await self._retrying(attempt, lambda exc: not self.closing and exc.retryable)
+        return await self.retrying(attempt, lambda exc: not self.closing and exc.retryable)
 
     def wait_after(self, failures: int, *, paid: bool) -> float:
         """Seconds until a task whose read failed so often in a row is read again."""
         return self._policy.wait_after(failures) if paid else self._policy.wait_max
 
-    def _retrying(
-        self,
-        attempt: Callable[[], Awaitable[T]],
-        again: Callable[[EvolinkError], bool],
-        **first: Any,
-    ) -> Awaitable[T]:
-        return retry.run(
+    async def retrying(
+        self, attempt: Callable[[], Awaitable[T]], again: Callable[[EvolinkError], bool]
+    ) -> T:
+        """Await ``attempt()`` until it succeeds, *again* says no, or the retry policy ends it.
+
+        Raises:
+            EvolinkError: The last attempt's error, as it was.
+        """
+        return await retry.run(
             attempt,
             policy=self._policy,
             budget=self._budget,
             clock=self._clock,
             again=again,
             before_retry=self._log_retry,
-            **first,
         )
 
     def _log_retry(self, error: EvolinkError, wait: float) -> None:
@@ -545,9 +472,3 @@ def _unescaped(body: bytes) -> bytes:
         return json.dumps(json.loads(body)).encode()
     except (ValueError, RecursionError):
         return body
-
-
-def _too_patient(exc: EvolinkError) -> bool:
-    """True if the API asks a submit to wait longer than anybody should wait unawares."""
-    after = exc.retry_after if isinstance(exc, APIStatusError) else None
-    return after is not None and after > retry.MAX_RETRY_AFTER

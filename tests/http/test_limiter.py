@@ -618,20 +618,7 @@ async def test_closing_leaves_nothing_running(crowd_at: MakeCrowd) -> None:
     assert len(asyncio.all_tasks()) == 1
 
 
-# -- closing and taking turns ------------------------------------------------------------------
-
-
-async def test_who_was_turned_away_has_no_seat_to_give_back(crowd_at: MakeCrowd) -> None:
-    """Cancelled in the same breath, a submit that was told of the closing had none."""
-    crowd = crowd_at(1)
-    await crowd.come("s0", "s1")
-    crowd.gate.turn_away()
-    await crowd.cancel("s1")
-    assert crowd.entered == ["s0"]
-    assert not crowd.gate.find_seat(submit=True)
-    await crowd.leave("s0")
-    assert crowd.gate.find_seat(submit=True)
-    assert not crowd.gate.find_seat(submit=True)
+# -- taking turns ------------------------------------------------------------------
 
 
 async def test_reads_and_submits_take_turns_at_a_rate(crowd_at: MakeCrowd) -> None:
