@@ -25,7 +25,7 @@ from evolink_async._callback import (
 )
 from evolink_async._checks import instance
 from evolink_async._clock import Clock, LoopClock
-from evolink_async._http.limiter import Gate
+from evolink_async._http.limiter import Limiter
 from evolink_async._http.protocol import CREDITS_PATH, check_idempotency_key, new_idempotency_key
 from evolink_async._http.retry import RetryPolicy, Timeout
 from evolink_async._http.submit import Accepted, BeforeSend, Submitter
@@ -126,7 +126,7 @@ class Session:
         self._callback = check_callback(callback, self)
         self._closed: asyncio.Task[None] | None = None
         # Made by _open, on the loop:
-        self._limiter: Gate
+        self._limiter: Limiter
         self._transport: Transport
         self._results: ResultClient
         self._watcher: Watcher
@@ -156,12 +156,12 @@ class Session:
 
         settings = self._settings
         clock, rate, permits = settings.clock, settings.max_requests_per_second, settings.permits()
-        limiter = self._limiter = Gate(clock, seats=permits, rate=rate)
+        limiter = self._limiter = Limiter(clock, permits=permits, rate=rate)
         self._transport = Transport(
             api_key=settings.api_key,
             base_url=settings.base_url,
             clock=clock,
-            gate=limiter,
+            limiter=limiter,
             timeout=settings.timeout,
             policy=settings.retry,
             http=settings.http,
@@ -184,7 +184,7 @@ class Session:
         )
         self._submitter = Submitter(
             self._transport,
-            gate=limiter,
+            limiter=limiter,
             clock=clock,
             slots=settings.max_in_flight,
             resend_uncertain=settings.retry.resend_uncertain,
@@ -557,7 +557,7 @@ class Session:
             ids_read=counters.ids_read,
             retries=counters.retries,
             cool_downs=self._limiter.cool_downs,
-            cooling_down=max(0.0, self._limiter.closed_until - self.clock.now()),
+            cooling_down=self._limiter.cooling_down,
             typical=self._watcher.typical,
         )
 

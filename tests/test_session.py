@@ -649,7 +649,7 @@ async def test_a_session_handed_in_stays_the_callers(emulator: Emulator) -> None
     async with aiohttp.ClientSession(connector=connector, trace_configs=[trace]) as http:
         async with connect(emulator, http=http) as session:
             await asyncio.gather(*(session.generate(f"lake {i}") for i in range(5)))
-            assert session._limiter._seats == 2
+            assert session._settings.permits() == 2
         assert not http.closed
         assert len(calls) == len(emulator.books.requests())
         closed = connect(emulator, http=http)

@@ -1,4 +1,4 @@
-"""Who may send now: seats, the session-wide cool-down with its slow start, the request rate."""
+"""Who may send a request now: permits, cool-downs with a slow start, the request rate."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import itertools
 import logging
 import random
 from collections import deque
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Final
+from math import inf
+from typing import Final, Self
 
 from attrs import define, field
 
@@ -17,368 +16,316 @@ from evolink_async._clock import Clock
 from evolink_async._http.retry import MAX_RETRY_AFTER
 from evolink_async.errors import APIStatusError
 
-__all__ = ["Gate"]
+__all__ = ["Limiter", "Permit"]
 
 logger = logging.getLogger(__name__)
 
-_SHORTEST_COOL_DOWN: Final = 0.001
-"""What any clock can tell from nothing."""
-_FIRST_COOL_DOWN: Final = 1.0
-_LONGEST_COOL_DOWN: Final = 60.0
-_CHANNEL: Final = "no_available_channel"
+_LONGEST_BACKOFF: Final = 60.0
+"""Seconds of a cool-down whose answers do not say how long; the first is one second."""
 
 
-@define
+@define(eq=False)
 class _CoolDown:
-    """One cool-down, of the session or of the submits of one model, and its slow start.
+    """A cool-down, of the session or of the submits of one model, and the slow start after it.
 
     Attributes:
         until: When it ends, on the session's clock.
-        since: When it was last begun.
-        streak: How often it was begun in a row without a number of seconds.
-        window: Requests that may be in the air after it.
-        in_air: Those that were let in since it was last begun.
-        waiting: Who waits for the window, where that is not the gate's queue.
+        since: When it last began.
+        streak: How often it began in a row without a number of seconds.
+        window: How many *permits* there may be after it; each success allows one more.
+        permits: Those given since it began, while their number is limited. Requests that were
+            in the air before do not count: they may hang.
     """
 
-    until: float = float("-inf")
-    since: float = float("-inf")
+    until: float = -inf
+    since: float = -inf
     streak: int = 0
-    window: float = float("inf")
-    in_air: int = 0
-    waiting: list[asyncio.Future[None]] = field(factory=list)
+    window: float = inf
+    permits: set[Permit] = field(factory=set)
 
     def extend(self, retry_after: float | None, *, sent_at: float, now: float) -> bool:
-        """Obey one more answer; False if it says nothing new.
+        """Obey an answer that asks to wait; True if it begins anew.
 
-        Answers to what was already in the air when it began come with a ``retry_after``
-        of their own, or say nothing new.
+        An answer to a request that was sent before it began only counts if it comes with a
+        ``retry_after``. "At once" is no answer to how long: the wait grows as without one.
         """
-        news = sent_at > self.since
-        delay = retry_after or 0.0  # "at once" is no answer to how long: back off as without
-        if not delay and not news:
+        begins = sent_at > self.since
+        if begins:
+            self.since = now
+            self.permits.clear()
+        elif not retry_after:
             return False
-        if delay:
-            delay = max(delay, _SHORTEST_COOL_DOWN)
-        else:
+        if not retry_after:
+            retry_after = min(_LONGEST_BACKOFF, 2.0 ** min(self.streak, 10))
             self.streak += 1
-            delay = min(_LONGEST_COOL_DOWN, _FIRST_COOL_DOWN * 2.0 ** min(self.streak - 1, 10))
-        # Synchronised clients are what a cool-down must not create: always a little late.
+        # Always a little late, so that not all clients come back at the same moment.
         late = random.uniform(1.0, 1.1)  # noqa: S311 - jitter
-        self.until = max(self.until, now + min(delay, MAX_RETRY_AFTER) * late)
+        self.until = max(self.until, now + min(retry_after, MAX_RETRY_AFTER) * late)
         self.window = 1
-        if news:
-            self.since, self.in_air = now, 0
-        return True
+        return begins
 
-    @property
-    def is_slow(self) -> bool:
-        """Whether there is a limit to what may be in the air."""
-        return self.window < float("inf")
+    def succeeded(self, *, sent_at: float, enough: int) -> bool:
+        """After a success, allow one permit more, and any number from *enough* on.
 
-    def allows(self, now: float) -> bool:
-        """Whether one more request may be sent *now*."""
-        return self.until <= now and self.in_air < self.window
-
-    def left(self, entered: float) -> None:
-        """A request let in when it *entered* is over; what was in the air before does not count."""
-        if entered > self.since:
-            self.in_air = max(0, self.in_air - 1)
-        if self.waiting:
-            self._wake()
-
-    def widen(self, enough: int) -> bool:
-        """One request after it succeeded; True once *enough* have."""
+        True if that changes anything.
+        """
+        if sent_at <= self.since or self.window == inf:
+            return False
         self.streak = 0
         self.window += 1
         if self.window >= enough:
-            self.window = float("inf")
-        self._wake()
-        return not self.is_slow
+            self.window = inf
+            self.permits.clear()
+        return True
 
-    def _wake(self) -> None:
-        for future in self.waiting:
-            if not future.done():
-                future.set_result(None)
-        self.waiting.clear()
-
-    async def changes(self) -> None:
-        """Return when the window may have room."""
-        future = asyncio.get_running_loop().create_future()
-        self.waiting.append(future)
-        await future
+    def has_room(self) -> bool:
+        """Whether its window has room for one more permit."""
+        return len(self.permits) < self.window
 
 
-_Entry = tuple[int, "asyncio.Future[Any]", Callable[[], object]]
-"""Who waits for a seat: when it came, what is done if it waits no more, and how it is let in."""
+@define(eq=False)
+class _Queue:
+    """Those that wait to read, or to submit something of one model, by arrival.
 
-
-class Gate:
-    """Lets requests to the API through, in order of arrival.
-
-    aiohttp's own pool never queues behind it: a time-out that starts after the gate
-    says whether a request was sent.
-
-    - *Seats.* At most *seats* requests in the air; two of them are for reads only (of
-      four or more; one of two or three), so that a burst of submits cannot starve polling.
-    - *Cool-down.* `cool_down` closes the gate for everybody. Afterwards it opens one
-      request at a time, each success admitting one more, until all seats are open.
-    - *Rate.* A token bucket of one request: they are spaced, never bunched. While reads and
-      submits both wait, they take turns.
+    Attributes:
+        submits: Whether they submit.
+        cool_down: That of the model.
+        waiting: The number of each, and the future that its permit is given to.
     """
 
-    def __init__(self, clock: Clock, *, seats: int, rate: float | None = None) -> None:
-        """A gate of *seats*, *rate* requests a second at most."""
+    submits: bool = field(kw_only=True)
+    cool_down: _CoolDown = field(factory=_CoolDown)
+    waiting: deque[tuple[int, asyncio.Future[Permit]]] = field(factory=deque)
+
+    def first(self) -> float:
+        """The number of the first that waits, infinity if nobody does."""
+        while self.waiting and self.waiting[0][1].done():  # cancelled
+            self.waiting.popleft()
+        return self.waiting[0][0] if self.waiting else inf
+
+
+@define(eq=False)
+class Permit:
+    """The right to have one request in the air; released at the end of its ``with`` block."""
+
+    _limiter: Limiter
+    queue: _Queue
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give it back after its request."""
+        self._limiter.take_back(self, unused=False)
+
+    def give_back(self) -> None:
+        """Give it back unused: nothing was sent that counts against the request rate."""
+        self._limiter.take_back(self, unused=True)
+
+
+class Limiter:
+    """Gives out permits for requests to the API, in order of arrival.
+
+    aiohttp's own pool never queues behind it: a time-out that starts with a permit says
+    whether a request was sent.
+
+    - *Permits.* At most *permits* requests in the air; two of them are for reads only (of
+      four or more; one of two or three), so that a burst of submits cannot starve polling.
+    - *Cool-down.* After a 429 or 503 nobody gets a permit for a while, then one request at a
+      time may be in the air, and one more with each success, until all permits may be used.
+      If only a model is away (``no_available_channel``), only its submits are held back.
+    - *Rate.* At most *rate* requests a second, evenly spaced: rest is not saved up. While
+      reads and submits both wait, they take turns.
+    """
+
+    def __init__(self, clock: Clock, *, permits: int, rate: float | None = None) -> None:
+        """A limiter of *permits*, and of *rate* requests a second."""
         self._clock = clock
-        self._seats = seats
-        self._submit_seats = seats - (2 if seats >= 4 else 1 if seats >= 2 else 0)
-        self._reads = 0
-        self._submits = 0
-        # Of reads, and of submits.
-        self._queues: tuple[deque[_Entry], deque[_Entry]] = deque(), deque()
-        self._order = itertools.count()
-        self._rate = rate
+        self._permits = permits
+        self._submit_permits = permits - (2 if permits >= 4 else 1 if permits >= 2 else 0)
+        self._in_air = self._submits = 0  # requests, and how many of them are submits
+        self._spacing = 0.0 if rate is None else 1 / rate
+        self._next_at = -inf  # when the rate allows the next request
         self._after_submit = False
-        self._tokens = 1.0
-        self._filled_at = 0.0
-        self._closed = _CoolDown()
-        self._held: dict[str, _CoolDown] = {}
-        self._alarm: asyncio.Task[None] | None = None
-        self._pumping = False
+        self._cool_down = _CoolDown()
+        self._queues: dict[str | None, _Queue] = {}
+        self._arrivals = itertools.count()
+        self._timer: asyncio.Task[None] | None = None
+        self._timer_at = inf
         self.cool_downs = 0
 
     @property
-    def closed_until(self) -> float:
-        """When the current cool-down ends, on the session's clock; in the past if none."""
-        return self._closed.until
+    def cooling_down(self) -> float:
+        """Seconds until the session's cool-down ends, 0 if there is none."""
+        return max(0.0, self._cool_down.until - self._clock.now())
 
-    @property
-    def waiting(self) -> int:
-        """Requests queued here."""
-        return sum(map(len, self._queues))
+    def ready_at(self) -> float:
+        """When cool-down and rate allow the next request; in the past if they do now."""
+        return max(self._cool_down.until, self._next_at)
 
     @property
     def is_contended(self) -> bool:
-        """Whether submits that wait take each token of the rate before a read can ask for it.
+        """Whether submits that wait use the request rate up before a read can ask for it.
 
-        A read has to wait among them then, where one does already it is not.
+        Such a read has to wait its turn among them. Where one waits already, a second would
+        only wait behind it.
         """
-        waiting = self._rate is not None and self._next() is True and not self._queues[False]
-        return waiting and self._closed.until <= self._clock.now()
-
-    async def enter(self, *, submit: bool = False, model: str = "", seated: bool = False) -> None:
-        """Wait for a seat; `leave` gives it back.
-
-        Args:
-            submit: Whether a generation is submitted.
-            model: Its model, which may have a cool-down of its own.
-            seated: Whether it has a seat already, from `take_seat`.
-        """
-        while True:
-            if not seated:
-                await self.take_seat(submit=submit)
-            if not submit or self.admit(model):
-                return
-            seated = False
-            self.decline(submit=submit)
-            while (held := self._held.get(model)) and not held.allows(self._clock.now()):
-                if held.until > self._clock.now():
-                    await self._clock.sleep_until(held.until)
-                else:
-                    await held.changes()
-
-    def admit(self, model: str) -> bool:
-        """Whether a submit of *model* with a seat need not wait for a cool-down of its model."""
-        held = self._held.get(model)
-        if held is None:
-            return True
-        if not held.allows(self._clock.now()):
+        now = self._clock.now()
+        if not self._spacing or self._cool_down.until > now:
             return False
-        held.in_air += 1
-        return True
+        turn = self._turn(now)
+        return turn is not None and self._queue(None).first() == inf
 
-    async def take_seat(self, *, submit: bool) -> None:
-        """Wait for a seat, whatever the model."""
-        if self.find_seat(submit=submit):
-            return
-        future = asyncio.get_running_loop().create_future()
-        self.queue(future, partial(future.set_result, None), submit=submit)
+    # -- permits ---------------------------------------------------------------------------
+
+    async def acquire(self, model: str | None = None) -> Permit:
+        """Wait for a permit to submit something of *model*, or else to read."""
+        if (permit := self.try_acquire(model)) is not None:
+            return permit
+        future: asyncio.Future[Permit] = asyncio.get_running_loop().create_future()
+        self._queue(model).waiting.append((next(self._arrivals), future))
+        self._serve()
         try:
-            await future
+            return await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and future.exception() is None:
-                self.decline(submit=submit)  # let in, and cancelled before it could run
+                future.result().give_back()  # it came, but too late
             raise
 
-    def find_seat(self, *, submit: bool) -> bool:
-        """Take a seat if there is one for who has to wait for nobody."""
-        return self._next() is None and self._has_seat(submit=submit) and self._take(submit=submit)
+    def try_acquire(self, model: str | None = None) -> Permit | None:
+        """A permit, if there is one now and nobody who waits could have it."""
+        now, queue = self._clock.now(), self._queue(model)
+        if self.ready_at() > now or not self._has_room() or not self._may_go(queue, now):
+            return None
+        return self._give(queue, now) if self._turn(now) is None else None
 
-    def queue(
-        self, future: asyncio.Future[Any], let_in: Callable[[], object], *, submit: bool
-    ) -> None:
-        """Call *let_in* with a seat taken once there is one, unless *future* is done by then.
+    def take_back(self, permit: Permit, *, unused: bool) -> None:
+        """What `Permit.release` and `Permit.give_back` do."""
+        self._in_air -= 1
+        self._submits -= permit.queue.submits
+        if unused:
+            self._next_at -= self._spacing
+        self._cool_down.permits.discard(permit)
+        permit.queue.cool_down.permits.discard(permit)
+        self._serve()
 
-        `turn_away` tells *future* that there will be none.
-        """
-        self._queues[submit].append((next(self._order), future, let_in))
-        self._pump()
+    def _queue(self, model: str | None) -> _Queue:
+        queue = self._queues.get(model)
+        if queue is None:
+            queue = self._queues[model] = _Queue(submits=model is not None)
+        return queue
 
-    def decline(self, *, submit: bool) -> None:
-        """Give a seat back unused, and the rate's token with it."""
-        self._tokens += 1
-        self.leave(submit=submit)
+    def _has_room(self) -> bool:
+        """Whether one more request may be in the air."""
+        return self._in_air < self._permits and self._cool_down.has_room()
 
-    def leave(
-        self, *, submit: bool = False, model: str = "", entered: float = float("inf")
-    ) -> None:
-        """Give a seat back.
+    def _may_go(self, queue: _Queue, now: float) -> bool:
+        """Whether it may be one of this queue."""
+        if not queue.submits:
+            return True
+        cool_down = queue.cool_down
+        return (
+            self._submits < self._submit_permits and cool_down.until <= now and cool_down.has_room()
+        )
 
-        Args:
-            submit: Whether it was a submit's.
-            model: Its model.
-            entered: When it was taken; by default after whatever cool-down there was.
-        """
-        if submit:
-            self._submits -= 1
-        else:
-            self._reads -= 1
-        if (held := self._held.get(model)) is not None:
-            held.left(entered)
-        self._closed.left(entered)
-        self._pump()
+    def _turn(self, now: float) -> _Queue | None:
+        """The queue whose first is next, None if nobody waits who may go."""
+        queues = [q for q in self._queues.values() if q.first() < inf and self._may_go(q, now)]
+        if self._spacing:  # reads and submits take turns
+            others = [q for q in queues if q.submits != self._after_submit]
+            queues = others or queues
+        return min(queues, key=_Queue.first, default=None)
 
-    def succeeded(self, *, sent_at: float, model: str = "") -> None:
-        """An answer came that asks for no patience: widen the slow start.
+    def _give(self, queue: _Queue, now: float) -> Permit:
+        permit = Permit(self, queue)
+        self._in_air += 1
+        self._submits += queue.submits
+        self._next_at = now + self._spacing
+        self._after_submit = queue.submits
+        for cool_down in (self._cool_down, queue.cool_down):
+            if cool_down.window < inf:
+                cool_down.permits.add(permit)
+        return permit
+
+    def _serve(self) -> None:
+        """Give permits to those whose turn it is; set the timer for when the next may go."""
+        now = self._clock.now()
+        while self._has_room():
+            queue = self._turn(now)
+            if queue is None:  # at most some whose model has a cool-down
+                held = [q.cool_down.until for q in self._queues.values() if q.first() < inf]
+                self._set_timer(min((until for until in held if until > now), default=inf))
+                return
+            if self.ready_at() > now:
+                self._set_timer(self.ready_at())
+                return
+            _, future = queue.waiting.popleft()
+            future.set_result(self._give(queue, now))
+
+    # -- what answers say ------------------------------------------------------------------
+
+    def succeeded(self, *, sent_at: float, model: str | None = None) -> None:
+        """Note an answer that does not ask to wait.
 
         Args:
             sent_at: When its request was sent; from before a cool-down it says nothing.
             model: The model of the submit it answers.
         """
-        held = self._held.get(model)
-        if held is not None and sent_at > held.since and held.widen(self._seats):
-            del self._held[model]
-        if self._closed.is_slow and sent_at > self._closed.since:
-            self._closed.widen(self._seats)
-            self._pump()
+        for cool_down in (self._cool_down, self._queue(model).cool_down):
+            if cool_down.succeeded(sent_at=sent_at, enough=self._permits):
+                self._serve()
 
-    def cool_down(self, error: APIStatusError, *, sent_at: float, model: str = "") -> None:
-        """Obey an answer that asks for patience.
+    def cool_down(self, error: APIStatusError, *, sent_at: float, model: str | None = None) -> None:
+        """Obey an answer that asks to wait.
 
         Args:
             error: The 429 or 503.
-            sent_at: When its request was sent: answers to what was already in the air
-                when a cool-down began do not lengthen its back-off.
+            sent_at: When its request was sent: answers to requests that were in the air when
+                a cool-down began do not lengthen its back-off.
             model: The model of the submit it answers.
         """
         now = self._clock.now()
-        if error.code == _CHANNEL and model:
-            held = self._held.setdefault(model, _CoolDown())
-            held.extend(error.retry_after, sent_at=sent_at, now=now)
-            return
-        news = sent_at > self._closed.since
-        if not self._closed.extend(error.retry_after, sent_at=sent_at, now=now):
-            return
-        if news:
+        if model and error.code == "no_available_channel":
+            self._queue(model).cool_down.extend(error.retry_after, sent_at=sent_at, now=now)
+        elif self._cool_down.extend(error.retry_after, sent_at=sent_at, now=now):
             self.cool_downs += 1
-            logger.warning("cooling down for %.1f s: %s", self._closed.until - now, error)
+            logger.warning("cooling down for %.1f s: %s", self.cooling_down, error)
+        self._serve()
 
-    def _take(self, *, submit: bool) -> bool:
-        """Take a free seat, if cool-down and rate allow a request now."""
-        if self.ready_at() > self._clock.now():
-            return False
-        if self._rate is not None:
-            self._tokens -= 1
-            self._after_submit = submit
-        if submit:
-            self._submits += 1
-        else:
-            self._reads += 1
-        self._closed.in_air += 1
-        return True
+    # -- the timer -------------------------------------------------------------------------
 
-    def _has_seat(self, *, submit: bool) -> bool:
-        in_air = self._reads + self._submits
-        return (
-            in_air < self._seats
-            and self._closed.in_air < self._closed.window
-            and not (submit and self._submits >= self._submit_seats)
-        )
-
-    def ready_at(self) -> float:
-        """When cool-down and rate allow the next request."""
-        if self._rate is None:
-            return self._closed.until
-        now = self._clock.now()
-        earned = (now - self._filled_at) * self._rate
-        self._tokens = min(1.0, self._tokens + max(0.0, earned))
-        self._filled_at = now
-        missing = max(0.0, 1.0 - self._tokens) / self._rate
-        # A token that is missing by less than the clock can tell counts as there. Never later
-        # than that: who asks compares with a time of its own, read a moment before this.
-        return max(self._closed.until, now + missing) if missing > 1e-9 else self._closed.until
-
-    def _pump(self) -> None:
-        """Let in whoever may enter now, first come first served, past submits without a seat."""
-        if self._pumping:  # who is let in gave the seat back: that is gone on with below
+    def _set_timer(self, when: float) -> None:
+        """Serve again at *when*, or earlier."""
+        if when == inf or (self._timer is not None and self._timer_at <= when):
             return
-        self._pumping = True
-        try:
-            while (
-                self._reads + self._submits < self._seats
-                and (submit := self._next()) is not None
-                and self._has_seat(submit=submit)
-            ):
-                if not self._take(submit=submit):
-                    self._set_alarm()
-                    return
-                self._queues[submit].popleft()[2]()
-        finally:
-            self._pumping = False
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = when
+        # No task factory of the caller's makes it: that may refuse, or run it at once.
+        self._timer = asyncio.Task(self._sleep_until(when), loop=asyncio.get_running_loop())
+        self._timer.add_done_callback(self._woke)
 
-    def _next(self) -> bool | None:
-        """Whose turn it is: True a submit's, False a read's, None nobody's."""
-        reads, submits = self._queues
-        while reads and reads[0][1].done():
-            reads.popleft()
-        while submits and submits[0][1].done():
-            submits.popleft()
-        if submits and self._submits < self._submit_seats:
-            if reads and self._rate is not None:
-                return not self._after_submit
-            return not reads or submits[0][0] < reads[0][0]
-        return False if reads else None
+    async def _sleep_until(self, when: float) -> None:
+        await self._clock.sleep_until(when)
 
-    def _set_alarm(self) -> None:
-        if self._alarm is None:
-            # No factory of the caller's makes it: one may refuse, or run it at once.
-            self._alarm = asyncio.Task(self._ring(), loop=asyncio.get_running_loop())
-            self._alarm.add_done_callback(self._rung)
-
-    async def _ring(self) -> None:
-        while (at := self.ready_at()) > self._clock.now():
-            await self._clock.sleep_until(at)
-
-    def _rung(self, alarm: asyncio.Task[None]) -> None:
-        """It is time, or others have cancelled the alarm, which is set again then."""
-        self._alarm = None
-        failure = None if alarm.cancelled() else alarm.exception()
-        if failure is None:
-            self._pump()
-        else:  # a clock of the caller's: nobody can say when to go on
-            for queue in self._queues:
-                _fail(queue, lambda: failure)
+    def _woke(self, timer: asyncio.Task[None]) -> None:
+        failure = None if timer.cancelled() else timer.exception()
+        if timer is not self._timer:  # an earlier one replaced it
+            return
+        self._timer = None
+        if failure is None:  # also where others cancelled it: it is set again
+            self._serve()
+            return
+        for queue in self._queues.values():  # without a clock nobody can say when to go on
+            while queue.first() < inf:
+                queue.waiting.popleft()[1].set_exception(failure)
 
     async def aclose(self) -> None:
-        """Stop the alarm; nobody may be waiting any more."""
-        if self._alarm is not None:
-            self._alarm.cancel()
-            await asyncio.gather(self._alarm, return_exceptions=True)
-
-
-def _fail(queue: deque[_Entry], reason: Callable[[], BaseException]) -> None:
-    """Tell all in *queue* that they will not be let in."""
-    for _, future, _ in queue:
-        if not future.done():
-            future.set_exception(reason())
-    queue.clear()
+        """Stop the timer; nobody may be waiting any more."""
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+            await asyncio.gather(timer, return_exceptions=True)

@@ -6,7 +6,7 @@ The only module that runs tenacity's retry loop; no tenacity type leaves it.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from attrs import define, field, frozen
 from tenacity import (
@@ -20,10 +20,7 @@ from tenacity.wait import wait_base
 
 from evolink_async._checks import number, valid
 from evolink_async._clock import Clock
-from evolink_async.errors import (
-    APITimeoutError,
-    EvolinkError,
-)
+from evolink_async.errors import APITimeoutError, EvolinkError
 
 __all__ = ["MAX_RETRY_AFTER", "RetryBudget", "RetryPolicy", "Timeout", "run"]
 
@@ -45,8 +42,8 @@ class RetryPolicy:
     """When and how often a failed exchange is tried again.
 
     The wait before attempt k+1 is ``min(wait_max, wait_initial * wait_exp_base**(k-1)) +
-    uniform(0, wait_jitter)`` seconds. An answer that asks for patience (429, 503) is not
-    waited out by each request: it cools the whole session down. A submit is only ever
+    uniform(0, wait_jitter)`` seconds. An answer that asks to wait (429, 503) is not waited
+    out by each request: it cools the whole session down. A submit is only ever
     resent where it surely was not accepted.
 
     Attributes:
@@ -100,17 +97,26 @@ class RetryBudget:
     def __attrs_post_init__(self) -> None:
         self.level = self.capacity
 
-    def take(self, error: BaseException) -> bool:
-        """Pay for one retry after *error*; False if there is nothing left to pay with."""
-        price = 10 if isinstance(error, APITimeoutError) else 5
-        if self.level < price:
+    def covers(self, error: EvolinkError) -> bool:
+        """Whether there is enough left for one retry after *error*."""
+        return self.level >= _price(error)
+
+    def take(self, error: EvolinkError) -> bool:
+        """Pay for one retry after *error*; False if there is not enough left."""
+        if not self.covers(error):
             return False
-        self.level -= price
+        self.level -= _price(error)
         return True
 
     def give(self) -> None:
         """One exchange succeeded."""
         self.level = min(self.capacity, self.level + 1)
+
+
+def _price(error: EvolinkError) -> int:
+    if error.is_throttle:  # what it costs is the cool-down of the whole session
+        return 0
+    return 10 if isinstance(error, APITimeoutError) else 5
 
 
 async def run(
@@ -128,47 +134,53 @@ async def run(
         EvolinkError: The last attempt's error, as it was.
     """
     started = clock.now()
+    try:  # nearly all succeed, and tenacity is costly: benchmarks/submit_cost.py
+        return await call()
+    except EvolinkError as exc:
+        failure = exc
 
     def wanted(error: BaseException) -> bool:
         return isinstance(error, EvolinkError) and again(error)
 
     def wait(state: RetryCallState) -> float:
-        # After a throttle the gate holds everybody back; waiting here as well would wait twice.
-        return 0.0 if _is_throttle(_error(state)) else policy.wait_after(state.attempt_number)
+        # After a throttle the limiter holds everybody back; waiting here as well would be twice.
+        return 0.0 if _error(state).is_throttle else policy.wait_after(state.attempt_number)
 
     def stop(state: RetryCallState) -> bool:
-        late = clock.now() - started + state.upcoming_sleep > policy.timeout
-        error = _error(state)
-        spent = state.attempt_number >= policy.attempts or late
-        # A throttle has its price already: the cool-down of the whole session.
-        return spent or not (error is None or _is_throttle(error) or budget.take(error))
+        return (
+            state.attempt_number >= policy.attempts
+            or clock.now() - started + state.upcoming_sleep > policy.timeout
+            or not budget.covers(_error(state))
+        )
 
-    def announce(state: RetryCallState) -> None:
-        error = _error(state)
-        if isinstance(error, EvolinkError):
-            before_retry(error, state.upcoming_sleep)
+    def before_sleep(state: RetryCallState) -> None:
+        # Here it is certain that there will be another attempt, so here it is paid for.
+        budget.take(_error(state))
+        before_retry(_error(state), state.upcoming_sleep)
 
     async def sleep(seconds: float) -> None:
         if seconds > 0:
             await clock.sleep_until(clock.now() + seconds)
 
-    attempts = AsyncRetrying(
+    retrying = AsyncRetrying(
         retry=retry_if_exception(wanted),
         wait=wait,
         stop=stop,
+        before_sleep=before_sleep,
         sleep=sleep,
-        before_sleep=announce,
         reraise=True,
     )
-    return await attempts(call)
+    async for attempt in retrying:
+        with attempt:
+            if attempt.retry_state.attempt_number == 1:  # made above
+                raise failure
+            return await call()
+    raise failure  # pragma: no cover - the loop ends with a result or an error
 
 
-def _is_throttle(error: BaseException | None) -> bool:
-    return isinstance(error, EvolinkError) and error.is_throttle
-
-
-def _error(state: RetryCallState) -> BaseException | None:
-    return state.outcome.exception() if state.outcome is not None else None
+def _error(state: RetryCallState) -> EvolinkError:
+    """What the last attempt failed with, once it is known that it may be tried again."""
+    return cast("EvolinkError", state.outcome and state.outcome.exception())
 
 
 @frozen(kw_only=True)

@@ -18,7 +18,7 @@ from attrs import define, field, frozen
 
 from evolink_async._clock import Clock, hold
 from evolink_async._http import protocol
-from evolink_async._http.limiter import Gate
+from evolink_async._http.limiter import Limiter
 from evolink_async._http.retry import MAX_RETRY_AFTER
 from evolink_async._model.requests import ImageRequest, RawRequest
 from evolink_async._model.snapshots import TaskSnapshot
@@ -121,7 +121,7 @@ class Submitter:
         self,
         transport: Transport,
         *,
-        gate: Gate,
+        limiter: Limiter,
         clock: Clock,
         slots: int,
         resend_uncertain: bool,
@@ -131,7 +131,7 @@ class Submitter:
 
         Args:
             transport: What sends a POST.
-            gate: What gives the permit for it.
+            limiter: What gives the permit for it.
             clock: The session's.
             slots: Generations running at once.
             resend_uncertain: Whether a submit of unknown outcome is resent with the same key.
@@ -139,7 +139,7 @@ class Submitter:
                 not go out on a connection that is dead.
         """
         self._transport = transport
-        self._gate = gate
+        self._limiter = limiter
         self._clock = clock
         self._slots = asyncio.Semaphore(slots)
         self.free_slot = self._slots.release  # one bound method for all watches
@@ -267,18 +267,13 @@ class Submitter:
 
     async def _attempt(self, submission: _Submission) -> Accepted:
         """Wait for a permit, ask the hook, send one POST and read its answer."""
-        request = submission.request
-        await self._gate.enter(submit=True, model=request.model)
-        entered = self._clock.now()
-        try:
+        with await self._limiter.acquire(submission.request.model):
             self._check_wanted(submission)
             if submission.before_send is not None:
                 await self._ask_hook(submission, submission.before_send)
                 self._check_wanted(submission)
             self._notice_resume()
             return await self._post(submission)
-        finally:
-            self._gate.leave(submit=True, model=request.model, entered=entered)
 
     def _check_wanted(self, submission: _Submission) -> None:
         """Stop where the session was closed, or the hook kept a cancellation to itself."""

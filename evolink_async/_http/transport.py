@@ -17,7 +17,7 @@ from attrs import define, field
 from evolink_async._clock import Clock, hold
 from evolink_async._http import protocol, retry
 from evolink_async._http.breaker import BatchEndpoint
-from evolink_async._http.limiter import Gate
+from evolink_async._http.limiter import Limiter
 from evolink_async._http.proxy import environment_proxy
 from evolink_async._http.retry import Timeout
 from evolink_async._http.secret import Secret
@@ -113,7 +113,7 @@ class Transport:
         api_key: Secret,
         base_url: str,
         clock: Clock,
-        gate: Gate,
+        limiter: Limiter,
         timeout: Timeout,
         policy: retry.RetryPolicy,
         http: aiohttp.ClientSession | None,
@@ -123,7 +123,7 @@ class Transport:
         self._key = api_key
         self._base_url = base_url
         self._clock = clock
-        self._gate = gate
+        self._limiter = limiter
         self._submit_timeout = _http_timeout(timeout.submit, timeout.connect)
         self._read_timeout = _http_timeout(timeout.read, timeout.connect)
         self._policy = policy
@@ -140,7 +140,7 @@ class Transport:
         self._batch = BatchEndpoint(clock)
 
     def _client(self, keep_alive: float) -> aiohttp.ClientSession:
-        # limit=0: the gate is the limit; aiohttp's pool must never queue (see Gate).
+        # limit=0: the limiter is the limit; aiohttp's pool must never queue (see Limiter).
         client = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=keep_alive),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -175,7 +175,7 @@ class Transport:
 
     async def aclose(self) -> None:
         """Close what we opened."""
-        await self._gate.aclose()
+        await self._limiter.aclose()
         for closing in tuple(self._closing_clients):
             closing.cancel()
         await asyncio.gather(*self._closing_clients, return_exceptions=True)
@@ -286,23 +286,23 @@ class Transport:
         self._check_status(answer)
         return protocol.decipher(answer.status, answer.headers, answer.body)
 
-    def _check_status(self, answer: Answer, model: str = "") -> None:
+    def _check_status(self, answer: Answer, model: str | None = None) -> None:
         """Note what an answer means for those to come.
 
         Raises:
             APIStatusError: It is an error.
         """
         if 200 <= answer.status < 300:
-            self._gate.succeeded(sent_at=answer.sent_at, model=model)
+            self._limiter.succeeded(sent_at=answer.sent_at, model=model)
             self._budget.give()
             return
         try:
             protocol.decipher(answer.status, answer.headers, answer.body)
         except APIStatusError as exc:
             if exc.is_throttle:
-                self._gate.cool_down(exc, sent_at=answer.sent_at, model=model)
+                self._limiter.cool_down(exc, sent_at=answer.sent_at, model=model)
             else:  # no success, but no request for patience either
-                self._gate.succeeded(sent_at=answer.sent_at)
+                self._limiter.succeeded(sent_at=answer.sent_at)
             raise
 
     # -- submits --------------------------------------------------------------------------
@@ -346,11 +346,10 @@ class Transport:
 
     async def _fetch(self, ids: tuple[str, ...], *, trial: bool) -> Reading:
         single = len(ids) == 1
-        if not self._gate.find_seat(submit=False):
-            await self._gate.enter()
-        entered = sent_at = self._clock.now()
+        permit = self._limiter.try_acquire() or await self._limiter.acquire()
+        sent_at = self._clock.now()
         if not (single or trial or self._batch.is_usable()):  # since it came to the gate
-            self._gate.decline(submit=False)
+            permit.give_back()
             return Reading(
                 sent_at=sent_at, received_at=sent_at, answers=dict.fromkeys(ids), single=False
             )
@@ -372,10 +371,10 @@ class Transport:
                     failure = InvalidResponseError("the batch answer has none of the tasks")
         except EvolinkError as exc:
             failure = exc
-            paid = exc.is_throttle or self._budget.take(exc)
+            paid = self._budget.take(exc)
             answers = dict.fromkeys(ids, exc if single else self._batch.meaning(exc))
         finally:
-            self._gate.leave(entered=entered)
+            permit.release()
         if single:
             self._batch.judge_by_single(failure)
         else:
@@ -399,13 +398,9 @@ class Transport:
         """Read anything else, trying again as the policy says."""
 
         async def attempt() -> Any:
-            await self._gate.enter()
-            entered = self._clock.now()
-            try:
+            with await self._limiter.acquire():
                 self.counters.reads += 1
                 return self._decipher(await self._exchange("GET", path, params=params))
-            finally:
-                self._gate.leave(entered=entered)
 
         return await self.retrying(attempt, lambda exc: not self.closing and exc.retryable)
 

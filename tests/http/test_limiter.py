@@ -1,4 +1,4 @@
-"""The gate on a clock moved by hand: seats, order, cool-down, slow start, rate."""
+"""The limiter on a clock moved by hand: permits, order, cool-down, slow start, rate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from strategies import examples
 
 from evolink_async import APIStatusError, RateLimitError, ServerError
-from evolink_async._http.limiter import Gate
+from evolink_async._http.limiter import Limiter, Permit
 
 START = 1000.0
 
@@ -58,31 +58,36 @@ class HandClock:
 
 
 @define
-class Crowd:
-    """Requests that come to a gate; notes who got in, in order and when."""
+class Requests:
+    """Requests that ask a limiter for permits; notes which got one, in order and when."""
 
-    gate: Gate
+    limiter: Limiter
     clock: HandClock
-    entered: list[str] = field(factory=list)
+    admitted: list[str] = field(factory=list)
     times: list[float] = field(factory=list)
+    permits: dict[str, Permit] = field(factory=dict)
     tasks: dict[str, asyncio.Task[None]] = field(factory=dict)
 
-    async def come(self, *names: str, model: str = "") -> None:
-        """Each name comes, in order; those beginning with s are submits."""
+    @property
+    def waiting(self) -> list[str]:
+        return [name for name, task in self.tasks.items() if not task.done()]
+
+    async def ask(self, *names: str, model: str = "") -> None:
+        """Each name asks, in order; those beginning with s are submits."""
         for name in names:
-            self.tasks[name] = asyncio.get_running_loop().create_task(self._come(name, model))
+            self.tasks[name] = asyncio.get_running_loop().create_task(self._ask(name, model))
             await settle()
 
-    async def _come(self, name: str, model: str) -> None:
-        await self.gate.enter(submit=name.startswith("s"), model=model)
-        self.entered.append(name)
+    async def _ask(self, name: str, model: str) -> None:
+        submit = name.startswith("s")
+        self.permits[name] = await self.limiter.acquire(model if submit else None)
+        self.admitted.append(name)
         self.times.append(self.clock.now())
 
-    async def leave(self, *names: str) -> None:
-        """Those who are in give their seats back."""
+    async def release(self, *names: str) -> None:
+        """Those that have permits give them back."""
         for name in names:
-            assert name in self.entered
-            self.gate.leave(submit=name.startswith("s"))
+            self.permits.pop(name).release()
         await settle()
 
     async def cancel(self, *names: str) -> None:
@@ -90,29 +95,29 @@ class Crowd:
             self.tasks[name].cancel()
         await settle()
 
-    async def go(self) -> None:
+    async def stop(self) -> None:
         for task in self.tasks.values():
             task.cancel()
         await asyncio.gather(*self.tasks.values(), return_exceptions=True)
-        await self.gate.aclose()
+        await self.limiter.aclose()
 
 
-MakeCrowd = Callable[..., Crowd]
+MakeRequests = Callable[..., Requests]
 
 
 @pytest.fixture
-async def crowd_at() -> AsyncIterator[MakeCrowd]:
-    """Makes a gate of so many seats, and a crowd before it."""
-    crowds: list[Crowd] = []
+async def limited() -> AsyncIterator[MakeRequests]:
+    """Makes a limiter of so many permits, and what asks it for them."""
+    made: list[Requests] = []
 
-    def make(seats: int = 16, *, rate: float | None = None, start: float = START) -> Crowd:
+    def make(permits: int = 16, *, rate: float | None = None, start: float = START) -> Requests:
         clock = HandClock(start)
-        crowds.append(Crowd(Gate(clock, seats=seats, rate=rate), clock))
-        return crowds[-1]
+        made.append(Requests(Limiter(clock, permits=permits, rate=rate), clock))
+        return made[-1]
 
     yield make
-    for crowd in crowds:
-        await crowd.go()
+    for requests in made:
+        await requests.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -129,117 +134,113 @@ def throttle(
     retry_after: float | None = None, *, status: int = 429, code: str | None = None
 ) -> APIStatusError:
     kind = RateLimitError if status == 429 else ServerError
-    return kind("patience", status=status, code=code, retry_after=retry_after, from_api=True)
+    return kind("slow down", status=status, code=code, retry_after=retry_after, from_api=True)
 
 
-# -- seats -------------------------------------------------------------------------------------
+# -- permits -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("seats", "submits"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (16, 14), (100, 98)]
+    ("permits", "submits"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (16, 14), (100, 98)]
 )
-async def test_seats_kept_for_reads(crowd_at: MakeCrowd, seats: int, submits: int) -> None:
-    """Submits take all seats but two, all but one of two or three; reads can take them all."""
-    crowd = crowd_at(seats)
-    await crowd.come(*names("s", seats + 3))
-    assert crowd.entered == names("s", submits)
-    await crowd.come(*names("r", seats + 3))
-    assert crowd.entered[submits:] == names("r", seats - submits)
-    reads = crowd_at(seats)
-    await reads.come(*names("r", seats + 3))
-    assert reads.entered == names("r", seats)
-    assert reads.gate.waiting == 3
+async def test_permits_kept_for_reads(limited: MakeRequests, permits: int, submits: int) -> None:
+    """Submits get all permits but two, all but one of two or three; reads can get them all."""
+    requests = limited(permits)
+    await requests.ask(*names("s", permits + 3))
+    assert requests.admitted == names("s", submits)
+    await requests.ask(*names("r", permits + 3))
+    assert requests.admitted[submits:] == names("r", permits - submits)
+    reads = limited(permits)
+    await reads.ask(*names("r", permits + 3))
+    assert reads.admitted == names("r", permits)
+    assert len(reads.waiting) == 3
 
 
-async def test_a_seat_given_back_goes_to_the_first_in_line(crowd_at: MakeCrowd) -> None:
+async def test_a_released_permit_goes_to_the_first_in_line(limited: MakeRequests) -> None:
     """Waiters of both kinds are served in the order they came."""
-    crowd = crowd_at(4)
-    await crowd.come("r0", "r1", "r2", "r3", "s4", "r5", "s6", "r7")
-    assert crowd.entered == ["r0", "r1", "r2", "r3"]
+    requests = limited(4)
+    await requests.ask("r0", "r1", "r2", "r3", "s4", "r5", "s6", "r7")
+    assert requests.admitted == ["r0", "r1", "r2", "r3"]
     for out, served in [("r0", "s4"), ("r1", "r5"), ("r2", "s6"), ("r3", "r7")]:
-        await crowd.leave(out)
-        assert crowd.entered[-1] == served
+        await requests.release(out)
+        assert requests.admitted[-1] == served
 
 
-async def test_reads_pass_submits_that_have_no_seat(crowd_at: MakeCrowd) -> None:
+async def test_reads_pass_submits_that_have_no_permit(limited: MakeRequests) -> None:
     """A burst of submits does not hold reads up, and keeps its own order."""
-    crowd = crowd_at(4)
-    await crowd.come("s0", "s1", "s2", "s3", "r0", "r1", "r2")
-    assert crowd.entered == ["s0", "s1", "r0", "r1"]
-    await crowd.leave("r0")
-    assert crowd.entered[-1] == "r2"
-    await crowd.leave("s0", "s1")
-    assert crowd.entered[-2:] == ["s2", "s3"]
+    requests = limited(4)
+    await requests.ask("s0", "s1", "s2", "s3", "r0", "r1", "r2")
+    assert requests.admitted == ["s0", "s1", "r0", "r1"]
+    await requests.release("r0")
+    assert requests.admitted[-1] == "r2"
+    await requests.release("s0", "s1")
+    assert requests.admitted[-2:] == ["s2", "s3"]
 
 
-async def test_nobody_overtakes_a_waiter_whose_time_has_come(crowd_at: MakeCrowd) -> None:
+async def test_nobody_overtakes_a_waiter_whose_time_has_come(limited: MakeRequests) -> None:
     """A read that arrives as a cool-down ends queues behind the submit that waited for it."""
-    crowd = crowd_at(4)
-    crowd.gate.cool_down(throttle(10), sent_at=START)
-    await crowd.come("s0")
-    crowd.clock.time += 10  # the alarm has not rung yet
-    await crowd.come("r0")
-    await crowd.clock.advance(0)
-    assert crowd.entered == ["s0"]
+    requests = limited(4)
+    requests.limiter.cool_down(throttle(10), sent_at=START)
+    await requests.ask("s0")
+    requests.clock.time += 10  # the timer has not fired yet
+    await requests.ask("r0")
+    await requests.clock.advance(0)
+    assert requests.admitted == ["s0"]
 
 
-async def test_a_cancelled_waiter_leaves_no_trace(crowd_at: MakeCrowd) -> None:
-    """Cancelled in the queue, in the middle of it too, it takes no seat and blocks nobody."""
-    crowd = crowd_at(2)
-    await crowd.come("r0", "r1", "r2", "r3", "r4")
-    assert crowd.gate.waiting == 3
-    await crowd.cancel("r3", "r2")
-    await crowd.leave("r0")
-    assert crowd.entered == ["r0", "r1", "r4"]
-    assert crowd.gate.waiting == 0
+async def test_a_cancelled_waiter_leaves_no_trace(limited: MakeRequests) -> None:
+    """Cancelled in the queue, in the middle of it too, it takes no permit and blocks nobody."""
+    requests = limited(2)
+    await requests.ask("r0", "r1", "r2", "r3", "r4")
+    assert requests.waiting == ["r2", "r3", "r4"]
+    await requests.cancel("r3", "r2")
+    await requests.release("r0")
+    assert requests.admitted == ["r0", "r1", "r4"]
+    await requests.release("r1")
+    await requests.ask("r5")
+    assert requests.admitted[-1] == "r5"
 
 
-async def test_a_waiter_cancelled_as_it_gets_its_seat_gives_it_back(crowd_at: MakeCrowd) -> None:
-    """Cancelled between being let in and running, it passes the seat on."""
-    crowd = crowd_at(1)
-    await crowd.come("r0", "r1", "r2")
-    crowd.gate.leave()  # r1 has the seat now but has not run
-    crowd.tasks["r1"].cancel()
+async def test_a_waiter_cancelled_as_it_gets_its_permit_gives_it_back(
+    limited: MakeRequests,
+) -> None:
+    """Cancelled after it was given a permit and before it could run, it passes it on."""
+    requests = limited(1)
+    await requests.ask("r0", "r1", "r2")
+    requests.permits["r0"].release()  # r1 has the permit now but has not run
+    requests.tasks["r1"].cancel()
     await settle()
-    assert crowd.entered == ["r0", "r2"]
-    await crowd.leave("r2")
-    await crowd.come("r3")
-    assert crowd.entered[-1] == "r3"
+    assert requests.admitted == ["r0", "r2"]
+    await requests.release("r2")
+    await requests.ask("r3")
+    assert requests.admitted[-1] == "r3"
 
 
 @examples(150)
 @given(
-    seats=st.integers(1, 6),
+    permits=st.integers(1, 6),
     moves=st.lists(st.tuples(st.sampled_from("rsxl"), st.integers(0, 9)), max_size=40),
 )
-def test_seats_are_never_lost_or_doubled(*, seats: int, moves: list[tuple[str, int]]) -> None:
-    """After any coming, leaving and cancelling, all seats can be taken, and never more."""
+def test_permits_are_never_lost_or_doubled(*, permits: int, moves: list[tuple[str, int]]) -> None:
+    """After any asking, releasing and cancelling, all permits can be had, and never more."""
 
     async def play() -> None:
-        crowd = Crowd(Gate(HandClock(), seats=seats), HandClock())
-        inside: list[str] = []
+        requests = Requests(Limiter(HandClock(), permits=permits), HandClock())
         for k, (move, which) in enumerate(moves):
+            held = list(requests.permits)
             if move in "rs":
-                await crowd.come(f"{move}{k}")
+                await requests.ask(f"{move}{k}")
             elif move == "x":
-                waiting = [name for name, task in crowd.tasks.items() if not task.done()]
-                await crowd.cancel(*waiting[which : which + 1])
-            elif inside:
-                gone = inside[which % len(inside)]
-                inside.remove(gone)
-                crowd.entered.remove(gone)
-                crowd.gate.leave(submit=gone.startswith("s"))
-                await settle()
-            inside = list(crowd.entered)
-            assert len(inside) <= seats
-        await crowd.cancel(*crowd.tasks)
-        for name in inside:
-            crowd.gate.leave(submit=name.startswith("s"))
-        assert crowd.gate.waiting == 0
-        after = Crowd(crowd.gate, crowd.clock)
-        await after.come(*names("r", seats + 1))
-        assert after.entered == names("r", seats)
-        await after.go()
+                await requests.cancel(*requests.waiting[which : which + 1])
+            elif held:
+                await requests.release(held[which % len(held)])
+            assert len(requests.permits) <= permits
+        await requests.cancel(*requests.tasks)
+        await requests.release(*tuple(requests.permits))
+        after = Requests(requests.limiter, requests.clock)
+        await after.ask(*names("r", permits + 1))
+        assert after.admitted == names("r", permits)
+        await after.stop()
 
     asyncio.run(play())
 
@@ -248,182 +249,181 @@ def test_seats_are_never_lost_or_doubled(*, seats: int, moves: list[tuple[str, i
 
 
 @pytest.mark.parametrize("status", [429, 503])
-async def test_a_cool_down_closes_the_gate_for_all(crowd_at: MakeCrowd, status: int) -> None:
+async def test_a_cool_down_holds_everybody_back(limited: MakeRequests, status: int) -> None:
     """One 429 or 503 holds reads and submits back for as long as Retry-After says."""
-    crowd = crowd_at()
-    crowd.gate.cool_down(throttle(30, status=status), sent_at=START)
-    assert crowd.gate.closed_until == START + 30
-    await crowd.come("r0", "s0")
-    await crowd.clock.advance(29.9)
-    assert crowd.entered == []
-    await crowd.clock.advance(0.1)
-    assert crowd.entered == ["r0"]
-    assert crowd.gate.cool_downs == 1
+    requests = limited()
+    requests.limiter.cool_down(throttle(30, status=status), sent_at=START)
+    assert requests.limiter.cooling_down == 30
+    await requests.ask("r0", "s0")
+    await requests.clock.advance(29.9)
+    assert requests.admitted == []
+    await requests.clock.advance(0.1)
+    assert requests.admitted == ["r0"]
+    assert requests.limiter.cool_downs == 1
 
 
-async def test_the_gate_is_open_at_first(crowd_at: MakeCrowd) -> None:
+async def test_there_is_no_cool_down_at_first(limited: MakeRequests) -> None:
     """No cool-down ends in the future before there has been one, whatever the clock says."""
-    crowd = crowd_at(start=-500.0)
-    assert crowd.gate.closed_until < crowd.clock.now()
-    await crowd.come("s0")
-    assert crowd.entered == ["s0"]
+    requests = limited(start=-500.0)
+    assert requests.limiter.cooling_down == 0
+    assert requests.limiter.ready_at() < requests.clock.now()
+    await requests.ask("s0")
+    assert requests.admitted == ["s0"]
 
 
-async def test_retry_after_is_capped(crowd_at: MakeCrowd) -> None:
+async def test_retry_after_is_capped(limited: MakeRequests) -> None:
     """The session waits at most 300 s, however long it is asked to."""
-    crowd = crowd_at()
-    crowd.gate.cool_down(throttle(86400), sent_at=START)
-    assert crowd.gate.closed_until == START + 300
+    requests = limited()
+    requests.limiter.cool_down(throttle(86400), sent_at=START)
+    assert requests.limiter.cooling_down == 300
 
 
 async def test_a_cool_down_is_a_little_late(
-    crowd_at: MakeCrowd, monkeypatch: pytest.MonkeyPatch
+    limited: MakeRequests, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Jitter of at most a tenth is added, never taken off."""
     monkeypatch.setattr("random.uniform", lambda _, high: high)
-    crowd = crowd_at()
-    crowd.gate.cool_down(throttle(30), sent_at=START)
-    assert crowd.gate.closed_until == pytest.approx(START + 33)
-    capped = crowd_at()
-    capped.gate.cool_down(throttle(9999), sent_at=START)
-    assert capped.gate.closed_until == pytest.approx(START + 330)
+    requests = limited()
+    requests.limiter.cool_down(throttle(30), sent_at=START)
+    assert requests.limiter.cooling_down == pytest.approx(33)
+    capped = limited()
+    capped.limiter.cool_down(throttle(9999), sent_at=START)
+    assert capped.limiter.cooling_down == pytest.approx(330)
 
 
 @pytest.mark.parametrize("retry_after", [None, 0.0])
 async def test_without_seconds_cool_downs_grow(
-    crowd_at: MakeCrowd, retry_after: float | None
+    limited: MakeRequests, retry_after: float | None
 ) -> None:
     """1, 2, 4 ... 60 s in a row; a success starts over. "At once" counts as no number."""
-    crowd = crowd_at()
+    requests = limited()
     for seconds in (1, 2, 4, 8, 16, 32, 60, 60):
-        crowd.gate.cool_down(throttle(retry_after), sent_at=crowd.clock.now())
-        assert crowd.gate.closed_until == crowd.clock.now() + seconds
-        await crowd.clock.advance(seconds)
-    crowd.gate.succeeded(sent_at=crowd.clock.now())
-    crowd.gate.cool_down(throttle(retry_after), sent_at=crowd.clock.now())
-    assert crowd.gate.closed_until == crowd.clock.now() + 1
+        requests.limiter.cool_down(throttle(retry_after), sent_at=requests.clock.now())
+        assert requests.limiter.cooling_down == seconds
+        await requests.clock.advance(seconds)
+    requests.limiter.succeeded(sent_at=requests.clock.now())
+    requests.limiter.cool_down(throttle(retry_after), sent_at=requests.clock.now())
+    assert requests.limiter.cooling_down == 1
 
 
 async def test_one_burst_is_one_cool_down(
-    crowd_at: MakeCrowd, caplog: pytest.LogCaptureFixture
+    limited: MakeRequests, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Sixteen refusals of requests that were in the air together neither add up nor repeat."""
-    crowd = crowd_at()
+    requests = limited()
     with caplog.at_level(logging.WARNING):
         for k in range(16):
-            crowd.gate.cool_down(throttle(), sent_at=START - k)
-    assert crowd.gate.closed_until == START + 1
-    assert crowd.gate.cool_downs == 1
+            requests.limiter.cool_down(throttle(), sent_at=START - k)
+    assert requests.limiter.cooling_down == 1
+    assert requests.limiter.cool_downs == 1
     assert len(caplog.records) == 1
 
 
-async def test_a_longer_retry_after_of_the_same_burst_counts(crowd_at: MakeCrowd) -> None:
+async def test_a_longer_retry_after_of_the_same_burst_counts(limited: MakeRequests) -> None:
     """Every Retry-After is obeyed, also of an answer to an older request; none shortens."""
-    crowd = crowd_at()
+    requests = limited()
     for seconds, end in [(5, 5), (20, 20), (10, 20)]:
-        crowd.gate.cool_down(throttle(seconds), sent_at=START - 1)
-        assert crowd.gate.closed_until == START + end
-    assert crowd.gate.cool_downs == 1
+        requests.limiter.cool_down(throttle(seconds), sent_at=START - 1)
+        assert requests.limiter.cooling_down == end
+    assert requests.limiter.cool_downs == 1
 
 
-async def test_a_cool_down_while_waiting_for_one_is_waited_for(crowd_at: MakeCrowd) -> None:
-    """Who waits for a cool-down to end waits for its extension too."""
-    crowd = crowd_at()
-    crowd.gate.cool_down(throttle(10), sent_at=START)
-    await crowd.come("r0")
-    await crowd.clock.advance(5)
-    crowd.gate.cool_down(throttle(10), sent_at=START)
-    await crowd.clock.advance(9.9)
-    assert crowd.entered == []
-    await crowd.clock.advance(0.1)
-    assert crowd.entered == ["r0"]
+async def test_a_cool_down_while_waiting_for_one_is_waited_for(limited: MakeRequests) -> None:
+    """A waiter of a cool-down waits for its extension too."""
+    requests = limited()
+    requests.limiter.cool_down(throttle(10), sent_at=START)
+    await requests.ask("r0")
+    await requests.clock.advance(5)
+    requests.limiter.cool_down(throttle(10), sent_at=START)
+    await requests.clock.advance(9.9)
+    assert requests.admitted == []
+    await requests.clock.advance(0.1)
+    assert requests.admitted == ["r0"]
 
 
 # -- slow start --------------------------------------------------------------------------------
 
 
-async def test_after_a_cool_down_the_gate_opens_slowly(crowd_at: MakeCrowd) -> None:
-    """One request first; each success admits one more, until all seats are open."""
-    crowd = crowd_at(4)
-    crowd.gate.cool_down(throttle(10), sent_at=START)
-    await crowd.come(*names("r", 12))
-    await crowd.clock.advance(10)
-    assert crowd.entered == ["r0"]
-    for left, in_air in enumerate((2, 3, 4, 4)):
-        before = len(crowd.entered)
-        crowd.gate.succeeded(sent_at=crowd.clock.now())
+async def test_after_a_cool_down_requests_start_slowly(limited: MakeRequests) -> None:
+    """One request first; each success admits one more, until all permits are used."""
+    requests = limited(4)
+    requests.limiter.cool_down(throttle(10), sent_at=START)
+    await requests.ask(*names("r", 12))
+    await requests.clock.advance(10)
+    assert requests.admitted == ["r0"]
+    for released, in_air in enumerate((2, 3, 4, 4)):
+        before = len(requests.admitted)
+        requests.limiter.succeeded(sent_at=requests.clock.now())
         await settle()
-        assert len(crowd.entered) == before + (left < 3)
-        await crowd.leave(f"r{left}")
-        assert len(crowd.entered) - (left + 1) == in_air
+        assert len(requests.admitted) == before + (released < 3)
+        await requests.release(f"r{released}")
+        assert len(requests.permits) == in_air
 
 
-async def test_a_cool_down_too_short_to_tell_ends_all_the_same(crowd_at: MakeCrowd) -> None:
+async def test_a_cool_down_too_short_to_tell_ends_all_the_same(limited: MakeRequests) -> None:
     """Whoever comes after it is told from those before, also by a clock of large numbers."""
-    crowd = crowd_at(4, start=1757156493.0)
-    crowd.gate.cool_down(throttle(1e-8), sent_at=crowd.clock.now())
-    await crowd.come("r0")
-    await crowd.clock.advance(0.01)
-    crowd.gate.succeeded(sent_at=crowd.times[0])
-    crowd.gate.leave(entered=crowd.times[0])
-    crowd.gate.cool_down(throttle(1e-8), sent_at=crowd.clock.now())
-    await crowd.come("r1")
-    await crowd.clock.advance(0.01)
-    crowd.gate.leave(entered=crowd.times[1])
-    await crowd.come("r2")
-    assert crowd.entered == ["r0", "r1", "r2"]
+    requests = limited(4, start=1757156493.0)
+    requests.limiter.cool_down(throttle(1e-8), sent_at=requests.clock.now())
+    await requests.ask("r0")
+    await requests.clock.advance(0.01)
+    requests.limiter.succeeded(sent_at=requests.times[0])
+    await requests.release("r0")
+    requests.limiter.cool_down(throttle(1e-8), sent_at=requests.clock.now())
+    await requests.ask("r1")
+    await requests.clock.advance(0.01)
+    await requests.release("r1")
+    await requests.ask("r2")
+    assert requests.admitted == ["r0", "r1", "r2"]
 
 
 async def test_what_hangs_since_before_a_cool_down_does_not_slow_the_start(
-    crowd_at: MakeCrowd,
+    limited: MakeRequests,
 ) -> None:
-    """The slow start counts what was let in after the cool-down; seats count everything."""
-    crowd = crowd_at(8)
-    await crowd.come(*names("r", 4))
-    crowd.gate.cool_down(throttle(1), sent_at=START)
-    await crowd.come(*names("r1", 8))
-    await crowd.clock.advance(1)
-    assert crowd.entered[4:] == ["r10"]
-    now = crowd.clock.now()
-    for let_in in (7, 9):
-        crowd.gate.succeeded(sent_at=now)
-        crowd.gate.leave(entered=now)
-        await settle()
-        assert len(crowd.entered) == let_in
-    crowd.gate.leave(entered=START)  # one of those that hung, for which the window has no room
-    await settle()
-    assert len(crowd.entered) == 9
+    """The slow start counts what was sent after the cool-down; permits count everything."""
+    requests = limited(8)
+    await requests.ask(*names("r", 4))
+    requests.limiter.cool_down(throttle(1), sent_at=START)
+    await requests.ask(*names("r1", 8))
+    await requests.clock.advance(1)
+    assert requests.admitted[4:] == ["r10"]
+    now = requests.clock.now()
+    for released, admitted in (("r10", 7), ("r11", 9)):
+        requests.limiter.succeeded(sent_at=now)
+        await requests.release(released)
+        assert len(requests.admitted) == admitted
+    await requests.release("r0")  # one of those that hung; the window has no room for another
+    assert len(requests.admitted) == 9
     for _ in range(8):
-        crowd.gate.succeeded(sent_at=now)
+        requests.limiter.succeeded(sent_at=now)
     await settle()
-    assert len(crowd.entered) == 9 + 2  # three that hang and three from after it had two seats left
+    assert len(requests.admitted) == 9 + 2  # three hang and three are from after it: two are free
 
 
-async def test_a_refusal_during_the_slow_start_starts_it_over(crowd_at: MakeCrowd) -> None:
-    """The next cool-down opens one at a time again."""
-    crowd = crowd_at(4)
+async def test_a_refusal_during_the_slow_start_starts_it_over(limited: MakeRequests) -> None:
+    """The next cool-down lets one at a time through again."""
+    requests = limited(4)
     for _ in range(2):
-        crowd.gate.cool_down(throttle(10), sent_at=crowd.clock.now())
-        crowd.entered.clear()
-        await crowd.come(*names("r", 3))
-        await crowd.clock.advance(10)
-        assert len(crowd.entered) == 1
-        await crowd.cancel(*crowd.tasks)
-        await crowd.leave(crowd.entered[0])
-        crowd.gate.succeeded(sent_at=crowd.clock.now())
+        requests.limiter.cool_down(throttle(10), sent_at=requests.clock.now())
+        requests.admitted.clear()
+        await requests.ask(*names("r", 3))
+        await requests.clock.advance(10)
+        assert len(requests.admitted) == 1
+        await requests.cancel(*requests.tasks)
+        await requests.release(*tuple(requests.permits))
+        requests.limiter.succeeded(sent_at=requests.clock.now())
 
 
-async def test_old_successes_do_not_widen(crowd_at: MakeCrowd) -> None:
+async def test_old_successes_do_not_widen(limited: MakeRequests) -> None:
     """An answer to a request from before the cool-down says nothing about after it."""
-    crowd = crowd_at(4)
-    crowd.gate.cool_down(throttle(10), sent_at=START)
+    requests = limited(4)
+    requests.limiter.cool_down(throttle(10), sent_at=START)
     for sent_at in (START - 5, START):
-        crowd.gate.succeeded(sent_at=sent_at)
-    await crowd.come(*names("r", 3))
-    await crowd.clock.advance(10)
-    assert crowd.entered == ["r0"]
-    crowd.gate.cool_down(throttle(), sent_at=crowd.clock.now())
-    assert crowd.gate.closed_until == crowd.clock.now() + 1
+        requests.limiter.succeeded(sent_at=sent_at)
+    await requests.ask(*names("r", 3))
+    await requests.clock.advance(10)
+    assert requests.admitted == ["r0"]
+    requests.limiter.cool_down(throttle(), sent_at=requests.clock.now())
+    assert requests.limiter.cooling_down == 1
 
 
 # -- one model ---------------------------------------------------------------------------------
@@ -431,214 +431,231 @@ async def test_old_successes_do_not_widen(crowd_at: MakeCrowd) -> None:
 NO_CHANNEL = "no_available_channel"
 
 
-async def test_no_channel_holds_back_that_models_submits_only(crowd_at: MakeCrowd) -> None:
+async def test_no_channel_holds_back_that_models_submits_only(limited: MakeRequests) -> None:
     """Other models' submits and all reads go on; that model's wait until the time is over."""
-    crowd = crowd_at()
-    crowd.gate.cool_down(throttle(10, status=503, code=NO_CHANNEL), sent_at=START, model="busy")
-    await crowd.come("s0", model="busy")
-    await crowd.come("s1", model="other")
-    await crowd.come("r0", model="busy")
-    assert crowd.entered == ["s1", "r0"]
-    assert crowd.gate.closed_until < START
-    assert crowd.gate.cool_downs == 0
-    await crowd.clock.advance(10)
-    assert crowd.entered[-1] == "s0"
-    crowd.gate.succeeded(sent_at=crowd.clock.now(), model="busy")
-    await crowd.come("s2", model="busy")
-    assert crowd.entered[-1] == "s2"
+    requests = limited()
+    requests.limiter.cool_down(
+        throttle(10, status=503, code=NO_CHANNEL), sent_at=START, model="busy"
+    )
+    await requests.ask("s0", model="busy")
+    await requests.ask("s1", model="other")
+    await requests.ask("r0", model="busy")
+    assert requests.admitted == ["s1", "r0"]
+    assert requests.limiter.cooling_down == 0
+    assert requests.limiter.cool_downs == 0
+    await requests.clock.advance(10)
+    assert requests.admitted[-1] == "s0"
+    requests.limiter.succeeded(sent_at=requests.clock.now(), model="busy")
+    await requests.ask("s2", model="busy")
+    assert requests.admitted[-1] == "s2"
 
 
-async def test_a_model_comes_back_slowly(crowd_at: MakeCrowd) -> None:
-    """One submit tries it, each success lets one more in; other models go on meanwhile."""
-    crowd = crowd_at()
-    gate = crowd.gate
-    await crowd.come("s0", model="busy")
-    gate.cool_down(throttle(10, code=NO_CHANNEL), sent_at=START, model="busy")
-    await crowd.come(*names("s1", 8), model="busy")
-    await crowd.clock.advance(10)
-    assert crowd.entered == ["s0", "s10"]
-    gate.leave(submit=True, model="busy", entered=START)  # s0, which is from before
-    await crowd.clock.advance(1)
-    await crowd.come("s2", model="other")
-    assert crowd.entered == ["s0", "s10", "s2"]
-    now = crowd.clock.now()
-    gate.cool_down(throttle(10, code=NO_CHANNEL), sent_at=now, model="busy")
-    gate.leave(submit=True, model="busy", entered=START + 10)
-    await crowd.clock.advance(9)
-    assert len(crowd.entered) == 3
-    await crowd.clock.advance(1)
-    for let_in in (1, 2, 3, 4):
-        assert len(crowd.entered) == 2 + 2 * let_in
-        entered = crowd.clock.now()
-        gate.succeeded(sent_at=entered, model="busy")
-        gate.leave(submit=True, model="busy", entered=entered)
-        await crowd.clock.advance(0)
+async def test_a_model_comes_back_slowly(limited: MakeRequests) -> None:
+    """One submit tries it, each success admits one more; other models go on meanwhile."""
+    requests = limited()
+    limiter = requests.limiter
+    await requests.ask("s0", model="busy")
+    limiter.cool_down(throttle(10, code=NO_CHANNEL), sent_at=START, model="busy")
+    await requests.ask(*names("s1", 8), model="busy")
+    await requests.clock.advance(10)
+    assert requests.admitted == ["s0", "s10"]
+    await requests.release("s0")  # which is from before
+    await requests.clock.advance(1)
+    await requests.ask("s2", model="other")
+    assert requests.admitted == ["s0", "s10", "s2"]
+    now = requests.clock.now()
+    limiter.cool_down(throttle(10, code=NO_CHANNEL), sent_at=now, model="busy")
+    await requests.release("s10")
+    await requests.clock.advance(9)
+    assert len(requests.admitted) == 3
+    await requests.clock.advance(1)
+    for released in (1, 2, 3, 4):
+        assert len(requests.admitted) == 2 + 2 * released
+        limiter.succeeded(sent_at=requests.clock.now(), model="busy")
+        await requests.release(f"s1{released}")
 
 
-async def test_no_channel_without_a_model_cools_the_session(crowd_at: MakeCrowd) -> None:
+async def test_no_channel_without_a_model_cools_the_session(limited: MakeRequests) -> None:
     """Where nobody knows the model, it is an answer like any other 503."""
-    crowd = crowd_at()
-    crowd.gate.cool_down(throttle(10, status=503, code=NO_CHANNEL), sent_at=START)
-    assert crowd.gate.closed_until == START + 10
+    requests = limited()
+    requests.limiter.cool_down(throttle(10, status=503, code=NO_CHANNEL), sent_at=START)
+    assert requests.limiter.cooling_down == 10
 
 
-async def test_a_burst_without_a_channel_is_one_hold(crowd_at: MakeCrowd) -> None:
+async def test_a_burst_without_a_channel_is_one_hold(limited: MakeRequests) -> None:
     """Fourteen refusals that were in the air together hold the model for 1 s, not for 60."""
-    crowd = crowd_at()
+    requests = limited()
     for _ in range(14):
-        crowd.gate.cool_down(throttle(code=NO_CHANNEL), sent_at=START, model="busy")
-    await crowd.come("s0", model="busy")
-    await crowd.clock.advance(1)
-    assert crowd.entered == ["s0"]
-    crowd.gate.cool_down(throttle(), sent_at=START + 1)
-    assert crowd.gate.closed_until == START + 2  # the session's own first
+        requests.limiter.cool_down(throttle(code=NO_CHANNEL), sent_at=START, model="busy")
+    await requests.ask("s0", model="busy")
+    await requests.clock.advance(1)
+    assert requests.admitted == ["s0"]
+    requests.limiter.cool_down(throttle(), sent_at=START + 1)
+    assert requests.limiter.cooling_down == 1  # the session's own first
 
 
-async def test_holds_of_a_model_grow_until_it_succeeds(crowd_at: MakeCrowd) -> None:
+async def test_holds_of_a_model_grow_until_it_succeeds(limited: MakeRequests) -> None:
     """1, 2, 4 s in a row for that model; its success starts over, other successes do not."""
-    crowd = crowd_at()
+    requests = limited()
     for k, seconds in enumerate((1, 2, 4)):
-        now = crowd.clock.now()
-        crowd.gate.cool_down(throttle(code=NO_CHANNEL), sent_at=now, model="busy")
-        await crowd.come(f"s{k}", model="busy")
-        await crowd.clock.advance(seconds - 0.1)
-        assert len(crowd.entered) == k
-        await crowd.clock.advance(0.1)
-        assert len(crowd.entered) == k + 1
-        crowd.gate.succeeded(sent_at=crowd.clock.now(), model="other")
-        crowd.gate.succeeded(sent_at=now, model="busy")  # sent before the hold
-    crowd.gate.succeeded(sent_at=crowd.clock.now(), model="busy")
-    crowd.gate.cool_down(throttle(code=NO_CHANNEL), sent_at=crowd.clock.now(), model="busy")
-    await crowd.come("s9", model="busy")
-    await crowd.clock.advance(1)
-    assert crowd.entered[-1] == "s9"
+        now = requests.clock.now()
+        requests.limiter.cool_down(throttle(code=NO_CHANNEL), sent_at=now, model="busy")
+        await requests.ask(f"s{k}", model="busy")
+        await requests.clock.advance(seconds - 0.1)
+        assert len(requests.admitted) == k
+        await requests.clock.advance(0.1)
+        assert len(requests.admitted) == k + 1
+        requests.limiter.succeeded(sent_at=requests.clock.now(), model="other")
+        requests.limiter.succeeded(sent_at=now, model="busy")  # sent before the cool-down
+    requests.limiter.succeeded(sent_at=requests.clock.now(), model="busy")
+    requests.limiter.cool_down(
+        throttle(code=NO_CHANNEL), sent_at=requests.clock.now(), model="busy"
+    )
+    await requests.ask("s9", model="busy")
+    await requests.clock.advance(1)
+    assert requests.admitted[-1] == "s9"
 
 
-async def test_a_submit_already_queued_is_held_too(crowd_at: MakeCrowd) -> None:
-    """A submit that gets its seat after the refusal gives it back and waits."""
-    crowd = crowd_at(1)
-    await crowd.come("s0", "s1", model="busy")
-    await crowd.come("r0")
-    crowd.gate.cool_down(throttle(10, code=NO_CHANNEL), sent_at=START, model="busy")
-    await crowd.leave("s0")
-    assert crowd.entered == ["s0", "r0"]
-    await crowd.leave("r0")
-    await crowd.clock.advance(10)
-    assert crowd.entered == ["s0", "r0", "s1"]
+async def test_a_submit_already_queued_is_held_too(limited: MakeRequests) -> None:
+    """A submit that waited for a permit before the refusal waits for the model as well."""
+    requests = limited(1)
+    await requests.ask("s0", "s1", model="busy")
+    await requests.ask("r0")
+    requests.limiter.cool_down(throttle(10, code=NO_CHANNEL), sent_at=START, model="busy")
+    await requests.release("s0")
+    assert requests.admitted == ["s0", "r0"]
+    await requests.release("r0")
+    await requests.clock.advance(10)
+    assert requests.admitted == ["s0", "r0", "s1"]
 
 
-async def test_a_hold_that_grows_is_waited_for(crowd_at: MakeCrowd) -> None:
-    """Who waits for a model waits for its extension too, and can be cancelled."""
-    crowd = crowd_at()
-    crowd.gate.cool_down(throttle(10, code=NO_CHANNEL), sent_at=START, model="busy")
-    await crowd.come("s0", "s1", model="busy")
-    crowd.gate.cool_down(throttle(20, code=NO_CHANNEL), sent_at=START, model="busy")
-    await crowd.clock.advance(15)
-    assert crowd.entered == []
-    await crowd.cancel("s0")
-    await crowd.clock.advance(5)
-    assert crowd.entered == ["s1"]
+async def test_a_hold_that_grows_is_waited_for(limited: MakeRequests) -> None:
+    """A waiter of a model waits for its extension too, and can be cancelled."""
+    requests = limited()
+    requests.limiter.cool_down(throttle(10, code=NO_CHANNEL), sent_at=START, model="busy")
+    await requests.ask("s0", "s1", model="busy")
+    requests.limiter.cool_down(throttle(20, code=NO_CHANNEL), sent_at=START, model="busy")
+    await requests.clock.advance(15)
+    assert requests.admitted == []
+    await requests.cancel("s0")
+    await requests.clock.advance(5)
+    assert requests.admitted == ["s1"]
+
+
+async def test_the_timer_is_set_for_the_earliest(limited: MakeRequests) -> None:
+    """A submit that waits long for its model does not make others wait for their token."""
+    requests = limited(rate=1)
+    requests.limiter.cool_down(throttle(100, code=NO_CHANNEL), sent_at=START, model="busy")
+    await requests.ask("s0", model="busy")
+    await requests.ask("r0", "r1", "r2")
+    await requests.clock.advance(2)
+    assert (requests.admitted, requests.times) == (
+        ["r0", "r1", "r2"],
+        [START, START + 1, START + 2],
+    )
+    await requests.clock.advance(98)
+    assert requests.admitted[-1] == "s0"
 
 
 # -- rate --------------------------------------------------------------------------------------
 
 
-async def test_the_rate_is_kept(crowd_at: MakeCrowd) -> None:
+async def test_the_rate_is_kept(limited: MakeRequests) -> None:
     """One request at once, then one each 1/rate seconds, on the clock."""
-    crowd = crowd_at(100, rate=4)
-    await crowd.come(*names("r", 10))
-    assert crowd.entered == names("r", 1)
-    await crowd.clock.advance(10)
-    assert crowd.times == [START + k / 4 for k in range(10)]
-    assert crowd.entered == names("r", 10)
+    requests = limited(100, rate=4)
+    await requests.ask(*names("r", 10))
+    assert requests.admitted == names("r", 1)
+    await requests.clock.advance(10)
+    assert requests.times == [START + k / 4 for k in range(10)]
+    assert requests.admitted == names("r", 10)
 
 
-async def test_a_rate_below_one(crowd_at: MakeCrowd) -> None:
+async def test_a_rate_below_one(limited: MakeRequests) -> None:
     """A request each four seconds is a rate too."""
-    crowd = crowd_at(rate=0.25)
-    await crowd.come("r0", "s1", "r2")
-    await crowd.clock.advance(8)
-    assert crowd.entered == ["r0", "s1", "r2"]
-    assert crowd.times == [START, START + 4, START + 8]
+    requests = limited(rate=0.25)
+    await requests.ask("r0", "s1", "r2")
+    await requests.clock.advance(8)
+    assert requests.admitted == ["r0", "s1", "r2"]
+    assert requests.times == [START, START + 4, START + 8]
 
 
-async def test_rest_is_not_saved_up(crowd_at: MakeCrowd) -> None:
+async def test_idle_time_is_not_saved_up(limited: MakeRequests) -> None:
     """An hour of silence earns one request, not a bunch."""
-    crowd = crowd_at(100, rate=5)
-    await crowd.clock.advance(3600)
-    await crowd.come(*names("r", 20))
-    assert len(crowd.entered) == 1
+    requests = limited(100, rate=5)
+    await requests.clock.advance(3600)
+    await requests.ask(*names("r", 20))
+    assert len(requests.admitted) == 1
 
 
-async def test_a_seat_declined_gives_its_token_back(crowd_at: MakeCrowd) -> None:
-    """A waiter cancelled as it gets its seat has not used up the rate."""
-    crowd = crowd_at(1, rate=2)
-    await crowd.come("r0", "r1", "r2")
-    await crowd.clock.advance(0.5)
-    crowd.gate.leave()
-    crowd.tasks["r1"].cancel()
+async def test_a_permit_given_back_costs_no_token(limited: MakeRequests) -> None:
+    """A waiter cancelled as it gets its permit has not used up the rate."""
+    requests = limited(1, rate=2)
+    await requests.ask("r0", "r1", "r2")
+    await requests.clock.advance(0.5)
+    requests.permits["r0"].release()
+    requests.tasks["r1"].cancel()
     await settle()
-    assert crowd.entered == ["r0", "r2"]
-    assert crowd.times == [START, START + 0.5]
+    assert requests.admitted == ["r0", "r2"]
+    assert requests.times == [START, START + 0.5]
 
 
-async def test_rate_and_cool_down_together(crowd_at: MakeCrowd) -> None:
+async def test_rate_and_cool_down_together(limited: MakeRequests) -> None:
     """A waiter of the rate waits for a cool-down as well."""
-    crowd = crowd_at(rate=1)
-    await crowd.come("r0", "r1")
-    crowd.gate.cool_down(throttle(30), sent_at=START)
-    await crowd.leave("r0")
-    await crowd.clock.advance(29)
-    assert crowd.entered == ["r0"]
-    await crowd.clock.advance(1)
-    assert crowd.entered == ["r0", "r1"]
+    requests = limited(rate=1)
+    await requests.ask("r0", "r1")
+    requests.limiter.cool_down(throttle(30), sent_at=START)
+    await requests.release("r0")
+    await requests.clock.advance(29)
+    assert requests.admitted == ["r0"]
+    await requests.clock.advance(1)
+    assert requests.admitted == ["r0", "r1"]
 
 
 @pytest.mark.parametrize("rate", [0.3, 3, 7, 1e5])
-async def test_no_rate_stalls_or_spins(crowd_at: MakeCrowd, rate: float) -> None:
+async def test_no_rate_stalls_or_spins(limited: MakeRequests, rate: float) -> None:
     """Rates that binary fractions cannot say still let everybody in, in order."""
-    crowd = crowd_at(100, rate=rate, start=1e7 + 1 / 3)
-    await crowd.come(*names("r", 30))
-    await crowd.clock.advance(31 / rate + 1)
-    assert crowd.entered == names("r", 30)
+    requests = limited(100, rate=rate, start=1e7 + 1 / 3)
+    await requests.ask(*names("r", 30))
+    await requests.clock.advance(31 / rate + 1)
+    assert requests.admitted == names("r", 30)
 
 
 # -- the end -----------------------------------------------------------------------------------
 
 
-async def test_closing_leaves_nothing_running(crowd_at: MakeCrowd) -> None:
-    """The gate's alarm does not outlive it; closing twice is closing once."""
-    crowd = crowd_at()
-    crowd.gate.cool_down(throttle(10), sent_at=START)
-    await crowd.come("r0")
-    assert len(asyncio.all_tasks()) == 3  # this test, the waiter, the alarm
-    await crowd.cancel("r0")
-    await crowd.gate.aclose()
-    await crowd.gate.aclose()
+async def test_closing_leaves_nothing_running(limited: MakeRequests) -> None:
+    """The timer does not outlive the limiter; closing twice is closing once."""
+    requests = limited()
+    requests.limiter.cool_down(throttle(10), sent_at=START)
+    await requests.ask("r0")
+    assert len(asyncio.all_tasks()) == 3  # this test, the waiter, the timer
+    await requests.cancel("r0")
+    await requests.limiter.aclose()
+    await requests.limiter.aclose()
     assert len(asyncio.all_tasks()) == 1
 
 
 # -- taking turns ------------------------------------------------------------------
 
 
-async def test_reads_and_submits_take_turns_at_a_rate(crowd_at: MakeCrowd) -> None:
+async def test_reads_and_submits_take_turns_at_a_rate(limited: MakeRequests) -> None:
     """However many submits wait for their tokens, every second one is a read's if one waits."""
-    crowd = crowd_at(16, rate=1.0)
-    await crowd.come(*names("s", 6))
-    alone = crowd.gate.is_contended
-    await crowd.come("r0")
-    assert (alone, crowd.gate.is_contended) == (True, False)
-    await crowd.clock.advance(1)
-    await crowd.come("r1")
-    await crowd.clock.advance(4)
-    assert crowd.entered == ["s0", "r0", "s1", "r1", "s2", "s3"]
+    requests = limited(16, rate=1.0)
+    await requests.ask(*names("s", 6))
+    alone = requests.limiter.is_contended
+    await requests.ask("r0")
+    assert (alone, requests.limiter.is_contended) == (True, False)
+    await requests.clock.advance(1)
+    await requests.ask("r1")
+    await requests.clock.advance(4)
+    assert requests.admitted == ["s0", "r0", "s1", "r1", "s2", "s3"]
 
 
-async def test_without_a_rate_nobody_has_to_queue(crowd_at: MakeCrowd) -> None:
-    """Reads have seats of their own there."""
-    crowd = crowd_at(4)
-    await crowd.come(*names("s", 6))
-    assert not crowd.gate.is_contended
+async def test_without_a_rate_nobody_has_to_queue(limited: MakeRequests) -> None:
+    """Reads have permits of their own there."""
+    requests = limited(4)
+    await requests.ask(*names("s", 6))
+    assert not requests.limiter.is_contended
 
 
 @define
@@ -660,89 +677,68 @@ class TickingClock:
 async def test_a_token_that_comes_while_it_is_looked_for(early: float) -> None:
     """Whoever asks a moment too early is let in a moment later, also if nobody else comes."""
     clock = TickingClock(tick=0.001)
-    gate = Gate(clock, seats=4, rate=100)
-    await gate.enter()
-    gate.leave()
+    limiter = Limiter(clock, permits=4, rate=100)
+    (await limiter.acquire()).release()
     clock.time += 0.01 - early
-    entering = asyncio.create_task(gate.enter())
+    waiting = asyncio.create_task(limiter.acquire())
     await settle()
-    assert entering.done()
-
-
-async def test_seats_that_many_in_a_row_do_not_take(crowd_at: MakeCrowd) -> None:
-    """However many give their seat back at once, the next in the queue gets it."""
-    gate = crowd_at(seats=1).gate
-    await gate.enter(submit=True)
-    let_in = 0
-    loop = asyncio.get_running_loop()
-
-    def decline() -> None:
-        nonlocal let_in
-        let_in += 1
-        gate.decline(submit=True)
-
-    for _ in range(5000):
-        gate.queue(loop.create_future(), decline, submit=True)
-    gate.leave(submit=True)
-    assert let_in == 5000
-    assert gate.find_seat(submit=True)
+    assert waiting.done()
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="tasks run eagerly since Python 3.12")
 @pytest.mark.parametrize("early", [step * 0.0005 for step in range(1, 20)])
 async def test_a_token_that_comes_while_tasks_run_eagerly(early: float) -> None:
-    """Also where the gate's own task runs at once, nobody waits for good."""
+    """Also where every other task runs at once, nobody waits for good."""
     loop = asyncio.get_running_loop()
     clock = TickingClock(tick=0.001)
-    gate = Gate(clock, seats=4, rate=100)
-    await gate.enter()
-    gate.leave()
+    limiter = Limiter(clock, permits=4, rate=100)
+    (await limiter.acquire()).release()
     clock.time += 0.01 - early
     loop.set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009 - not in 3.11
     try:
-        entering = asyncio.create_task(gate.enter())
+        waiting = asyncio.create_task(limiter.acquire())
         await settle()
-        assert entering.done()
+        assert waiting.done()
     finally:
         loop.set_task_factory(None)
 
 
-async def test_the_alarm_is_the_gates_own() -> None:
-    """Task factories that refuse it, or who cancels all there is, leave nobody waiting for good."""
+async def test_the_timer_is_the_limiters_own() -> None:
+    """A task factory that refuses, or somebody who cancels all tasks, leaves nobody waiting."""
     clock = HandClock()
-    gate = Gate(clock, seats=4, rate=1)
-    await gate.enter()
+    limiter = Limiter(clock, permits=4, rate=1)
+    await limiter.acquire()
     loop = asyncio.get_running_loop()
-    entering = [asyncio.create_task(gate.enter()) for _ in range(2)]
+    waiting = [asyncio.create_task(limiter.acquire()) for _ in range(2)]
     loop.set_task_factory(lambda *_, **__: pytest.fail("asked for a task"))
     try:
         await settle()
-        alarm = gate._alarm
-        assert alarm is not None
-        alarm.cancel()  # while it sleeps
+        timer = limiter._timer
+        assert timer is not None
+        timer.cancel()  # while it sleeps
         for _ in range(2):
             await asyncio.sleep(0)
-        assert gate._alarm not in {alarm, None}
-        gate._alarm.cancel()  # before its first step
+        assert limiter._timer not in {timer, None}
+        limiter._timer.cancel()  # before its first step
         await clock.advance(1)
-        assert [task.done() for task in entering] == [True, False]
-        assert gate._alarm is not None
-        gate._alarm.cancel()
+        assert [task.done() for task in waiting] == [True, False]
+        assert limiter._timer is not None
+        limiter._timer.cancel()
         await clock.advance(1)
-        assert entering[1].done()
+        assert waiting[1].done()
     finally:
         loop.set_task_factory(None)
 
 
-async def test_a_clock_that_cannot_sleep_reaches_who_waits() -> None:
+async def test_a_clock_that_cannot_sleep_fails_the_waiters() -> None:
     """Nobody waits for good for a token that nobody can wait for."""
 
     class Sleepless(HandClock):
         async def sleep_until(self, when: float) -> None:
             raise OSError(f"no sleep until {when}")
 
-    gate = Gate(Sleepless(), seats=4, rate=1)
-    await gate.enter()
+    limiter = Limiter(Sleepless(), permits=4, rate=1)
+    await limiter.acquire()
     for _ in range(2):
         with pytest.raises(OSError, match="no sleep"):
-            await gate.enter(submit=True)
+            await limiter.acquire("a model")

@@ -168,6 +168,7 @@ def test_a_retry_takes_5_and_a_time_out_10() -> None:
     assert budget.level == 5
     assert budget.take(BROKEN)
     assert not budget.take(BROKEN)
+    assert budget.take(THROTTLED)
 
 
 def test_a_success_gives_1_back() -> None:
@@ -227,8 +228,8 @@ async def test_errors_that_are_not_ours_pass(error: BaseException) -> None:
     assert call.times == 1
 
 
-async def test_a_throttle_is_waited_out_at_the_gate() -> None:
-    """After a 429 or 503 the next attempt is made at once: the gate holds it back."""
+async def test_a_throttle_is_waited_out_at_the_limiter() -> None:
+    """After a 429 or 503 the next attempt is made at once: the limiter holds it back."""
     call = Call([THROTTLED, BROKEN, ServerError("busy", status=503, is_throttle=True)])
     assert await tried(call) == 4
     assert call.clock.slept == [1.0]
