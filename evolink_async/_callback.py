@@ -1,4 +1,4 @@
-"""Where a submit's ``callback_url`` comes from, and who learns which task it is about."""
+"""Where a submit's ``callback_url`` comes from, and how its source learns the task's id."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_callback(callback: Callback, session: object) -> Callback:
     ):
         reason = "it makes no addresses"
     elif getattr(callback, "session", session) is not session:
-        reason = "it belongs to another session, which would look for the tasks in vain"
+        reason = "it belongs to another session, which does not watch its tasks"
     if reason is not None:
         allowed = "an https address, a CallbackReceiver of this session or None"
         raise refuse("callback", callback, allowed, reason)

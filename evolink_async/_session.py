@@ -95,7 +95,7 @@ class Session:
             max_connections: HTTP requests in the air at once; of four or more, two
                 of them are kept for reads.
             max_requests_per_second: Most requests a second, None for no limit.
-            poll: When running tasks are looked at.
+            poll: When running tasks are polled.
             retry: How failed requests are tried again.
             timeout: How long one HTTP exchange may take.
             http: An aiohttp session to send API requests with, for tracing or special
@@ -220,7 +220,7 @@ class Session:
             return
         self._transport.closing = True
         if self._closed is None:
-            # A task of its own: who is cancelled while closing leaves nothing half closed.
+            # A task of its own, so that a cancelled caller leaves nothing half closed.
             self._closed = asyncio.get_running_loop().create_task(self._close(grace))
         try:
             await asyncio.shield(self._closed)
@@ -451,10 +451,10 @@ class Session:
         return Task(task_id, self, live)
 
     def nudge(self, task_id: str) -> bool:
-        """Look at a watched task now, because something else told that it has ended.
+        """Poll a watched task now, because something else told that it has ended.
 
         It is read at once, or its ``min_interval`` after its last read; nudges that come
-        before that read are one. Returns False, and does nothing, if it is not watched.
+        before that read count as one. Returns False, and does nothing, if it is not watched.
         """
         return self._loop is not None and self._watcher.nudge(task_id)
 

@@ -174,7 +174,7 @@ class Task:
             raise copy.copy(watch.reason) from watch.reason.__cause__
 
     async def refresh(self) -> TaskSnapshot:
-        """Look now, and return what was seen. Once it has ended nothing is sent.
+        """Poll now, and return the answer. Once it has ended nothing is sent.
 
         A task given up after its deadline is watched again.
 

@@ -85,20 +85,20 @@ class _CoolDown:
 
 @define(eq=False)
 class _Queue:
-    """Those that wait to read, or to submit something of one model, by arrival.
+    """Requests that wait for a permit, by arrival: reads, or the submits of one model.
 
     Attributes:
-        submits: Whether they submit.
-        cool_down: That of the model.
-        waiting: The number of each, and the future that its permit is given to.
+        submits: Whether they are submits.
+        cool_down: The model's.
+        waiting: The arrival number of each, and the future that gets its permit.
     """
 
-    submits: bool = field(kw_only=True)
+    submits: bool
     cool_down: _CoolDown = field(factory=_CoolDown)
     waiting: deque[tuple[int, asyncio.Future[Permit]]] = field(factory=deque)
 
     def first(self) -> float:
-        """The number of the first that waits, infinity if nobody does."""
+        """The arrival number of the first, infinity if nothing waits."""
         while self.waiting and self.waiting[0][1].done():  # cancelled
             self.waiting.popleft()
         return self.waiting[0][0] if self.waiting else inf
@@ -117,13 +117,9 @@ class Permit:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def release(self) -> None:
-        """Give it back after its request."""
-        self._limiter.take_back(self, unused=False)
-
-    def give_back(self) -> None:
-        """Give it back unused: nothing was sent that counts against the request rate."""
-        self._limiter.take_back(self, unused=True)
+    def release(self, *, unused: bool = False) -> None:
+        """Give it back; *unused* if nothing was sent that counts against the request rate."""
+        self._limiter.take_back(self, unused=unused)
 
 
 class Limiter:
@@ -134,11 +130,11 @@ class Limiter:
 
     - *Permits.* At most *permits* requests in the air; two of them are for reads only (of
       four or more; one of two or three), so that a burst of submits cannot starve polling.
-    - *Cool-down.* After a 429 or 503 nobody gets a permit for a while, then one request at a
+    - *Cool-down.* After a 429 or 503 nothing gets a permit for a while, then one request at a
       time may be in the air, and one more with each success, until all permits may be used.
       If only a model is away (``no_available_channel``), only its submits are held back.
-    - *Rate.* At most *rate* requests a second, evenly spaced: rest is not saved up. While
-      reads and submits both wait, they take turns.
+    - *Rate.* At most *rate* requests a second, evenly spaced; idle time is not saved up.
+      While reads and submits both wait, they take turns.
     """
 
     def __init__(self, clock: Clock, *, permits: int, rate: float | None = None) -> None:
@@ -151,7 +147,7 @@ class Limiter:
         self._next_at = -inf  # when the rate allows the next request
         self._after_submit = False
         self._cool_down = _CoolDown()
-        self._queues: dict[str | None, _Queue] = {}
+        self._queues: dict[str | None, _Queue] = {}  # by model, None for reads
         self._arrivals = itertools.count()
         self._timer: asyncio.Task[None] | None = None
         self._timer_at = inf
@@ -176,67 +172,59 @@ class Limiter:
         now = self._clock.now()
         if not self._spacing or self._cool_down.until > now:
             return False
-        turn = self._turn(now)
-        return turn is not None and self._queue(None).first() == inf
+        return self._queue(None).first() == inf and self._turn(now) is not None
 
     # -- permits ---------------------------------------------------------------------------
 
     async def acquire(self, model: str | None = None) -> Permit:
-        """Wait for a permit to submit something of *model*, or else to read."""
+        """Wait for a permit for a submit of *model*, or else for a read."""
         if (permit := self.try_acquire(model)) is not None:
             return permit
         future: asyncio.Future[Permit] = asyncio.get_running_loop().create_future()
         self._queue(model).waiting.append((next(self._arrivals), future))
-        self._serve()
         try:
+            self._serve()
             return await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None:
-                future.result().give_back()  # it came, but too late
+        except BaseException:
+            if not (future.cancel() or future.cancelled() or future.exception()):
+                future.result().release(unused=True)  # it came, but too late
             raise
 
     def try_acquire(self, model: str | None = None) -> Permit | None:
-        """A permit, if there is one now and nobody who waits could have it."""
+        """A permit, if there is one now that is no other request's turn."""
         now, queue = self._clock.now(), self._queue(model)
         if self.ready_at() > now or not self._has_room() or not self._may_go(queue, now):
             return None
         return self._give(queue, now) if self._turn(now) is None else None
 
     def take_back(self, permit: Permit, *, unused: bool) -> None:
-        """What `Permit.release` and `Permit.give_back` do."""
+        """What `Permit.release` does."""
         self._in_air -= 1
         self._submits -= permit.queue.submits
         if unused:
             self._next_at -= self._spacing
-        self._cool_down.permits.discard(permit)
-        permit.queue.cool_down.permits.discard(permit)
+        for cool_down in (self._cool_down, permit.queue.cool_down):
+            cool_down.permits.discard(permit)
         self._serve()
 
     def _queue(self, model: str | None) -> _Queue:
-        queue = self._queues.get(model)
-        if queue is None:
-            queue = self._queues[model] = _Queue(submits=model is not None)
-        return queue
+        return self._queues.get(model) or self._queues.setdefault(model, _Queue(model is not None))
 
     def _has_room(self) -> bool:
         """Whether one more request may be in the air."""
         return self._in_air < self._permits and self._cool_down.has_room()
 
     def _may_go(self, queue: _Queue, now: float) -> bool:
-        """Whether it may be one of this queue."""
-        if not queue.submits:
-            return True
+        """Whether it may be one of *queue*."""
         cool_down = queue.cool_down
-        return (
-            self._submits < self._submit_permits and cool_down.until <= now and cool_down.has_room()
-        )
+        has_permit = not queue.submits or self._submits < self._submit_permits
+        return has_permit and cool_down.until <= now and cool_down.has_room()
 
     def _turn(self, now: float) -> _Queue | None:
-        """The queue whose first is next, None if nobody waits who may go."""
+        """The queue whose first request is next, None if none may go."""
         queues = [q for q in self._queues.values() if q.first() < inf and self._may_go(q, now)]
         if self._spacing:  # reads and submits take turns
-            others = [q for q in queues if q.submits != self._after_submit]
-            queues = others or queues
+            queues = [q for q in queues if q.submits != self._after_submit] or queues
         return min(queues, key=_Queue.first, default=None)
 
     def _give(self, queue: _Queue, now: float) -> Permit:
@@ -251,19 +239,21 @@ class Limiter:
         return permit
 
     def _serve(self) -> None:
-        """Give permits to those whose turn it is; set the timer for when the next may go."""
-        now = self._clock.now()
+        """Give permits to the requests whose turn it is; set the timer for the next ones."""
         while self._has_room():
+            waiting = [queue for queue in self._queues.values() if queue.first() < inf]
+            if not waiting:
+                return
+            now = self._clock.now()
             queue = self._turn(now)
-            if queue is None:  # at most some whose model has a cool-down
-                held = [q.cool_down.until for q in self._queues.values() if q.first() < inf]
-                self._set_timer(min((until for until in held if until > now), default=inf))
+            if queue is None:  # at most submits whose model has a cool-down
+                ends = [each.cool_down.until for each in waiting]
+                self._set_timer(min((end for end in ends if end > now), default=inf))
                 return
             if self.ready_at() > now:
                 self._set_timer(self.ready_at())
                 return
-            _, future = queue.waiting.popleft()
-            future.set_result(self._give(queue, now))
+            queue.waiting.popleft()[1].set_result(self._give(queue, now))
 
     # -- what answers say ------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ _SHORTEST = 8
 
 
 class Secret:
-    """A string that shows itself to nobody who prints, logs or pickles it."""
+    """A string that does not show when it is printed, logged or pickled."""
 
     __slots__ = ("_bytes", "_value")
 
@@ -34,7 +34,7 @@ class Secret:
         return hashlib.scrypt(self._bytes, salt=salt, n=2**12, r=8, p=1)
 
     def redact(self, text: str) -> str:
-        """*text* without it; a key too short to be one is left, or it would tear words apart."""
+        """*text* without it, unless it is so short that it may be part of any word."""
         return text.replace(self._value, _MASK) if len(self._value) >= _SHORTEST else text
 
     def redact_bytes(self, data: bytes) -> bytes:

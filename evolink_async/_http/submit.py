@@ -99,7 +99,7 @@ class _Submission:
         self.may_have_left = self.uncertain is not None
 
     def uncertain_error(self, why: object) -> SubmitUncertainError:
-        """The error for a POST whose outcome nobody knows."""
+        """The error for a submit of unknown outcome."""
         return SubmitUncertainError(
             f"the submit with idempotency key {self.idempotency_key} may have been accepted and "
             f"charged, but no usable answer came ({why}); nothing was resent. Submit "
@@ -209,7 +209,7 @@ class Submitter:
         return task
 
     def _abandon(self, submission: _Submission, task: asyncio.Task[Any]) -> None:
-        """Stop a submit whose caller is gone, unless a POST of it may have left."""
+        """Stop a submit after its caller was cancelled, unless a POST of it may have left."""
         if task.done():
             _log_abandoned(submission, task)
             return
@@ -244,7 +244,7 @@ class Submitter:
         return register(accepted)
 
     async def _send(self, submission: _Submission) -> Accepted:
-        """Make attempts until one is accepted, or another must or may not be made."""
+        """Make attempts until one is accepted, or the last error stands."""
         try:
             return await self._transport.retrying(
                 partial(self._attempt, submission), partial(self._may_resend, submission)
@@ -313,7 +313,7 @@ class Submitter:
     # -- the end ---------------------------------------------------------------------------
 
     async def finish(self, grace: float | None) -> None:
-        """Start no new POST, and give those in the air *grace* seconds, or their time-out."""
+        """Start no new POST; give POSTs in the air *grace* seconds, or their time-out if None."""
         for _ in range(self.waiting):  # they wake, see that the session is closing, and say so
             self._slots.release()
         for task, submission in self._running.items():
@@ -327,7 +327,7 @@ class Submitter:
             await asyncio.gather(*self._running, return_exceptions=True)
 
     def cut_off(self) -> None:
-        """Wait for no answer any longer."""
+        """Stop waiting for answers: their submits are uncertain."""
         for task in self._running:
             task.cancel()
 
@@ -339,7 +339,7 @@ def _asks_for_too_much(error: EvolinkError) -> bool:
 
 
 def _log_abandoned(submission: _Submission, task: asyncio.Task[Any]) -> None:
-    """Say what became of a POST whose caller was cancelled."""
+    """Log what became of a submit after its caller was cancelled."""
     key = submission.idempotency_key
     if task.cancelled():
         return

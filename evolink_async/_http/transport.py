@@ -63,7 +63,7 @@ class Answer:
     _key: Secret = field(repr=False)
 
     def headers(self) -> dict[str, str]:
-        """Those that mean something to us, where they do; a server may echo our own in any."""
+        """Those that its meaning depends on, without our key: a server may echo that in any."""
         given = self._headers
         return {k: self._key.redact(given[k]) for k in protocol.ANSWER_HEADERS if k in given}
 
@@ -151,7 +151,7 @@ class Transport:
         return client
 
     def renew(self) -> None:
-        """Use new connections from now on: those at hand may be dead."""
+        """Use new connections from now on: the present ones may be dead."""
         if not self._own:
             return
         self._retire(self._read_http, self._read_timeout)
@@ -160,7 +160,7 @@ class Transport:
         self._submit_http = self._client(_SUBMIT_KEEP_ALIVE)
 
     def _retire(self, client: aiohttp.ClientSession, timeout: aiohttp.ClientTimeout) -> None:
-        # No factory of the caller's makes it, which may refuse.
+        # No task factory of the caller's makes it: that may refuse.
         closing = asyncio.Task(
             self._close_idle(client, timeout.total or 0.0), loop=asyncio.get_running_loop()
         )
@@ -168,7 +168,7 @@ class Transport:
         closing.add_done_callback(self._closing_clients.discard)
 
     async def _close_idle(self, client: aiohttp.ClientSession, seconds: float) -> None:
-        """Close *client* once whatever is in the air on it has had its time."""
+        """Close *client* once every request in the air on it has had its time-out."""
         await asyncio.sleep(seconds)
         await client.close()
         self._own.remove(client)
@@ -287,7 +287,7 @@ class Transport:
         return protocol.decipher(answer.status, answer.headers, answer.body)
 
     def _check_status(self, answer: Answer, model: str | None = None) -> None:
-        """Note what an answer means for those to come.
+        """Note what an answer says about the requests to come.
 
         Raises:
             APIStatusError: It is an error.
@@ -301,7 +301,7 @@ class Transport:
         except APIStatusError as exc:
             if exc.is_throttle:
                 self._limiter.cool_down(exc, sent_at=answer.sent_at, model=model)
-            else:  # no success, but no request for patience either
+            else:  # no success, but it does not ask to wait either
                 self._limiter.succeeded(sent_at=answer.sent_at)
             raise
 
@@ -349,7 +349,7 @@ class Transport:
         permit = self._limiter.try_acquire() or await self._limiter.acquire()
         sent_at = self._clock.now()
         if not (single or trial or self._batch.is_usable()):  # since it came to the gate
-            permit.give_back()
+            permit.release(unused=True)
             return Reading(
                 sent_at=sent_at, received_at=sent_at, answers=dict.fromkeys(ids), single=False
             )

@@ -6,7 +6,9 @@ import asyncio
 import gc
 import logging
 import socket
+import sys
 from collections.abc import AsyncIterator
+from contextvars import ContextVar
 from typing import Any
 
 import aiohttp
@@ -400,6 +402,48 @@ async def test_task_factories_of_the_loop(server: HostileServer, clock: ManualCl
     assert len(server.posts) == 2
 
 
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="tasks run eagerly since Python 3.12")
+async def test_a_loop_that_runs_tasks_eagerly(server: HostileServer, clock: ManualClock) -> None:
+    """A submit that runs, or fails, before its task is known ends like any other."""
+
+    async def refuse(_: str) -> None:
+        raise LookupError("no room in the ledger")
+
+    loop = asyncio.get_running_loop()
+    async with connect(server, clock, max_in_flight=1, max_connections=1) as session:
+        loop.set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009 - not in 3.11
+        try:
+            for _ in range(2):
+                with pytest.raises(LookupError):
+                    await session.submit("A lake", before_send=refuse)
+            await session.generate("A lake")
+            await session.generate("A lake")
+            assert session.unsent == frozenset()
+        finally:
+            loop.set_task_factory(None)
+    assert len(server.posts) == 2
+
+
+async def test_a_hook_sees_the_context_of_its_caller(
+    server: HostileServer, clock: ManualClock
+) -> None:
+    """What the caller set in its context, such as a trace, is there when its POST is sent."""
+    trace: ContextVar[str] = ContextVar("trace")
+    seen: list[str] = []
+
+    async def note(_: str) -> None:
+        seen.append(trace.get())
+
+    async with connect(server, clock) as session:
+
+        async def ask(name: str) -> None:
+            trace.set(name)
+            await session.submit("A lake", before_send=note)
+
+        await asyncio.gather(ask("one"), ask("two"))
+    assert sorted(seen) == ["one", "two"]
+
+
 async def test_a_clock_that_fails_once_sends_nothing_behind_its_callers_back(
     server: HostileServer, clock: ManualClock
 ) -> None:
@@ -503,6 +547,30 @@ async def test_cancelled_after_the_post_keeps_the_task(
         assert task.id == snapshot()["id"]
         assert task.idempotency_key == server.posts[0].headers["Idempotency-Key"]
     assert f"made task {task.id} (key {task.idempotency_key})" in caplog.text
+
+
+async def test_cancelled_after_a_post_that_is_refused_it_is_sent_again(
+    server: HostileServer, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The submit was the session's own from its first POST on: it is finished as any other."""
+    arrived, go = asyncio.Event(), asyncio.Event()
+
+    async def slowly_refuse(request: Received, wire: Wire) -> None:
+        arrived.set()
+        await go.wait()
+        await error(429)(request, wire)
+
+    server.script = [slowly_refuse, OK]
+    async with connect(server, clock) as session:
+        submit = asyncio.create_task(session.submit("A lake"))
+        await arrived.wait()
+        submit.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await submit
+        go.set()
+        while "made task" not in caplog.text:  # noqa: ASYNC110 - it has no event
+            await asyncio.sleep(0)
+    assert len(server.posts) == 2
 
 
 async def test_cancelled_as_it_is_accepted_it_is_not_unsent(
