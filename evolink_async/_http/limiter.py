@@ -75,7 +75,6 @@ class _CoolDown:
         self.window += 1
         if self.window >= enough:
             self.window = inf
-            self.permits.clear()
         return True
 
     def has_room(self) -> bool:

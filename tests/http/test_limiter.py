@@ -557,6 +557,16 @@ async def test_the_timer_is_set_for_the_earliest(limited: MakeRequests) -> None:
     assert requests.admitted[-1] == "s0"
 
 
+async def test_a_timer_that_was_replaced_leaves_the_new_one_alone(limited: MakeRequests) -> None:
+    """Closing stops the timer for the earliest, too: nothing of the limiter runs on."""
+    requests = limited(rate=1)
+    requests.limiter.cool_down(throttle(100, code=NO_CHANNEL), sent_at=START, model="busy")
+    await requests.ask("s0", model="busy")
+    await requests.ask("r0", "r1")
+    await requests.stop()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
 # -- rate --------------------------------------------------------------------------------------
 
 
@@ -660,7 +670,7 @@ async def test_without_a_rate_nobody_has_to_queue(limited: MakeRequests) -> None
 
 @define
 class TickingClock:
-    """Time passes whenever somebody looks at it."""
+    """Time passes whenever it is read."""
 
     tick: float
     time: float = START

@@ -171,7 +171,7 @@ def test_a_success_without_json_is_uncertain(status: int, body: bytes, text: str
 
 
 def test_a_success_is_its_json() -> None:
-    """A 2xx gives the body's JSON, whatever it is; who reads it decides whether it will do."""
+    """A 2xx gives the body's JSON, whatever it is; its reader decides whether it will do."""
     assert decipher(200, dict, b'{"id": "task-1"}') == {"id": "task-1"}
     assert decipher(201, dict, b"null") is None
     assert decipher(200, dict, error_body(500))["error"]["code"] == 500

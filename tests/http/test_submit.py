@@ -222,7 +222,7 @@ async def test_a_replayed_refusal_gets_a_new_key(server: HostileServer, clock: M
 
 
 async def test_resend_uncertain_keeps_the_key(server: HostileServer, clock: ManualClock) -> None:
-    """Who opts in has a submit of unknown outcome sent again under the same key."""
+    """A session that opts in resends a submit of unknown outcome under the same key."""
     server.script = [cut, error(500), OK]
     policy = RetryPolicy(resend_uncertain=True)
     async with connect(server, clock, retry=policy) as session:
@@ -230,10 +230,13 @@ async def test_resend_uncertain_keeps_the_key(server: HostileServer, clock: Manu
     assert [p.headers["Idempotency-Key"] for p in server.posts] == ["my-own-key-0123456"] * 3
 
 
-async def test_doubt_outlives_a_later_refusal(server: HostileServer, clock: ManualClock) -> None:
-    """If an earlier POST may have been accepted, a refusal of the repeat settles nothing."""
-    server.script = [cut, error(401)]
-    policy = RetryPolicy(resend_uncertain=True)
+@pytest.mark.parametrize("later", [error(401), error(500)], ids=["401", "500"])
+async def test_a_later_error_settles_nothing(
+    server: HostileServer, clock: ManualClock, later: Behaviour
+) -> None:
+    """If the first POST may have been accepted, no error of the repeat says that it was not."""
+    server.script = [cut, later]
+    policy = RetryPolicy(resend_uncertain=True, attempts=2)
     async with connect(server, clock, retry=policy) as session:
         with pytest.raises(SubmitUncertainError) as caught:
             await session.submit("A lake")
@@ -447,7 +450,7 @@ async def test_a_hook_sees_the_context_of_its_caller(
 async def test_a_clock_that_fails_once_sends_nothing_behind_its_callers_back(
     server: HostileServer, clock: ManualClock
 ) -> None:
-    """Who was told that a submit failed does not pay for it later."""
+    """A caller that was told that its submit failed does not pay for it later."""
 
     class Failing:
         fail = False
@@ -547,6 +550,31 @@ async def test_cancelled_after_the_post_keeps_the_task(
         assert task.id == snapshot()["id"]
         assert task.idempotency_key == server.posts[0].headers["Idempotency-Key"]
     assert f"made task {task.id} (key {task.idempotency_key})" in caplog.text
+
+
+async def test_cancelled_between_a_refusal_and_the_next_post(
+    server: HostileServer, clock: ManualClock
+) -> None:
+    """A submit whose POSTs were surely refused costs nothing yet, and nothing more is sent."""
+    keys: list[str] = []
+    again = asyncio.Event()
+
+    async def wait_the_second_time(key: str) -> None:
+        keys.append(key)
+        if len(keys) == 2:
+            again.set()
+            await asyncio.Event().wait()
+
+    server.script = [error(429), OK]
+    async with connect(server, clock, max_in_flight=1) as session:
+        submit = asyncio.create_task(session.submit("A lake", before_send=wait_the_second_time))
+        await again.wait()
+        assert session.unsent == {keys[0]}
+        submit.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await submit
+        assert len(server.posts) == 1
+        await session.submit("Another lake")
 
 
 async def test_cancelled_after_a_post_that_is_refused_it_is_sent_again(
@@ -860,7 +888,7 @@ async def test_a_cancelled_close_leaves_nothing_running(
 async def test_a_cancelled_close_closes_all_the_same(
     server: HostileServer, clock: ManualClock, turns: int
 ) -> None:
-    """Cancelled at whatever moment, it wakes who waits, and can be called again."""
+    """Cancelled at whatever moment, it wakes all waiters, and can be called again."""
     server.script = [answer(200, snapshot(id=f"task-{k:04}")) for k in range(3)]
     session = connect(server, clock)
     tasks = [await session.submit("A lake") for _ in range(3)]
