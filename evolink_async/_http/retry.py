@@ -127,8 +127,11 @@ async def run(
     clock: Clock,
     again: Callable[[EvolinkError], bool],
     before_retry: Callable[[EvolinkError, float], None],
+    began_at: Callable[[], float] | None = None,
 ) -> T:
     """Await ``call()`` until it succeeds, *again* says no, or the policy ends it.
+
+    The policy's time-out counts from now, or from what *began_at* says after a failure.
 
     Raises:
         EvolinkError: The last attempt's error, as it was.
@@ -138,6 +141,8 @@ async def run(
         return await call()
     except EvolinkError as exc:
         failure = exc
+    if began_at is not None:
+        started = began_at()
 
     def wanted(error: BaseException) -> bool:
         return isinstance(error, EvolinkError) and again(error)

@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from attrs import define, field, frozen
@@ -69,6 +70,8 @@ class _Submission:
         request: What is asked for.
         idempotency_key: The key its next POST carries.
         before_send: The caller's hook.
+        began_at: When it got its first permit, on the session's clock: what it waited before,
+            with many others in a queue, is no reason to give up sooner.
         may_have_left: True once a POST of it may have been accepted.
         awaits_answer: True while a POST of it waits for its answer.
         uncertain: Why a POST of it may have been accepted although no usable answer came.
@@ -80,6 +83,7 @@ class _Submission:
     request: ImageRequest | RawRequest
     idempotency_key: str = field(kw_only=True)
     before_send: BeforeSend | None = field(kw_only=True)
+    began_at: float = field(default=inf, init=False)
     may_have_left: bool = field(default=False, init=False)
     awaits_answer: bool = field(default=False, init=False)
     uncertain: EvolinkError | None = field(default=None, init=False)
@@ -247,7 +251,9 @@ class Submitter:
         """Make attempts until one is accepted, or the last error stands."""
         try:
             return await self._transport.retrying(
-                partial(self._attempt, submission), partial(self._may_resend, submission)
+                partial(self._attempt, submission),
+                partial(self._may_resend, submission),
+                began_at=lambda: submission.began_at,
             )
         except Exception:  # also what before_send raised: an earlier POST stays uncertain
             if (why := submission.uncertain) is not None:
@@ -268,6 +274,7 @@ class Submitter:
     async def _attempt(self, submission: _Submission) -> Accepted:
         """Wait for a permit, ask the hook, send one POST and read its answer."""
         with await self._limiter.acquire(submission.request.model):
+            submission.began_at = min(submission.began_at, self._clock.now())
             self._check_wanted(submission)
             if submission.before_send is not None:
                 await self._ask_hook(submission, submission.before_send)

@@ -409,9 +409,15 @@ class Transport:
         return self._policy.wait_after(failures) if paid else self._policy.wait_max
 
     async def retrying(
-        self, attempt: Callable[[], Awaitable[T]], again: Callable[[EvolinkError], bool]
+        self,
+        attempt: Callable[[], Awaitable[T]],
+        again: Callable[[EvolinkError], bool],
+        *,
+        began_at: Callable[[], float] | None = None,
     ) -> T:
         """Await ``attempt()`` until it succeeds, *again* says no, or the retry policy ends it.
+
+        Its time-out counts from now, or from what *began_at* says after a failure.
 
         Raises:
             EvolinkError: The last attempt's error, as it was.
@@ -423,6 +429,7 @@ class Transport:
             clock=self._clock,
             again=again,
             before_retry=self._log_retry,
+            began_at=began_at,
         )
 
     def _log_retry(self, error: EvolinkError, wait: float) -> None:

@@ -211,6 +211,19 @@ async def test_a_connect_time_out_was_never_sent(clock: ManualClock) -> None:
                 filler.close()
 
 
+async def test_waiting_for_a_permit_does_not_count_as_trying(
+    server: HostileServer, clock: ManualClock
+) -> None:
+    """A submit that queued for longer than the policy's time-out is tried again all the same."""
+    server.script = [OK, OK, error(429), OK]
+    policy, rate = RetryPolicy(timeout=5), 0.1
+    async with connect(server, clock, retry=policy, max_requests_per_second=rate) as session:
+        start = clock.now()
+        await asyncio.gather(*(session.submit("A lake") for _ in range(3)))
+        assert clock.now() - start > 20
+    assert len(server.posts) == 4
+
+
 async def test_a_replayed_refusal_gets_a_new_key(server: HostileServer, clock: ManualClock) -> None:
     """A stored 503 would be repeated for ever under the same key."""
     server.script = [error(503, Idempotency_Replayed="true"), OK]
