@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -165,7 +164,6 @@ class Session:
             timeout=settings.timeout,
             policy=settings.retry,
             http=settings.http,
-            user_agent=f"evolink-async/{version('evolink-async')}",
         )
         self._results = ResultClient(
             allow_loopback=settings.base_url.startswith("http:"),

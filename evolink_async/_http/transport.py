@@ -9,6 +9,8 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from functools import lru_cache
+from importlib.metadata import version
 from typing import Any, Final, Self, TypeVar
 
 import aiohttp
@@ -38,6 +40,7 @@ __all__ = ["Answer", "Counters", "Reading", "Transport"]
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_USER_AGENT: Final = f"evolink-async/{version('evolink-async')}"
 _BODY_LIMIT: Final = 1024 * 1024
 _BATCH_BODY_LIMIT: Final = 8 * _BODY_LIMIT
 _SUBMIT_KEEP_ALIVE: Final = 2.0
@@ -117,19 +120,15 @@ class Transport:
         timeout: Timeout,
         policy: retry.RetryPolicy,
         http: aiohttp.ClientSession | None,
-        user_agent: str,
     ) -> None:
         """A transport on the running loop; *http* stays the caller's."""
         self._key = api_key
         self._base_url = base_url
         self._clock = clock
         self._limiter = limiter
-        self._submit_timeout = _http_timeout(timeout.submit, timeout.connect)
-        self._read_timeout = _http_timeout(timeout.read, timeout.connect)
+        self._timeout = timeout
         self._policy = policy
         self._budget = retry.RetryBudget(policy.budget)
-        self._user_agent = user_agent
-        self._http = http
         self._own: list[aiohttp.ClientSession] = []
         self._closing_clients: set[asyncio.Task[None]] = set()
         self._proxy = None if http is not None else environment_proxy(base_url)
@@ -154,16 +153,15 @@ class Transport:
         """Use new connections from now on: the present ones may be dead."""
         if not self._own:
             return
-        self._retire(self._read_http, self._read_timeout)
-        self._retire(self._submit_http, self._submit_timeout)
+        self._retire(self._read_http, self._timeout.read)
+        self._retire(self._submit_http, self._timeout.submit)
         self._read_http = self._client(_READ_KEEP_ALIVE)
         self._submit_http = self._client(_SUBMIT_KEEP_ALIVE)
 
-    def _retire(self, client: aiohttp.ClientSession, timeout: aiohttp.ClientTimeout) -> None:
+    def _retire(self, client: aiohttp.ClientSession, timeout: float) -> None:
         # No task factory of the caller's makes it: that may refuse.
-        closing = asyncio.Task(
-            self._close_idle(client, timeout.total or 0.0), loop=asyncio.get_running_loop()
-        )
+        loop = asyncio.get_running_loop()
+        closing = asyncio.Task(self._close_idle(client, timeout), loop=loop)
         self._closing_clients.add(closing)
         closing.add_done_callback(self._closing_clients.discard)
 
@@ -201,7 +199,7 @@ class Transport:
         """
         submit = idempotency_key is not None
         client = self._submit_http if submit else self._read_http
-        timeout = self._submit_timeout if submit else self._read_timeout
+        timeout = self._timeout.submit if submit else self._timeout.read
         if client.closed:
             raise ConfigurationError("the aiohttp session handed in as http= is closed")
         failure: EvolinkError
@@ -215,7 +213,7 @@ class Transport:
                     data=body,
                     params=params,
                     headers=self._headers(idempotency_key),
-                    timeout=timeout,
+                    timeout=_http_timeout(timeout, self._timeout.connect),
                     allow_redirects=False,
                     raise_for_status=False,
                     proxy=self._proxy,
@@ -242,8 +240,8 @@ class Transport:
 
     def _headers(self, idempotency_key: str | None) -> dict[str, str]:
         """What a request says beside what our own clients do by themselves."""
-        alone = self._http is None and self._proxy is None
-        headers = {} if alone else self._common_headers()
+        clients_have_them = self._own and self._proxy is None
+        headers = {} if clients_have_them else self._common_headers()
         if idempotency_key is not None:
             headers["Idempotency-Key"] = idempotency_key
         return headers
@@ -253,7 +251,7 @@ class Transport:
             "Authorization": f"Bearer {self._key.reveal()}",
             "Accept": "application/json",
             "Content-Type": "application/json",
-            "User-Agent": self._user_agent,
+            "User-Agent": _USER_AGENT,
         }
 
     def _translate(self, exc: BaseException) -> EvolinkError:
@@ -443,6 +441,7 @@ class Transport:
         await self.aclose()
 
 
+@lru_cache(maxsize=8)
 def _http_timeout(total: float, connect: float) -> aiohttp.ClientTimeout:
     return aiohttp.ClientTimeout(total=total, connect=min(connect, total))
 
