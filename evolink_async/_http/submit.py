@@ -70,6 +70,7 @@ class _Submission:
         request: What is asked for.
         idempotency_key: The key its next POST carries.
         before_send: The caller's hook.
+        ended: What its caller waits for: done once its asyncio task is.
         began_at: When it got its first permit, on the session's clock: what it waited before,
             with many others in a queue, is no reason to give up sooner.
         may_have_left: True once a POST of it may have been accepted.
@@ -83,6 +84,7 @@ class _Submission:
     request: ImageRequest | RawRequest
     idempotency_key: str = field(kw_only=True)
     before_send: BeforeSend | None = field(kw_only=True)
+    ended: asyncio.Future[None] = field(kw_only=True)
     began_at: float = field(default=inf, init=False)
     may_have_left: bool = field(default=False, init=False)
     awaits_answer: bool = field(default=False, init=False)
@@ -179,10 +181,13 @@ class Submitter:
             EvolinkError: It was not accepted.
         """
         await self._take_slot()
-        submission = _Submission(request, idempotency_key=idempotency_key, before_send=before_send)
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        submission = _Submission(
+            request, idempotency_key=idempotency_key, before_send=before_send, ended=ended
+        )
         task = self._start(submission, register)
         try:
-            await asyncio.wait((task,))
+            await ended
         except BaseException:  # the caller was cancelled; the task was not
             self._abandon(submission, task)
             raise
@@ -223,10 +228,12 @@ class Submitter:
             task.cancel()
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
-        """Give the slot of a failed submit back, even if its task never began."""
+        """Wake the caller; give the slot of a failed submit back, even if its task never began."""
         submission = self._running.pop(task)
         if task.cancelled() or task.exception() is not None:
             self._slots.release()
+        if not submission.ended.done():
+            submission.ended.set_result(None)
         if submission.abandoned:
             _log_abandoned(submission, task)
 
