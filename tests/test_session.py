@@ -597,7 +597,7 @@ async def test_an_unclosed_session_warns(emulator: Emulator) -> None:
 
 def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a key the error says where to get one."""
-    with pytest.raises(ConfigurationError, match=r"evolink\.ai.*EVOLINK_API_KEY"):
+    with pytest.raises(ConfigurationError, match=r"EVOLINK_API_KEY.*evolink\.ai"):
         Session()
     monkeypatch.setenv("EVOLINK_API_KEY", "from-the-environment")
     monkeypatch.setenv("EVOLINK_BASE_URL", "http://localhost:1234/")
