@@ -300,7 +300,7 @@ class Watcher:
         seats = min(self.pacer.shared.limit, len(self.heap))
         batch = [heappop(self.heap)[2] for _ in range(seats)]
         shared = self.pacer.shared
-        shared.saw_read(now, [(seat.last_poll, seat.due, 1) for seat in batch])
+        shared.saw_read(now, [(seat.last_poll, seat.due) for seat in batch])
         self.reads += 1
         price = shared.price(self.running)
         received = now + LATENCY

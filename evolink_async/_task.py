@@ -184,7 +184,7 @@ class Task:
         if self._watch is not None and self._watch.reason is not None:
             self._watch = None
         watch = self._watched()
-        await self._session._watcher_here().look(watch)
+        await self._session._watcher_here().poll(watch)
         error = watch.reason or watch.last_error
         if error is not None:
             raise copy.copy(error) from error.__cause__

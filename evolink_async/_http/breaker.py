@@ -1,9 +1,10 @@
-"""Whether tasks can be read together: the batch endpoint, which is undocumented, is on trial."""
+"""The circuit breaker of the batch endpoint, which is undocumented: may tasks be read together?"""
 
 from __future__ import annotations
 
 import logging
 import math
+from enum import Enum
 from typing import Final
 
 from attrs import define, field
@@ -12,143 +13,190 @@ from evolink_async._clock import Clock
 from evolink_async._http.retry import MAX_RETRY_AFTER
 from evolink_async.errors import APIStatusError, EvolinkError, InvalidResponseError
 
-__all__ = ["BatchEndpoint"]
+__all__ = ["BatchBreaker", "State"]
 
 logger = logging.getLogger(__name__)
 
 _REFUSALS: Final = 3
-"""Refused reads in a row after which it is left alone; never to have worked counts as all but
-one."""
-_REFUSED_REST: Final = 300.0
-"""Seconds it is left alone then, and at the most where it only fails, any ``Retry-After`` apart."""
-_FAILED_REST: Final = 30.0
-"""Seconds it is left alone at first where it fails while single reads work."""
-_PROBE_AFTER: Final = 3
-"""Failed reads in a row after which a single read tells whether only they fail."""
-_DOUBTS: Final = 3
-"""How often in a row only they must have, where they were told to have patience: a server that
-limits requests may say so of any, but not always of those."""
-_LONG_PATIENCE: Final = 10.0
-"""Seconds of patience asked for after which the next request must work: once is enough then."""
-_REST_FACTOR: Final = 10.0
-"""A rest is at least so many times the patience that the next try may cost everybody again."""
+"""Refused batch reads in a row that open it; the first is enough if none has ever worked."""
+_FAILURES: Final = 3
+"""Failed batch reads in a row after which a single read tells whether only batch reads fail."""
+_THROTTLES: Final = 2
+"""429s on batch reads alone, in a row, that open it: any request may meet one by chance."""
+_LONG_RETRY_AFTER: Final = 10.0
+"""Seconds of ``Retry-After`` from which one such failure counts like all of the above."""
+_OPEN_FIRST: Final = 30.0
+"""Seconds it is open at first; twice as long after each probe that fails."""
+_OPEN_MOST: Final = 300.0
+"""Seconds it is open at most, a ``Retry-After`` apart, and at once where it was refused."""
+_OPEN_PER_RETRY_AFTER: Final = 10.0
+"""It is open at least so many times the ``Retry-After`` that another try may cost."""
+
+
+class State(Enum):
+    """Whether tasks are read together."""
+
+    CLOSED = "batch reads are used"
+    OPEN = "all reads are single ones"
+    HALF_OPEN = "one batch read, the probe, finds out whether they work again"
 
 
 @define
-class BatchEndpoint:
-    """What is known of it.
+class BatchBreaker:
+    """Opens where batch reads fail and single reads work; an outage of both does not open it.
 
-    One that is not there stays away, one that refuses or talks nonsense is left alone for a
-    while, and so is one that fails while single reads work; then one read at a time finds out,
-    after twice as long each time. A single refusal counts for less where it has worked, for then
-    one of the tasks may be what it cannot deal with.
+    ::
+
+        closed --- a 404, 405 or 501 of the API's own ------------------------> open for good
+        closed --- refused (3 times, once if it never worked) ----------------> open for 300 s
+        closed --- 3 failures, then a single read works, then one more failure -> open for 30 s
+        open ----- a single read is answered, and its time passes ------------> half-open
+        half-open - the probe works ------------------------------------------> closed
+        half-open - the probe fails ------------------------------------------> open twice as long
+
+    For each read, call `begin`; if it was a test, `test_ended` once it is over; and
+    `record` or `record_single` with what became of it.
+
+    Attributes:
+        stops: How often it has stopped batch reads so far. One that waited for its permit
+            meanwhile is not to be sent.
     """
 
     _clock: Clock
-    # It is left alone until then; for how long, 0 once it has worked since.
-    _until: float = field(default=-math.inf, init=False)
-    _rest: float = field(default=0.0, init=False)
-    # Whether a read that is to find something out is in the air.
-    _trying: bool = field(default=False, init=False)
-    # Whether it ever worked.
-    _known: bool = field(default=False, init=False)
-    # Reads that failed in a row; when a single one after them did not; how often that was so.
-    _failures: int = field(default=0, init=False)
+    stops: int = field(default=0, init=False)
+    # Open until then, half-open afterwards; how long it was opened for, 0 while it is closed.
+    _open_until: float = field(default=-math.inf, init=False)
+    _open_for: float = field(default=0.0, init=False)
+    # Whether a single read must be answered before the next batch read.
+    _needs_single: bool = field(default=False, init=False)
+    # Whether a test is in flight: that single read, or the probe.
+    _testing: bool = field(default=False, init=False)
+    # When that single read was sent and answered, if it worked.
+    _single_sent_at: float = field(default=math.inf, init=False)
     _single_worked_at: float = field(default=math.inf, init=False)
-    _doubts: int = field(default=0, init=False)
-    # Reads that were refused.
-    _refusals: int = field(default=_REFUSALS - 1, init=False)
-
-    def is_usable(self) -> bool:
-        """Whether to read tasks together now."""
-        if self._is_failing:  # while one single read finds out, the others go on as they were
-            return self._trying and not self._rest
-        return not self.is_resting()
-
-    def is_resting(self) -> bool:
-        """Whether it is left alone, but for one read that finds out whether it works again."""
-        return self._clock.now() < self._until or (self._rest > 0 and self._trying)
+    # Batch reads in a row that failed, that were refused, that were throttled by themselves.
+    _failures: int = field(default=0, init=False)
+    _refusals: int = field(default=0, init=False)
+    _throttles: int = field(default=0, init=False)
+    _has_worked: bool = field(default=False, init=False)
 
     @property
-    def _is_failing(self) -> bool:
-        return self._failures >= _PROBE_AFTER
+    def state(self) -> State:
+        """The state now."""
+        if self._open_for == 0:
+            return State.CLOSED
+        over = not self._needs_single and self._clock.now() >= self._open_until
+        return State.HALF_OPEN if over else State.OPEN
 
-    @property
-    def on_trial(self) -> bool:
-        """Whether the next read is to find something out, so that others wait until it begins."""
-        return self._rest > 0 or self._is_failing
+    def allows_batch(self) -> bool:
+        """Whether the next read may be one of many tasks."""
+        match self.state:
+            case State.CLOSED:  # while the single read is in flight, the others go on as before
+                return self._testing or not self._needs_single
+            case State.HALF_OPEN:
+                return not self._testing
+            case _:
+                return False
 
     def begin(self, *, single: bool) -> bool:
-        """A read begins; True if it is to find out what works, and `ended` is to follow."""
-        trial = self._is_failing if single else self._rest > 0
-        self._trying = self._trying or trial
-        return trial
+        """A read begins; True if it is a test, so that `test_ended` must follow."""
+        test = self._needs_single if single else self.state is not State.CLOSED
+        self._testing = self._testing or test
+        return test
 
-    def ended(self) -> None:
-        """A read that was to find something out is over, whatever became of it."""
-        self._trying = False
+    def test_ended(self) -> None:
+        """A test is over, whatever became of it."""
+        self._testing = False
 
-    def meaning(self, error: EvolinkError) -> EvolinkError | None:
-        """What a failed read says of each of its tasks: None, read it singly, if nothing."""
-        absent = isinstance(error, APIStatusError) and error.status in {404, 405, 501}
-        # Where it has worked, a page that is not the API's is a proxy that lost its way for once.
-        if absent and not (self._known and not getattr(error, "from_api", True)):
-            self._leave(math.inf, error)
-            return None
-        if error.retryable and not isinstance(error, InvalidResponseError):
-            return error
-        self._refusals += 1
-        if self._refusals < _REFUSALS:
-            return error
-        self._leave(_REFUSED_REST, error)
-        return None
+    def refuses(self, error: EvolinkError) -> bool:
+        """Note why a batch read failed; True if that says nothing of its tasks.
 
-    def judge(self, failure: EvolinkError | None, *, sent_at: float, probe: bool) -> None:
-        """Tell an endpoint that fails by itself from an outage.
-
-        After some failures in a row a single read is tried. If it works and the next read of
-        several fails all the same, it is the endpoint.
+        A single refusal counts for less where the endpoint has worked: one of the tasks may
+        be what it cannot deal with.
         """
+        absent = isinstance(error, APIStatusError) and error.status in {404, 405, 501}
+        if absent and not (self._has_worked and not getattr(error, "from_api", True)):
+            self._open(math.inf, error)
+            return True
+        if error.retryable and not isinstance(error, InvalidResponseError):
+            return False  # also a proxy's 404 page where the endpoint has worked
+        self._refusals += 1
+        if self._has_worked and self._refusals < _REFUSALS:
+            return False
+        self._open(_OPEN_MOST, error)
+        return True
+
+    def record(self, failure: EvolinkError | None, *, sent_at: float, probe: bool) -> None:
+        """Note what became of a batch read; *probe* is what `begin` said of it."""
         if failure is None:
-            self._known, self._rest = True, 0.0
-            self._failures = self._doubts = self._refusals = 0
-            self._single_worked_at = math.inf
+            self._has_worked = True
+            self._needs_single = False
+            self._open_for = 0.0
+            self._failures = self._refusals = self._throttles = 0
+            self._single_sent_at = self._single_worked_at = math.inf
         elif probe:
-            if self.on_trial and sent_at >= self._until:  # else another has told already
-                longer = self._rest if failure.is_throttle else 2 * self._rest
-                self._leave(min(longer, _REFUSED_REST), failure)
-                self._failures = _PROBE_AFTER  # a single read comes before the next
-        elif sent_at >= self._single_worked_at:
-            self._single_worked_at = math.inf
-            self._doubts += 1
-            if (
-                failure.is_throttle
-                and _patience(failure) < _LONG_PATIENCE
-                and self._doubts < _DOUBTS
-            ):
-                self._failures = _PROBE_AFTER
+            if self.state is State.HALF_OPEN:  # else another probe has told already
+                longer = self._open_for if failure.is_throttle else 2 * self._open_for
+                self._open(min(longer, _OPEN_MOST), failure)
+        elif self._only_batch_fails(failure, sent_at):
+            self._single_sent_at = self._single_worked_at = math.inf
+            self._throttles += 1
+            if _may_be_chance(failure) and self._throttles < _THROTTLES:
+                self._ask_single()
             else:
-                self._leave(_FAILED_REST, failure)
-        else:
-            self._failures += 1 if _patience(failure) < _LONG_PATIENCE else _PROBE_AFTER
+                self._open(_OPEN_FIRST, failure)
+        elif self._single_worked_at == math.inf:  # else it was sent before that single read
+            self._failures += 1
+            if self._failures >= _FAILURES or _retry_after(failure) >= _LONG_RETRY_AFTER:
+                self._ask_single()
 
-    def judge_by_single(self, failure: EvolinkError | None) -> None:
+    def _only_batch_fails(self, failure: EvolinkError, sent_at: float) -> bool:
+        """Whether a single read has just worked that might have failed alike.
+
+        A 429 right beside it says nothing: it may have taken what the limit allows.
+        """
+        if _may_be_chance(failure):
+            return sent_at > self._single_worked_at
+        return sent_at >= self._single_sent_at
+
+    def record_single(self, failure: EvolinkError | None, *, sent_at: float) -> None:
         """Note what became of a single read, which may say that only batch reads fail."""
-        if self._is_failing:
-            self._failures = 0
-            self._single_worked_at = math.inf if failure else self._clock.now()
-
-    def _leave(self, rest: float, why: EvolinkError) -> None:
+        if not self._needs_single:
+            return
+        self._needs_single = False
+        self._failures = 0
         now = self._clock.now()
-        patience = _patience(why)  # meanwhile nothing is read
-        rest = max(rest, _REST_FACTOR * patience)
-        if now + patience + rest > self._until:
-            self._until, self._rest = now + patience + rest, rest
-            logger.info("reading tasks one by one for %s s: %s", rest, why)
+        if failure is None:
+            self._single_sent_at, self._single_worked_at = sent_at, now
+        else:
+            self._single_sent_at = self._single_worked_at = math.inf
+        self._open_until = max(self._open_until, now + self._open_for)
+
+    def _ask_single(self) -> None:
+        """Send a single read before the next batch read."""
+        if not self._needs_single:
+            self._needs_single = True
+            self.stops += 1
+
+    def _open(self, seconds: float, why: EvolinkError) -> None:
+        """Open for *seconds*, counted anew from the first single read that is answered.
+
+        A cool-down of the session may hold back all reads for as long.
+        """
+        seconds = max(seconds, _OPEN_PER_RETRY_AFTER * _retry_after(why))
+        if seconds > self._open_for or self.state is not State.OPEN:
+            self._open_until, self._open_for = self._clock.now() + seconds, seconds
+            logger.info("reading tasks one by one for %s s: %s", seconds, why)
+        self._ask_single()
 
 
-def _patience(error: EvolinkError) -> float:
-    """Seconds a failed read made everybody wait."""
+def _may_be_chance(error: EvolinkError) -> bool:
+    """Whether any request might have met it: a 429 that asks for a short wait at most."""
+    return error.is_throttle and _retry_after(error) < _LONG_RETRY_AFTER
+
+
+def _retry_after(error: EvolinkError) -> float:
+    """Seconds for which a failed read holds everybody back."""
     if not error.is_throttle:
         return 0.0
     return min(getattr(error, "retry_after", None) or 0.0, MAX_RETRY_AFTER)

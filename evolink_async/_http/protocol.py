@@ -12,7 +12,7 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from email.utils import formatdate, parsedate_to_datetime
 from enum import Enum
 from typing import Any, Final
@@ -21,19 +21,13 @@ from attrs import frozen
 
 from evolink_async import errors
 from evolink_async._checks import refuse_field
-from evolink_async._model.json import check_depth, load_json, parse_json
-from evolink_async._model.snapshots import RUNNING, Page, PageIndex, TaskSnapshot
+from evolink_async._model.json import check_depth, parse_items, parse_json
+from evolink_async._model.snapshots import TaskSnapshot
 from evolink_async._text import printable
 from evolink_async.errors import (
     APIStatusError,
-    EvolinkError,
     InvalidResponseError,
 )
-
-try:
-    from evolink_async._model import skim as _skim
-except ImportError:  # without msgspec every answer is parsed whole
-    _skim = None  # type: ignore[assignment]  # so it is told apart
 
 __all__ = [
     "ANSWER_HEADERS",
@@ -223,141 +217,34 @@ def read_task(body: bytes, task_id: str) -> TaskSnapshot:
     return snapshot
 
 
-_LONG_TASK: Final = 4096
-"""Bytes per task of a batch answer from which each task keeps a text of its own."""
-
-
 def read_tasks(
     body: bytes, ids: tuple[str, ...]
-) -> tuple[Page | None, dict[str, TaskSnapshot | EvolinkError | None]]:
-    """What a batch read's answer says of the tasks *ids*.
+) -> dict[str, TaskSnapshot | InvalidResponseError | None]:
+    """What a batch read's answer says of each of *ids*: None for one that it left out.
 
-    Order, duplicates (the first counts) and tasks nobody asked for do no harm.
-
-    Returns:
-        The page of the tasks that are pending or processing, which most are; and everything
-        else by id: a task, the error of a broken one, None for an id that was left out.
+    Order, duplicates (the first counts) and tasks nobody asked for do no harm; a broken
+    task is an error of its own.
 
     Raises:
         InvalidResponseError: There is no list of tasks named ``data``.
     """
-    if len(body) > _LONG_TASK * len(ids):  # too much to be kept for the sake of one of them
-        data = _data_of(body)
-        places = _places(list(map(_id_of, data)), ids)
-        tasks = [None if place is None else data[place] for place in places]
-        return None, dict(zip(ids, map(_read_one, tasks), strict=True))
-    return (_skimmed(body, ids) if _skim is not None else None) or _parsed(body, ids)
+    asked = dict(zip(ids, ids, strict=True))
+    answers: dict[str, TaskSnapshot | InvalidResponseError | None] = dict.fromkeys(ids)
+    for task, text in parse_items(body, "data"):
+        said = task.get("id") if type(task) is dict else None
+        task_id = asked.get(said) if type(said) is str else None
+        if task_id is not None and answers[task_id] is None:
+            answers[task_id] = _read_one(task, text, task_id)
+    return answers
 
 
-def _skimmed(
-    body: bytes, ids: tuple[str, ...]
-) -> tuple[Page, dict[str, TaskSnapshot | EvolinkError | None]] | None:
-    """The same from a regular answer, of which only ended tasks are parsed; None from others."""
-    rows = _skim.rows(body)
-    if rows is None:
-        return None
-    places = _places([row.id for row in rows], ids)
-    odd = _odd(ids, places, [row.status for row in rows])
-    texts = _skim.texts(body) if odd else []
-    others = {
-        task_id: None if place is None else _read_text(bytes(texts[place]))
-        for task_id, place in odd
-    }
-    return Page(body, _skimmed_index, _skimmed_task), others
-
-
-def _skimmed_index(body: bytes) -> PageIndex:
-    rows = _skim.rows(body)
-    if rows is None:  # the stack is deeper now than when it was read
-        return _parsed_index(body)
-    return _index((row.id, row.status, row.progress) for row in rows)
-
-
-def _skimmed_task(body: bytes, place: int) -> Any:
-    return load_json(bytes(_skim.texts(body)[place]))
-
-
-def _parsed(
-    body: bytes, ids: tuple[str, ...]
-) -> tuple[Page, dict[str, TaskSnapshot | EvolinkError | None]]:
-    """The same from any answer, parsed whole."""
-    data = _data_of(body)
-    places = _places(list(map(_id_of, data)), ids)
-    odd = _odd(ids, places, list(map(_status_of, data)))
-    others = {task_id: None if place is None else _read_one(data[place]) for task_id, place in odd}
-    return Page(body, _parsed_index), others
-
-
-def _parsed_index(body: bytes) -> PageIndex:
-    data = _data_of(body)
-    return _index(
-        (_id_of(task), _status_of(task), task.get("progress") if type(task) is dict else None)
-        for task in data
-    )
-
-
-def _index(tasks: Iterable[tuple[object, object, object]]) -> PageIndex:
-    """Where the tasks of an answer are that go on; of duplicates the first."""
-    index: PageIndex = {}
-    for place, (task_id, status, progress) in enumerate(tasks):
-        if type(task_id) is str and type(status) is str:
-            index.setdefault(task_id, (place, status, progress))
-    return index
-
-
-def _odd(
-    ids: tuple[str, ...], places: Sequence[int | None], words: list[str | None]
-) -> list[tuple[str, int | None]]:
-    """Those of *ids*, and where they are, that do not go on, by the status at each place."""
-    if type(places) is range:  # nearly always
-        return [(ids[place], place) for place, word in enumerate(words) if word not in RUNNING]
-    return [
-        (task_id, place)
-        for task_id, place in zip(ids, places, strict=True)
-        if place is None or words[place] not in RUNNING
-    ]
-
-
-def _data_of(body: bytes) -> list[Any]:
-    value = load_json(body)
-    data = value.get("data") if type(value) is dict else None
-    if type(data) is not list:
-        raise InvalidResponseError("the batch answer has no list named data")
-    return data
-
-
-def _id_of(task: object) -> object:
-    return task.get("id") if type(task) is dict else None
-
-
-def _status_of(task: object) -> str | None:
-    word = task.get("status") if type(task) is dict else None
-    return word if type(word) is str else None
-
-
-def _places(found: list[Any], ids: tuple[str, ...]) -> Sequence[int | None]:
-    """Where in *found* each id is; None for one that is not there."""
-    if tuple(found) == ids:
-        return range(len(ids))
-    where: dict[str, int] = {}
-    for place, task_id in enumerate(found):
-        if type(task_id) is str:
-            where.setdefault(task_id, place)
-    return [where.get(task_id) for task_id in ids]
-
-
-def _read_one(task: Any) -> TaskSnapshot | EvolinkError | None:
+def _read_one(
+    task: dict[str, Any], text: bytes | None, task_id: str
+) -> TaskSnapshot | InvalidResponseError:
     try:
-        check_depth(task)
-        return None if task is None else TaskSnapshot.from_json(task, body=task)
-    except InvalidResponseError as exc:
-        return exc
-
-
-def _read_text(text: bytes) -> TaskSnapshot | EvolinkError:
-    try:
-        task = parse_json(text)
-        return TaskSnapshot.from_json(task, body=task)
+        if text is not None:
+            check_depth(task, text)
+        return TaskSnapshot.from_json(task, body=text, known_id=task_id)
     except InvalidResponseError as exc:
         return exc
 

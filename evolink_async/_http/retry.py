@@ -89,10 +89,17 @@ class RetryPolicy:
 
 @define
 class RetryBudget:
-    """Tokens that retries take and successes give back, as in the AWS SDKs' standard mode."""
+    """Tokens that retries take and successes give back, as in the AWS SDKs' standard mode.
+
+    Attributes:
+        capacity: How many there are at most.
+        level: How many there are now.
+        is_spent: True if there were not enough for the last retry.
+    """
 
     capacity: float
     level: float = field(init=False)
+    is_spent: bool = field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.level = self.capacity
@@ -103,14 +110,15 @@ class RetryBudget:
 
     def take(self, error: EvolinkError) -> bool:
         """Pay for one retry after *error*; False if there is not enough left."""
-        if not self.covers(error):
-            return False
-        self.level -= _price(error)
-        return True
+        self.is_spent = not self.covers(error)
+        if not self.is_spent:
+            self.level -= _price(error)
+        return not self.is_spent
 
     def give(self) -> None:
         """One exchange succeeded."""
         self.level = min(self.capacity, self.level + 1)
+        self.is_spent = False
 
 
 def _price(error: EvolinkError) -> int:

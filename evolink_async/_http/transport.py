@@ -18,13 +18,13 @@ from attrs import define, field
 
 from evolink_async._clock import Clock, hold
 from evolink_async._http import protocol, retry
-from evolink_async._http.breaker import BatchEndpoint
+from evolink_async._http.breaker import BatchBreaker
 from evolink_async._http.limiter import Limiter
 from evolink_async._http.proxy import environment_proxy
 from evolink_async._http.retry import Timeout
 from evolink_async._http.secret import Secret
 from evolink_async._model.requests import ImageRequest, RawRequest
-from evolink_async._model.snapshots import Page, TaskSnapshot
+from evolink_async._model.snapshots import TaskSnapshot
 from evolink_async._text import printable
 from evolink_async.errors import (
     APIConnectionError,
@@ -35,7 +35,7 @@ from evolink_async.errors import (
     InvalidResponseError,
 )
 
-__all__ = ["Answer", "Counters", "Reading", "Transport"]
+__all__ = ["Answer", "Counters", "PollResult", "Transport"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -77,24 +77,19 @@ class Answer:
 
 
 @define(kw_only=True)
-class Reading:
+class PollResult:
     """One attempt to read some tasks.
 
     Attributes:
         sent_at: When the request was sent.
         received_at: When its answer was complete.
-        answers: By id: the task, the error, or None for an id a batch answer left out.
-        single: True if one task was read by itself.
-        page: What a batch answer says of the tasks that go on, all those not in *answers*.
-        paid: False if it failed and the retry budget had nothing left to try again soon with.
+        answers: By id: the task, the error, or None for an id a batch answer left out. Those
+            about which nothing was learned are absent: they are to be read again.
     """
 
     sent_at: float
     received_at: float
     answers: Mapping[str, TaskSnapshot | EvolinkError | None]
-    single: bool
-    page: Page | None = None
-    paid: bool = True
 
 
 @define
@@ -136,7 +131,7 @@ class Transport:
         self._read_http = http or self._client(_READ_KEEP_ALIVE)
         self.closing = False
         self.counters = Counters()
-        self._batch = BatchEndpoint(clock)
+        self._breaker = BatchBreaker(clock)
 
     def _client(self, keep_alive: float) -> aiohttp.ClientSession:
         # limit=0: the limiter is the limit; aiohttp's pool must never queue (see Limiter).
@@ -325,36 +320,33 @@ class Transport:
 
     @property
     def read_limit(self) -> int:
-        """Tasks one reading can ask for: one where the batch endpoint is not to be had."""
-        return protocol.BATCH_LIMIT if self._batch.is_usable() else 1
+        """Tasks one read may ask for: one where the batch endpoint cannot be used."""
+        return protocol.BATCH_LIMIT if self._breaker.allows_batch() else 1
 
-    @property
-    def on_trial(self) -> bool:
-        """Whether the next read changes `read_limit` as soon as it begins."""
-        return self._batch.on_trial
+    def fetch(self, ids: tuple[str, ...]) -> asyncio.Task[PollResult]:
+        """Read tasks once; a read that fails is the answer of each id, nothing is raised.
 
-    async def fetch(self, ids: tuple[str, ...]) -> Reading:
-        """Read tasks once. Never raises for an id: what went wrong is its answer."""
-        trial = self._batch.begin(single=len(ids) == 1)
-        try:
-            return await self._fetch(ids, trial=trial)
-        finally:
-            if trial:
-                self._batch.ended()
+        The breaker knows of the read when this returns, and that it is over even if it is
+        cancelled before it starts.
+        """
+        probe, stops = self._breaker.begin(single=len(ids) == 1), self._breaker.stops
+        # No task factory of the caller's makes it: one may refuse.
+        read = asyncio.Task(
+            self._fetch(ids, probe=probe, stops=stops), loop=asyncio.get_running_loop()
+        )
+        if probe:
+            read.add_done_callback(lambda _: self._breaker.test_ended())
+        return read
 
-    async def _fetch(self, ids: tuple[str, ...], *, trial: bool) -> Reading:
+    async def _fetch(self, ids: tuple[str, ...], *, probe: bool, stops: int) -> PollResult:
         single = len(ids) == 1
         permit = self._limiter.try_acquire() or await self._limiter.acquire()
         sent_at = self._clock.now()
-        if not (single or trial or self._batch.is_usable()):  # since it came to the gate
+        if not (single or probe) and self._breaker.stops > stops:
             permit.release(unused=True)
-            return Reading(
-                sent_at=sent_at, received_at=sent_at, answers=dict.fromkeys(ids), single=False
-            )
+            return PollResult(sent_at=sent_at, received_at=sent_at, answers={})
         answers: Mapping[str, TaskSnapshot | EvolinkError | None]
-        page: Page | None = None
         failure: EvolinkError | None = None
-        paid = True
         try:
             self.counters.reads += 1
             self.counters.ids_read += len(ids)
@@ -364,27 +356,21 @@ class Transport:
             if single:
                 answers = {ids[0]: protocol.read_task(answer.body, ids[0])}
             else:
-                page, answers = protocol.read_tasks(answer.body, ids)
-                if len(answers) == len(ids) and not any(answers.values()):
+                answers = protocol.read_tasks(answer.body, ids)
+                if not any(answers.values()):
                     failure = InvalidResponseError("the batch answer has none of the tasks")
         except EvolinkError as exc:
             failure = exc
-            paid = self._budget.take(exc)
-            answers = dict.fromkeys(ids, exc if single else self._batch.meaning(exc))
+            self._budget.take(exc)
+            refused = not single and self._breaker.refuses(exc)
+            answers = {} if refused else dict.fromkeys(ids, exc)
         finally:
             permit.release()
         if single:
-            self._batch.judge_by_single(failure)
+            self._breaker.record_single(failure, sent_at=sent_at)
         else:
-            self._batch.judge(failure, sent_at=sent_at, probe=trial)
-        return Reading(
-            sent_at=sent_at,
-            received_at=self._clock.now(),
-            answers=answers,
-            single=single,
-            page=page,
-            paid=paid,
-        )
+            self._breaker.record(failure, sent_at=sent_at, probe=probe)
+        return PollResult(sent_at=sent_at, received_at=self._clock.now(), answers=answers)
 
     async def _get_one(self, task_id: str) -> Answer:
         return await self._exchange("GET", protocol.task_path(task_id))
@@ -402,9 +388,9 @@ class Transport:
 
         return await self.retrying(attempt, lambda exc: not self.closing and exc.retryable)
 
-    def wait_after(self, failures: int, *, paid: bool) -> float:
-        """Seconds until a task whose read failed so often in a row is read again."""
-        return self._policy.wait_after(failures) if paid else self._policy.wait_max
+    def backoff(self, failures: int) -> float:
+        """Seconds until a task whose reads failed so often in a row is read again."""
+        return self._policy.wait_max if self._budget.is_spent else self._policy.wait_after(failures)
 
     async def retrying(
         self,

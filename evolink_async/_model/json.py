@@ -15,7 +15,16 @@ try:
 except ImportError:
     msgspec = None  # type: ignore[assignment]  # so it is told apart
 
-__all__ = ["MAX_DEPTH", "check_depth", "is_deep", "load_json", "loads", "parse_json", "unusable"]
+__all__ = [
+    "MAX_DEPTH",
+    "check_depth",
+    "dump",
+    "is_deep",
+    "loads",
+    "parse_items",
+    "parse_json",
+    "unusable",
+]
 
 
 def loads(text: bytes | str) -> Any:
@@ -46,18 +55,41 @@ def parse_json(body: bytes | str) -> Any:
     Raises:
         InvalidResponseError: It is not JSON, too deep, or holds absurd numbers.
     """
-    value = load_json(body)
-    if _is_nested(body) and is_deep(value):
+    value = _load(body)
+    if _may_be_deep(body) and is_deep(value):
         raise InvalidResponseError(_TOO_DEEP, head=_head(body))
     return value
 
 
-def load_json(body: bytes | str) -> Any:
-    """The same without a look at its depth, for answers that are only partly used.
+def parse_items(body: bytes, name: str) -> list[tuple[Any, bytes | None]]:
+    """The items of the list *name* of a JSON object, each with its own JSON text.
+
+    The text is None where only writing the item anew would give it. How deep an item is
+    nested is not checked: one that is too deep must not spoil the others.
 
     Raises:
-        InvalidResponseError: It is not JSON, or Python cannot hold it.
+        InvalidResponseError: It is not JSON, or has no such list.
     """
+    value = _load(body)
+    items = value.get(name) if type(value) is dict else None
+    if type(items) is not list:
+        raise InvalidResponseError(f"the answer has no list named {name}", head=_head(body))
+    texts = _texts(body, name) if msgspec is not None else None
+    if texts is None:
+        return [(item, None) for item in items]
+    return list(zip(items, texts, strict=True))
+
+
+def _texts(body: bytes, name: str) -> list[bytes] | None:
+    """The texts of the items, None where msgspec does not take what `json` takes."""
+    try:
+        whole = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        return [bytes(text) for text in msgspec.json.decode(whole[name], type=list[msgspec.Raw])]
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+
+
+def _load(body: bytes | str) -> Any:
     try:
         return loads(body)
     except (ValueError, RecursionError) as exc:  # UnicodeDecodeError is a ValueError
@@ -66,24 +98,40 @@ def load_json(body: bytes | str) -> Any:
         ) from exc
 
 
+def dump(value: dict[str, Any]) -> bytes:
+    """*value* as JSON text.
+
+    Raises:
+        InvalidResponseError: Python cannot write it.
+    """
+    try:
+        return _encode(value).encode()
+    except (ValueError, RecursionError) as exc:
+        raise InvalidResponseError("the task cannot be kept as JSON") from exc
+
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
 _TOO_DEEP: Final = f"the answer is nested deeper than {MAX_DEPTH} levels"
 
 
-def check_depth(task: object) -> None:
-    """Nothing, if *task* can be used.
+def check_depth(task: object, text: bytes = b"") -> None:
+    """Nothing, if *task* can be used; *text* is its JSON text, if that is at hand.
 
     Raises:
         InvalidResponseError: It is nested too deep.
     """
-    if is_deep(task):
+    # As in `_may_be_deep`, which this saves a call: it is done for each task of each poll.
+    brackets = text.count(b"{") + text.count(b"[") if text else MAX_DEPTH + 1
+    if brackets > MAX_DEPTH and is_deep(task):
         raise unusable(task, _TOO_DEEP)
 
 
-def _is_nested(body: bytes | str) -> bool:
+def _may_be_deep(text: bytes | str) -> bool:
     """False for a JSON text with too few brackets for more than `MAX_DEPTH` levels."""
-    if isinstance(body, str):
-        return body.count("{") + body.count("[") > MAX_DEPTH
-    return body.count(b"{") + body.count(b"[") > MAX_DEPTH
+    if isinstance(text, str):
+        return text.count("{") + text.count("[") > MAX_DEPTH
+    return text.count(b"{") + text.count(b"[") > MAX_DEPTH
 
 
 def is_deep(value: object) -> bool:

@@ -8,20 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, Self
 
 from attrs import field, frozen
 
-from evolink_async._model.json import (
-    check_depth,
-    load_json,
-    loads,
-    unusable,
-)
+from evolink_async._model.json import check_depth, dump, loads, unusable
 from evolink_async._model.requests import is_task_id
-from evolink_async.errors import InvalidResponseError
 
 __all__ = [
     "RESUBMITTABLE",
@@ -29,8 +22,6 @@ __all__ = [
     "TERMINAL",
     "Credits",
     "GenerationResult",
-    "Page",
-    "PageIndex",
     "TaskSnapshot",
     "TaskSummary",
     "Usage",
@@ -120,69 +111,6 @@ def _respelled(body: bytes | str) -> str:
     return json.dumps(json.loads(body))
 
 
-class Page:
-    """A batch answer, kept once for all of its tasks that go on.
-
-    Thousands of them are read a second and hardly any is looked at: nothing is made of it
-    before somebody asks.
-
-    With many tasks running the bodies are most of what they hold: beyond `_ROOM` bytes of
-    them in this process, new ones are kept compressed.
-    """
-
-    __slots__ = ("_body", "_index", "_packed", "_parse", "_read")
-    _plain = 0
-
-    def __init__(
-        self,
-        body: bytes,
-        read: Callable[[bytes], PageIndex] = lambda _: {},
-        parse: Callable[[bytes, int], Any] = lambda body, place: load_json(body)["data"][place],
-    ) -> None:
-        """A page of the answer *body*.
-
-        *read* finds the tasks in it when somebody asks, *parse* parses the one at a place.
-        """
-        self._read = read
-        self._parse = parse
-        self._index: PageIndex | None = None
-        self._packed = Page._plain > _ROOM
-        self._body = zlib.compress(body, 1) if self._packed else body
-        if not self._packed:
-            Page._plain += len(body)
-
-    def __del__(self) -> None:
-        if not self._packed:
-            Page._plain -= len(self._body)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Page, (self._text(),)
-
-    def _text(self) -> bytes:
-        return zlib.decompress(self._body) if self._packed else self._body
-
-    def task(self, place: int) -> dict[str, Any]:
-        """The task at *place* of the answer's ``data``, parsed anew."""
-        task: dict[str, Any] = self._parse(self._text(), place)
-        return task
-
-    def snapshot(self, task_id: str) -> TaskSnapshot:
-        """What the answer says of a task that goes on.
-
-        Raises:
-            InvalidResponseError: Python cannot hold it here, so far down the stack.
-        """
-        if self._index is None:
-            self._index = self._read(self._text())
-        place, status, progress = self._index[task_id]
-        return TaskSnapshot(task_id, status=status, progress=_percent(progress), body=(self, place))
-
-
-PageIndex = dict[str, tuple[int, str, object]]
-"""Where in an answer's ``data`` a task is, its status and its progress, by id."""
-_ROOM: Final = 3 << 20
-
-
 @frozen
 class TaskSnapshot:
     """A task as one poll found it. The answer's body is kept as bytes and parsed on access.
@@ -194,47 +122,50 @@ class TaskSnapshot:
         status: The API's word for its state: ``pending``, ``processing``, ``completed``,
             ``failed``, ``cancelled``, or one it has added since (which counts as running).
         progress: 0 to 100, None if the API did not say.
+        body: The task's JSON text.
     """
 
     id: str
     status: str = field(kw_only=True)
     progress: int | None = field(default=None, kw_only=True)
-    _text: bytes | str | dict[str, Any] | tuple[Page, int] = field(
-        kw_only=True, repr=False, alias="body", eq=lambda text: _respelled(_cut_out(text))
-    )
+    body: bytes | str = field(kw_only=True, repr=False, eq=_respelled)
 
     @classmethod
     def from_json(
         cls,
         value: object,
         *,
-        body: bytes | str | dict[str, Any] | None = None,
+        body: bytes | str | None = None,
         status: str | None = None,
+        known_id: str | None = None,
     ) -> TaskSnapshot:
         """Read a task object.
 
         Args:
             value: The parsed object.
-            body: The text it was parsed from by `parse_json`, if that holds it alone; or
-                *value* itself, if nothing else refers to it and `check_depth` accepted it.
+            body: The text it was parsed from, if that holds it alone and was checked
+                for its depth.
             status: Assumed if the object has no usable status; without it such an object is
                 refused.
+            known_id: The id it is known to have, kept instead of another copy of it.
 
         Raises:
             InvalidResponseError: *value* is not an object with a usable id and status.
         """
         if type(value) is not dict:
             raise unusable(value, "a task is not a JSON object")
-        task_id, word = value.get("id"), value.get("status")
-        if type(task_id) is not str or not is_task_id(task_id):
-            raise unusable(value, "the task has no usable id")
+        task_id, word = known_id, value.get("status")
+        if task_id is None:
+            task_id = value.get("id")
+            if type(task_id) is not str or not is_task_id(task_id):
+                raise unusable(value, "the task has no usable id")
         if type(word) is not str or not word:
             if status is None:
                 raise unusable(value, f"task {task_id} has no status")
             word = status
         if body is None:
             check_depth(value)
-            body = _dump(value)
+            body = dump(value)
         return cls(task_id, status=word, progress=_percent(value.get("progress")), body=body)
 
     def to_json(self) -> dict[str, Any]:
@@ -242,24 +173,9 @@ class TaskSnapshot:
         return self.raw
 
     @property
-    def body(self) -> bytes | str:
-        """The task's JSON text."""
-        return _cut_out(self._text)
-
-    @property
     def raw(self) -> dict[str, Any]:
         """The task object as the API sent it, a new copy on each access."""
-        text = self._text
-        raw: dict[str, Any] = json.loads(_dump(text)) if isinstance(text, dict) else self._value
-        return raw
-
-    @property
-    def _value(self) -> dict[str, Any]:
-        """The task object, not to be changed."""
-        text = self._text
-        if isinstance(text, dict):
-            return text
-        value: dict[str, Any] = text[0].task(text[1]) if isinstance(text, tuple) else loads(text)
+        value: dict[str, Any] = loads(self.body)
         return value
 
     @property
@@ -270,37 +186,37 @@ class TaskSnapshot:
     @property
     def model(self) -> str | None:
         """The model that really ran."""
-        return _text(self._value.get("model"))
+        return _text(self.raw.get("model"))
 
     @property
     def type(self) -> str | None:
         """Kind of output: ``text``, ``image``, ``audio`` or ``video``."""
-        return _text(self._value.get("type"))
+        return _text(self.raw.get("type"))
 
     @property
     def created(self) -> float | None:
         """When the task was made, in seconds since 1970."""
-        return _number(self._value.get("created"))
+        return _number(self.raw.get("created"))
 
     @property
     def estimated_time(self) -> float | None:
         """Seconds the API expects: all of the task at submit, the rest later (observed)."""
-        return _number(_object(self._value.get("task_info")).get("estimated_time"))
+        return _number(_object(self.raw.get("task_info")).get("estimated_time"))
 
     @property
     def duration(self) -> float | None:
         """Seconds the generation took (observed), once ended."""
-        return _number(self._value.get("duration"))
+        return _number(self.raw.get("duration"))
 
     @property
     def usage(self) -> Usage:
         """What the task reserved and cost."""
-        return Usage.from_json(self._value.get("usage"))
+        return Usage.from_json(self.raw.get("usage"))
 
     @property
     def urls(self) -> tuple[str, ...]:
         """Result links, valid for 24 hours after completion; empty until then."""
-        raw = self._value
+        raw = self.raw
         listed = raw.get("results")
         if isinstance(listed, list):
             links = tuple(x for x in listed if isinstance(x, str) and x)
@@ -311,7 +227,7 @@ class TaskSnapshot:
     @property
     def error_code(self) -> str | None:
         """The API's ``error.code`` of a failed task."""
-        code = _object(self._value.get("error")).get("code")
+        code = _object(self.raw.get("error")).get("code")
         if isinstance(code, str) and code:
             return code
         return str(code) if isinstance(code, int) and not isinstance(code, bool) else None
@@ -319,7 +235,7 @@ class TaskSnapshot:
     @property
     def error_message(self) -> str | None:
         """The API's ``error.message`` of a failed task."""
-        return _text(_object(self._value.get("error")).get("message"))
+        return _text(_object(self.raw.get("error")).get("message"))
 
 
 def _percent(progress: object) -> int | None:
@@ -330,26 +246,12 @@ def _percent(progress: object) -> int | None:
     return progress if 0 <= progress <= 100 else None
 
 
-def _cut_out(text: bytes | str | dict[str, Any] | tuple[Page, int]) -> bytes | str:
-    """One task's own text."""
-    if isinstance(text, tuple):
-        text = text[0].task(text[1])
-    return _dump(text) if isinstance(text, dict) else text
-
-
 def _links_of(result_data: object) -> tuple[str, ...]:
     """Links from ``result_data`` (observed), for an answer without ``results``."""
     items = result_data if isinstance(result_data, list) else []
     names = ("image_url", "video_url", "audio_url", "url")
     found = (item.get(name) for item in items if isinstance(item, dict) for name in names)
     return tuple(link for link in found if isinstance(link, str) and link)
-
-
-def _dump(value: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(value, separators=(",", ":")).encode()
-    except (ValueError, RecursionError) as exc:
-        raise InvalidResponseError("the task cannot be kept as JSON") from exc
 
 
 @frozen

@@ -210,15 +210,14 @@ class DurationModel:
         """One less, for whatever reason."""
         self._running = max(0, self._running - 1)
 
-    def saw_running(self, last_age: float, age: float, tasks: int = 1) -> None:
-        """A look sent at *age* found *tasks* running, the one before was at *last_age*."""
+    def saw_running(self, last_age: float, age: float) -> None:
+        """A poll sent at *age* found a task running, the one before was at *last_age*."""
         if not 0 <= last_age < age:
             return
-        weight = self._weight * tasks
-        self._lived_to(age, weight)
-        self._looks += tasks
+        self._lived_to(age, self._weight)
+        self._looks += 1
         if last_age:
-            self._lived_to(last_age, -weight)
+            self._lived_to(last_age, -self._weight)
 
     def _lived_to(self, age: float, weight: float) -> None:
         # Called for every read, as is next_age: position() stands in line.

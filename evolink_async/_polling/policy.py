@@ -113,8 +113,8 @@ class Schedule(Protocol):
         """Age at which to look next, after *polls* polls, the last one sent at *age*."""
         ...
 
-    def saw_running(self, last_age: float, age: float, tasks: int = 1) -> None:
-        """A look sent at *age* found *tasks* running, the one before was at *last_age*."""
+    def saw_running(self, last_age: float, age: float) -> None:
+        """A poll sent at *age* found a task running, the one before was at *last_age*."""
         ...
 
     def saw_end(self, last_age: float, age: float, duration: float | None = None) -> None:
@@ -142,7 +142,7 @@ class Backoff:
         del price
         return self.policy.clamp(age, age + _ask(self.policy.wait, polls + 1))
 
-    def saw_running(self, last_age: float, age: float, tasks: int = 1) -> None:
+    def saw_running(self, last_age: float, age: float) -> None:
         """Nothing to learn."""
 
     def saw_end(self, last_age: float, age: float, duration: float | None = None) -> None:

@@ -42,7 +42,7 @@ class SharedReads:
     price of a read divided by it. The watcher's loop::
 
         batch = the earliest-due tasks, up to limit
-        shared.saw_read(now, [(task.last_poll, task.due, 1) for task in batch])
+        shared.saw_read(now, [(task.last_poll, task.due) for task in batch])
         price = shared.price(running)
         for each task of the answer still running:
             due = task.submitted + schedule.next_age(now - task.submitted, price)
@@ -89,21 +89,21 @@ class SharedReads:
             beat += tempo
         return beat if beat <= polled + self.max_interval else due
 
-    def saw_read(self, now: float, seats: Sequence[tuple[float, float, int]]) -> None:
-        """A read is sent *now* with so many seats each for tasks of (last look, due, tasks)."""
-        taken = sum(tasks for _, _, tasks in seats)
-        if taken > 1:
-            self.usefulness += USEFULNESS_RATE * (self.fill(now, seats) / taken - self.usefulness)
+    def saw_read(self, now: float, seats: Sequence[tuple[float, float]]) -> None:
+        """A read is sent *now* with a seat each for tasks of (last poll, due)."""
+        if len(seats) > 1:
+            useful = self.fill(now, seats) / len(seats)
+            self.usefulness += USEFULNESS_RATE * (useful - self.usefulness)
 
     @staticmethod
-    def fill(now: float, seats: Iterable[tuple[float, float, int]]) -> float:
-        """Useful seats of a read sent *now* for tasks of (last look, due, tasks)."""
+    def fill(now: float, seats: Iterable[tuple[float, float]]) -> float:
+        """Useful seats of a read sent *now* for tasks of (last poll, due)."""
         total = 0.0
-        for last_poll, due, tasks in seats:
+        for last_poll, due in seats:
             if now >= due:
-                total += tasks
+                total += 1
             elif now > last_poll:
-                total += tasks * ((now - last_poll) / (due - last_poll)) ** 3
+                total += ((now - last_poll) / (due - last_poll)) ** 3
         return total
 
 

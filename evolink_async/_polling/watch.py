@@ -1,4 +1,4 @@
-"""What is watched: tasks, the groups they are polled at in, and the order those are due in."""
+"""What is watched: a `Watch` per running task, and the queue that says which is due first."""
 
 from __future__ import annotations
 
@@ -6,107 +6,57 @@ import asyncio
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from enum import Enum
 from typing import Final
 
 from attrs import define, field
 
 from evolink_async._model.requests import ImageRequest, RawRequest
-from evolink_async._model.snapshots import Page, TaskSnapshot
+from evolink_async._model.snapshots import TaskSnapshot
+from evolink_async._polling.failures import Failures
 from evolink_async._polling.policy import Schedule
-from evolink_async.errors import EvolinkError
+from evolink_async._polling.timer import NEVER
+from evolink_async.errors import EvolinkError, TaskTimeoutError
 
-__all__ = ["READING", "Cohort", "DueQueue", "Futures", "Group", "Trouble", "Watch"]
+__all__ = ["IN_FLIGHT", "Callers", "DueQueue", "Futures", "Kind", "Watch", "wait_in", "wake_all"]
 
-READING: Final = math.nextafter(-math.inf, 0.0)
-"""In place of a due time: a read is in the air."""
+IN_FLIGHT: Final = -math.inf
+"""In place of a due time: a poll of the task is in flight."""
+
+_COMPACT_FROM: Final = 60
+"""Entries that no longer count which a queue may hold, beside as many as there are watches."""
+
 
 Futures = list["asyncio.Future[None]"]
 
 
+class Kind(Enum):
+    """What is known of a task, and how its end will be known."""
+
+    POLLED = "submitted here: polls alone say when it has ended"
+    CALLBACK = "submitted here: a callback should say when it has ended"
+    CANARY = "the same, but polled like others to notice when callbacks stop coming"
+    ATTACHED = "picked up at an unknown age: it says nothing about how long tasks take"
+
+
 @define(eq=False)
-class Cohort:
-    """Tasks of one kind, submitted at about the same time, which are polled at alike.
+class Callers:
+    """Who waits for what of one task, and what was asked for while a poll of it is in flight.
 
     Attributes:
-        schedule: When to look at tasks of their kind.
-        started: When they were submitted: the first of them, and nearly all.
-        deadline: When the first of them is given up.
-        teaches: True if what is seen of them says how long tasks of their kind take.
-        calls_back: True if a callback is to tell when they have ended.
-        sentinel: True for one polled at like any other although it calls back, to notice
-            callbacks that stop.
-        unread: Those that wait for their first look together, while others may join them.
+        end: Wait for its end.
+        change: Wait for another status or progress.
+        poll: Wait for the next answer.
+        again: True to poll once more as soon as the poll in flight is answered.
+        nudged: True if a nudge came meanwhile, to which that poll is no answer.
     """
 
-    schedule: Schedule
-    started: float
-    deadline: float
-    teaches: bool = True
-    calls_back: bool = False
-    sentinel: bool = False
-    unread: Group | None = None
-
-
-@define(eq=False, weakref_slot=False)  # with many tasks running there are many of them
-class Group:
-    """Tasks of one cohort that were last polled at together, and are due together.
-
-    What a look says of nearly all of them, that they go on, is noted once for all.
-
-    Attributes:
-        cohort: What they belong to.
-        polled: When they were last polled at, on the session's clock; before the first look
-            when they were submitted.
-        watches: The tasks; who is polled at by itself, or has ended, leaves.
-        due: When they are polled at next, `READING` while a read of them is in the air.
-        polls: How often they were polled at.
-        page: What the last look said of all of them, None if it was not one for all.
-        own: True if some have a snapshot of their own, which the next page replaces.
-        plain: True if an answer that they go on is no news to anybody.
-    """
-
-    cohort: Cohort
-    polled: float
-    watches: list[Watch] = field(factory=list)
-    due: float = math.inf
-    polls: int = 0
-    page: Page | None = None
-    own: bool = True
-    plain: bool = True
-
-    def split(self, count: int) -> Group:
-        """All but the first *count*, as a group of their own."""
-        rest = Group(
-            self.cohort,
-            self.polled,
-            self.watches[count:],
-            polls=self.polls,
-            page=self.page,
-            own=self.own,
-            plain=self.plain,
-        )
-        del self.watches[count:]
-        for watch in rest.watches:
-            watch.group = rest
-        return rest
-
-    def join(self, other: Group) -> None:
-        """Take in those of *other*, which are polled at together with these."""
-        for watch in other.watches:
-            watch.group = self
-        self.watches += other.watches
-        self.own = self.own or other.own
-        other.watches = []
-
-    def saw(self, page: Page, polled: float) -> None:
-        """Note that all go on, by the answer to a read sent when they were *polled* at."""
-        if self.own:
-            for watch in self.watches:
-                watch.seen = None
-            self.own = False
-        self.page, self.polled, self.plain = page, polled, True
-        self.polls += 1
+    end: Futures = field(factory=list)
+    change: Futures = field(factory=list)
+    poll: Futures = field(factory=list)
+    again: bool = False
+    nudged: bool = False
 
 
 @define(eq=False)
@@ -116,176 +66,146 @@ class Watch:
     Attributes:
         id: The task's id.
         started: When it was submitted, or picked up by its id.
-        deadline: When it is given up.
-        group: The tasks it is polled at with.
-        request: What was submitted, None if it was not this session that did.
+        kind: What is known of it.
+        schedule: When to poll tasks like it.
+        request: What was submitted, None if this session did not submit it.
         idempotency_key: The key it was submitted with.
-        seen: What was last read of it alone; None if its group's page says it.
-        reason: Why it was given up before a terminal state; None if it was not.
         on_end: Called once it has ended.
-        ended: True once nothing more will be read.
-        again: True if a look was asked for while one was in the air.
-        alone: True while it must be read singly.
-        spoiled: How often it had to be because batch reads with it failed, others not, since
-            one with it was answered.
-        missing: Batch answers in a row that left it out.
-        nudged: True once something told that it has ended.
-        called: True if something did while a read was in the air.
-        trouble: Its failed reads in a row.
-        waiters: Who waits for its end.
-        listeners: Who waits for news.
-        lookers: Who waits for the next look.
+        snapshot: What was last read, None before the first answer.
+        reason: Why it was given up before a terminal state; None if it was not.
+        polled: When the last answered poll was sent; before the first one, *started*.
+        polls: How many were answered.
+        due: When to poll it next, `IN_FLIGHT` or `NEVER`.
+        nudged: True if something said that it has ended, since it was last seen running.
+        failures: Its failed polls, None while it is well.
+        callers: Who waits for it, None before anybody does.
     """
 
     id: str
-    started: float
-    deadline: float
-    group: Group
+    started: float = field(kw_only=True)
+    kind: Kind = field(kw_only=True)
+    schedule: Schedule = field(kw_only=True)
     request: ImageRequest | RawRequest | None = None
     idempotency_key: str | None = None
-    seen: TaskSnapshot | None = None
-    reason: EvolinkError | None = None
     on_end: Callable[[], None] | None = None
-    ended: bool = False
-    again: bool = False
-    alone: bool = False
-    spoiled: int = 0
-    missing: int = 0
-    nudged: bool = False
-    called: bool = False
-    trouble: Trouble | None = None
-    waiters: Futures | None = None
-    listeners: Futures | None = None
-    lookers: Futures | None = None
+    snapshot: TaskSnapshot | None = None
+    reason: EvolinkError | None = None
+    polled: float = field(init=False)
+    polls: int = field(default=0, init=False)
+    due: float = field(default=NEVER, init=False)
+    nudged: bool = field(default=False, init=False)
+    failures: Failures | None = field(default=None, init=False)
+    callers: Callers | None = field(default=None, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.polled = self.started
 
     @property
-    def cohort(self) -> Cohort:
-        """The tasks it is polled at like."""
-        return self.group.cohort
-
-    @property
-    def snapshot(self) -> TaskSnapshot | None:
-        """What was last read, None before the first answer."""
-        if self.seen is None and self.group.page is not None:
-            self.seen = self.group.page.snapshot(self.id)
-            self.group.own = True
-        return self.seen
+    def ended(self) -> bool:
+        """True once it is polled no more."""
+        return self.reason is not None or (self.snapshot is not None and self.snapshot.is_terminal)
 
     @property
     def last_error(self) -> EvolinkError | None:
-        """Why the last read failed, None if it did not."""
-        return self.trouble.error if self.trouble is not None else None
+        """Why the last poll failed, None if it did not."""
+        return self.failures.error if self.failures is not None else None
 
-    @property
-    def plain(self) -> bool:
-        """True if an answer that it goes on is no news to anybody."""
-        return not (
-            self.trouble
-            or self.nudged
-            or self.missing
-            or self.spoiled
-            or self.again
-            or self.lookers is not None
-            or self.listeners is not None
+    def asked(self) -> Callers:
+        """Its callers, a place for them if it has none yet."""
+        self.callers = self.callers or Callers()
+        return self.callers
+
+    def timed_out(self, deadline: float | None) -> TaskTimeoutError:
+        """Why it is given up at its *deadline*."""
+        last = f"; the last poll failed: {self.last_error}" if self.last_error else ""
+        return TaskTimeoutError(
+            f"task {self.id} did not end within {deadline:g} s (PollPolicy.deadline){last}. "
+            f"It may still be running: session.task({self.id!r}) picks it up again",
+            task_id=self.id,
+            snapshot=self.snapshot,
         )
 
-    def leave(self) -> Group:
-        """Leave its group for one of its own, which is returned; nothing else is changed."""
-        group = self.group
-        if group.cohort.unread is group:
-            group.cohort.unread = None
-        if len(group.watches) > 1:
-            group.watches.remove(self)
-            self.group = Group(
-                group.cohort,
-                group.polled,
-                [self],
-                due=group.due,
-                polls=group.polls,
-                page=group.page,
-                own=group.own,
-            )
-        self.group.plain = False
-        return self.group
-
-    def end(self) -> None:
-        """Nothing more will be read; nothing is kept of those it was polled at with."""
-        self.leave().watches.clear()
-        self.ended = True
+    def crashed(self, crash: BaseException) -> EvolinkError:
+        """Why it is given up after an unexpected error of the watcher."""
+        reason = EvolinkError(
+            f"watching task {self.id} stopped by an internal error ({crash!r}); "
+            f"the task goes on: session.task({self.id!r}) picks it up again"
+        )
+        reason.__cause__ = crash
+        return reason
 
 
-@define
-class Trouble:
-    """Failed reads of one task in a row.
-
-    Attributes:
-        error: The last one.
-        since: When the first was sent.
-        failures: How many.
-        throttled: How many of them only asked for patience.
-        strikes: How many of them were the same final refusal.
-        struck_at: When the first of these was.
-    """
-
-    error: EvolinkError
-    since: float
-    failures: int = 0
-    throttled: int = 0
-    strikes: int = 0
-    struck_at: float = 0.0
-
-
-_Entry = tuple[float, int, Group]
+_Heap = list[tuple[float, int, Watch]]
 
 
 class DueQueue:
-    """Groups by when they are due, earliest first.
+    """Watches by when they are due: those that share a poll, and those polled alone.
 
-    A group is due once: queued anew, or emptied, what was queued before counts no more.
+    A watch is due once: pushed anew, or with another `Watch.due`, its older entries no
+    longer count and are dropped when they come to the top.
     """
 
     def __init__(self) -> None:
         """An empty queue."""
-        self._heap: list[_Entry] = []
+        self._heaps: tuple[_Heap, _Heap] = ([], [])
         self._order = itertools.count()
+        self._compact_at = _COMPACT_FROM
 
     def __len__(self) -> int:
-        """How many entries are kept, those that count no more among them."""
-        return len(self._heap)
+        """How many entries are kept, those that no longer count among them."""
+        return sum(map(len, self._heaps))
 
-    def __iter__(self) -> Iterator[Group]:
-        """The groups that are due, in no order."""
-        return iter([group for due, _, group in self._heap if group.due == due and group.watches])
+    def push(self, watch: Watch, due: float) -> None:
+        """*watch* is due at *due*, no more at any other time."""
+        watch.due = due
+        heap = self._heaps[watch.failures is not None and watch.failures.single]
+        heapq.heappush(heap, (due, next(self._order), watch))
+        if len(heap) > self._compact_at:
+            self._compact()
 
-    def push(self, group: Group, due: float) -> None:
-        """*group* is due at *due*, no more at any other time."""
-        group.due = due
-        heapq.heappush(self._heap, (due, next(self._order), group))
-
-    def first(self) -> Group | None:
-        """The group that is due first, None if there is none."""
-        heap = self._heap
+    def first(self, *, single: bool = False) -> Watch | None:
+        """The one that is due first, None if there is none."""
+        heap = self._heaps[single]
         while heap:
-            due, _, group = heap[0]
-            if group.due == due and group.watches:
-                return group
+            due, _, watch = heap[0]
+            if watch.due == due:
+                return watch
             heapq.heappop(heap)
         return None
 
-    def pop(self) -> Group:
-        """Take off what `first` has just returned."""
-        group = heapq.heappop(self._heap)[2]
-        if group.cohort.unread is group:
-            group.cohort.unread = None
-        return group
+    def first_due(self, *, single: bool = False) -> float:
+        """When that one is due."""
+        watch = self.first(single=single)
+        return NEVER if watch is None else watch.due
 
-    def compact(self) -> None:
-        """Drop what counts no more, which would keep it in memory."""
-        self._heap = [e for e in self._heap if e[2].due == e[0] and e[2].watches]
-        heapq.heapify(self._heap)
+    def pop(self, *, single: bool = False) -> Watch:
+        """Take off what `first` has just returned: a poll of it is in flight."""
+        watch = heapq.heappop(self._heaps[single])[2]
+        watch.due = IN_FLIGHT
+        return watch
 
-    def clear(self) -> list[Group]:
-        """Take off all; returns those that were due."""
-        groups = list(self)
-        self._heap.clear()
-        return groups
+    def _compact(self) -> None:
+        """Drop what no longer counts: it would keep ended watches in memory."""
+        for heap in self._heaps:
+            heap[:] = [entry for entry in heap if entry[2].due == entry[0]]
+            heapq.heapify(heap)
+        self._compact_at = _COMPACT_FROM + 2 * len(self)
+
+
+async def wait_in(futures: Futures) -> None:
+    """Wait among *futures*; a cancelled waiter leaves no trace."""
+    future = asyncio.get_running_loop().create_future()
+    futures.append(future)
+    try:
+        await future
+    finally:
+        if future in futures:
+            futures.remove(future)
+
+
+def wake_all(futures: Futures) -> None:
+    """Wake those that wait in *futures* now, and forget them."""
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
+    futures.clear()

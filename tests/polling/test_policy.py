@@ -543,19 +543,17 @@ def test_the_number_of_kinds_is_bounded() -> None:
 
 def test_fill_counts_due_tasks_whole_and_others_in_part() -> None:
     """Half of the interval gone is an eighth of a useful look; none gone is none."""
-    seats = [(0.0, 10.0, 1), (0.0, 20.0, 3), (10.0, 20.0, 1), (10.0, 10.0, 2)]
-    assert SharedReads.fill(10.0, seats) == 1 + 3 / 8 + 0 + 2
+    seats = [(0.0, 10.0), (0.0, 20.0), (10.0, 20.0), (10.0, 10.0)]
+    assert SharedReads.fill(10.0, seats) == 1 + 1 / 8 + 0 + 1
 
 
 @given(
     now=st.floats(-1e9, 1e9),
-    seats=st.lists(
-        st.tuples(st.floats(-1e9, 1e9), st.floats(-1e9, 1e9), st.integers(1, 50)), max_size=50
-    ),
+    seats=st.lists(st.tuples(st.floats(-1e9, 1e9), st.floats(-1e9, 1e9)), max_size=50),
 )
-def test_fill_is_between_nothing_and_all(now: float, seats: list[tuple[float, float, int]]) -> None:
+def test_fill_is_between_nothing_and_all(now: float, seats: list[tuple[float, float]]) -> None:
     """Whatever the times, a seat is worth from nothing to one."""
-    assert 0 <= SharedReads.fill(now, seats) <= sum(tasks for _, _, tasks in seats)
+    assert 0 <= SharedReads.fill(now, seats) <= len(seats)
 
 
 def test_alone_a_look_costs_the_whole_price() -> None:
@@ -570,10 +568,10 @@ def test_useful_seats_make_looks_cheaper() -> None:
     shared = SharedReads(0.5)
     start = shared.price(1000)
     for _ in range(100):
-        shared.saw_read(10.0, [(0.0, 10.0, 1)] * 50)
+        shared.saw_read(10.0, [(0.0, 10.0)] * 50)
     cheap = shared.price(1000)
     for _ in range(100):
-        shared.saw_read(0.1, [(0.0, 10.0, 1)] * 50)
+        shared.saw_read(0.1, [(0.0, 10.0)] * 50)
     assert 0.5 / 50 <= cheap < 0.6 / 50 < start < shared.price(1000) <= 0.5
 
 
@@ -640,7 +638,7 @@ def test_a_read_of_one_teaches_nothing_about_sharing() -> None:
     """After a long time alone a crowd starts from the first guess."""
     shared = SharedReads(0.5)
     for _ in range(100):
-        shared.saw_read(10.0, [(0.0, 10.0, 1)])
+        shared.saw_read(10.0, [(0.0, 10.0)])
     assert shared.price(2000) == SharedReads(0.5).price(2000)
 
 

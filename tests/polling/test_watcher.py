@@ -1,4 +1,4 @@
-"""The watcher alone: virtual time, and a reader that answers what a test tells it to."""
+"""The watcher alone: virtual time, and a network that answers what a test tells it to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
@@ -51,13 +51,10 @@ def refusal(kind: type[APIStatusError], status: int, *, from_api: bool = True) -
 
 
 @frozen(kw_only=True)
-class Reading:
+class Polled:
     sent_at: float
     received_at: float
     answers: Mapping[str, Answer]
-    single: bool
-    page: None = None
-    paid: bool = True
 
 
 @define
@@ -80,44 +77,45 @@ class BreakingClock:
 
 
 @define
-class Reader:
-    """Answers each id by asking *say*; notes who was asked for when."""
+class FakeNetwork:
+    """Answers each id by asking *say*; notes which ids were asked for when."""
 
     clock: ManualClock | BreakingClock
     say: Callable[[str], Answer] = task
     read_limit: int = 1
-    on_trial: bool = False
+    limit_after: int | None = None
     sizes: list[int] = field(factory=list)
     asked: list[tuple[float, str]] = field(factory=list)
-    gate: asyncio.Event | None = None
-    in_air: int = 0
+    release: asyncio.Event | None = None
+    in_flight: int = 0
     peak: int = 0
     renewed: int = 0
 
-    async def fetch(self, ids: tuple[str, ...]) -> Reading:
+    def fetch(self, ids: tuple[str, ...]) -> Coroutine[Any, Any, Polled]:
+        if self.limit_after is not None:
+            self.read_limit = self.limit_after
+        return self._fetch(ids)
+
+    async def _fetch(self, ids: tuple[str, ...]) -> Polled:
         now = self.clock.now()
-        if self.on_trial and len(ids) > 1:
-            self.read_limit = 1
         self.asked += [(now, task_id) for task_id in ids]
         self.sizes.append(len(ids))
-        self.in_air += 1
-        self.peak = max(self.peak, self.in_air)
+        self.in_flight += 1
+        self.peak = max(self.peak, self.in_flight)
         try:
             with self.clock.hold():
                 await asyncio.sleep(0)
-            if self.gate is not None:
-                await self.gate.wait()
+            if self.release is not None:
+                await self.release.wait()
         finally:
-            self.in_air -= 1
-        return Reading(
+            self.in_flight -= 1
+        return Polled(
             sent_at=now,
             received_at=self.clock.now(),
             answers={task_id: self.say(task_id) for task_id in ids},
-            single=len(ids) == 1,
         )
 
-    def wait_after(self, failures: int, *, paid: bool) -> float:
-        assert paid
+    def backoff(self, failures: int) -> float:
         return RetryPolicy(wait_jitter=0).wait_after(failures)
 
     def renew(self) -> None:
@@ -128,36 +126,36 @@ class Reader:
 
 
 @pytest.fixture
-def reader(clock: ManualClock) -> Reader:
-    return Reader(clock)
+def network(clock: ManualClock) -> FakeNetwork:
+    return FakeNetwork(clock)
 
 
 Make = Callable[..., Watcher]
 
 
 @pytest.fixture
-async def make(reader: Reader, clock: ManualClock) -> AsyncIterator[Make]:
+async def make(network: FakeNetwork, clock: ManualClock) -> AsyncIterator[Make]:
     """Makes watchers and stops them in the end."""
     made: list[Watcher] = []
 
     def make(**policy: Any) -> Watcher:
         watcher = Watcher(
-            reader,
+            network,
             clock=clock,
             policy=PollPolicy(**policy),
-            ready_at=lambda: reader_closed_until[0],
+            ready_at=lambda: closed_until[0],
             max_reads=4,
         )
         made.append(watcher)
         return watcher
 
-    reader_closed_until[0] = 0.0
+    closed_until[0] = 0.0
     yield make
     for watcher in made:
         await watcher.stop(lambda task_id: SessionClosedError("over", task_id=task_id))
 
 
-reader_closed_until = [0.0]
+closed_until = [0.0]
 
 
 def submit(watcher: Watcher, clock: ManualClock, task_id: str, **more: Any) -> Watch:
@@ -170,23 +168,23 @@ def submit(watcher: Watcher, clock: ManualClock, task_id: str, **more: Any) -> W
     )
 
 
-async def test_watches_until_the_end(make: Make, reader: Reader, clock: ManualClock) -> None:
+async def test_watches_until_the_end(make: Make, network: FakeNetwork, clock: ManualClock) -> None:
     """A task is read until it is completed, at intervals within the policy's bounds."""
     start = clock.now()
-    reader.say = lambda i: task(i, "completed" if clock.now() - start > 90 else "processing")
+    network.say = lambda i: task(i, "completed" if clock.now() - start > 90 else "processing")
     watcher = make(min_interval=1, max_interval=20)
     watch = submit(watcher, clock, "task-1")
     await watcher.until_ended(watch)
     assert watch.snapshot is not None
     assert watch.snapshot.status == "completed"
-    ages = reader.ages(start)
+    ages = network.ages(start)
     gaps = [b - a for a, b in pairwise([0.0, *ages])]
     assert all(1 <= gap <= 20 + 1e-6 for gap in gaps)
     assert watcher.watches == ()
 
 
 async def test_a_task_that_is_over_at_submit_is_never_read(
-    make: Make, reader: Reader, clock: ManualClock
+    make: Make, network: FakeNetwork, clock: ManualClock
 ) -> None:
     """A submit may be answered with an ended task: its slot comes back at once."""
     ended: list[str] = []
@@ -200,10 +198,10 @@ async def test_a_task_that_is_over_at_submit_is_never_read(
     )
     await watcher.until_ended(watch)
     assert ended == ["task-1"]
-    assert reader.asked == []
+    assert network.asked == []
 
 
-async def test_one_watch_per_id(make: Make, reader: Reader, clock: ManualClock) -> None:
+async def test_one_watch_per_id(make: Make, network: FakeNetwork, clock: ManualClock) -> None:
     """Whoever asks for the same id shares one watch; a repeated submit gives its slot back."""
     freed: list[int] = []
     watcher = make()
@@ -221,19 +219,19 @@ async def test_one_watch_per_id(make: Make, reader: Reader, clock: ManualClock) 
 
 
 async def test_an_attached_task_is_read_at_once(
-    make: Make, reader: Reader, clock: ManualClock
+    make: Make, network: FakeNetwork, clock: ManualClock
 ) -> None:
-    """Nothing is known of a task found by its id, so the first look is now."""
+    """Nothing is known of a task found by its id, so the first poll is now."""
     watcher = make()
     start = clock.now()
     watch = watcher.attach("task-1")
     await watcher.until_changed(watch)
-    assert reader.asked == [(start, "task-1")]
+    assert network.asked == [(start, "task-1")]
     assert watch.snapshot is not None
 
 
-async def test_deadline(make: Make, reader: Reader, clock: ManualClock) -> None:
-    """A task that never ends is given up at the deadline, after one last look before it."""
+async def test_deadline(make: Make, network: FakeNetwork, clock: ManualClock) -> None:
+    """A task that never ends is given up at the deadline, after one last poll before it."""
     watcher = make(deadline=100, max_interval=30)
     start = clock.now()
     watch = submit(watcher, clock, "task-1")
@@ -242,14 +240,14 @@ async def test_deadline(make: Make, reader: Reader, clock: ManualClock) -> None:
     assert watch.reason.task_id == "task-1"
     assert watch.reason.snapshot is watch.snapshot
     assert clock.now() - start == 100
-    assert max(reader.ages(start)) == pytest.approx(99.75)
+    assert max(network.ages(start)) == pytest.approx(99.75)
 
 
-async def test_a_read_in_the_air_does_not_hold_up_the_deadline(
-    make: Make, reader: Reader, clock: ManualClock
+async def test_a_read_in_flight_does_not_hold_up_the_deadline(
+    make: Make, network: FakeNetwork, clock: ManualClock
 ) -> None:
     """The deadline passes on time though the server never answers."""
-    reader.gate = asyncio.Event()
+    network.release = asyncio.Event()
     watcher = make(deadline=50)
     start = clock.now()
     watch = submit(watcher, clock, "task-1")
@@ -259,18 +257,18 @@ async def test_a_read_in_the_air_does_not_hold_up_the_deadline(
 
 
 async def test_without_a_deadline_it_waits_for_ever(
-    make: Make, reader: Reader, clock: ManualClock
+    make: Make, network: FakeNetwork, clock: ManualClock
 ) -> None:
     """deadline=None watches a task for days."""
     start = clock.now()
-    reader.say = lambda i: task(i, "completed" if clock.now() - start > 200_000 else "processing")
+    network.say = lambda i: task(i, "completed" if clock.now() - start > 200_000 else "processing")
     watcher = make(deadline=None, min_interval=500, max_interval=5000)
     await watcher.until_ended(watch := submit(watcher, clock, "task-1"))
     assert watch.reason is None
 
 
 async def test_failed_reads_never_end_a_wait(
-    make: Make, reader: Reader, clock: ManualClock
+    make: Make, network: FakeNetwork, clock: ManualClock
 ) -> None:
     """Broken connections, 500s, garbage and a proxy's 404 are no information."""
     failures: list[EvolinkError] = [
@@ -280,19 +278,19 @@ async def test_failed_reads_never_end_a_wait(
         refusal(NotFoundError, 404, from_api=False),
         refusal(AuthenticationError, 401, from_api=False),
     ] * 8
-    reader.say = lambda i: failures.pop() if failures else task(i, "completed")
+    network.say = lambda i: failures.pop() if failures else task(i, "completed")
     watcher = make()
     await watcher.until_ended(watch := submit(watcher, clock, "task-1"))
     assert watch.reason is None
     assert failures == []
 
 
-async def test_failed_reads_back_off(make: Make, reader: Reader, clock: ManualClock) -> None:
+async def test_failed_reads_back_off(make: Make, network: FakeNetwork, clock: ManualClock) -> None:
     """The more reads fail in a row, the longer the watcher waits, up to the policy's bound."""
-    reader.say = lambda _: APIConnectionError("broken")
+    network.say = lambda _: APIConnectionError("broken")
     watcher = make(deadline=600)
     await watcher.until_ended(submit(watcher, clock, "task-1"))
-    ages = reader.ages(0)
+    ages = network.ages(0)
     gaps = [b - a for a, b in pairwise(ages)]
     assert gaps[:6] == pytest.approx([0.5, 1, 2, 4, 8, 16])
     assert max(gaps) <= 30
@@ -308,35 +306,37 @@ async def test_failed_reads_back_off(make: Make, reader: Reader, clock: ManualCl
     ids=["401", "404", "400"],
 )
 async def test_confirmed_refusals_end_it(
-    make: Make, reader: Reader, clock: ManualClock, error: APIStatusError, reads: int
+    make: Make, network: FakeNetwork, clock: ManualClock, error: APIStatusError, reads: int
 ) -> None:
     """The API's own final refusals end the watch, once confirmed as often as they must be."""
-    reader.say = lambda _: error
+    network.say = lambda _: error
     watcher = make()
     await watcher.until_ended(watch := watcher.attach("task-1"))
     assert type(watch.reason) is type(error)
-    assert len(reader.asked) == reads
+    assert len(network.asked) == reads
 
 
 async def test_a_404_right_after_the_submit_is_replica_lag(
-    make: Make, reader: Reader, clock: ManualClock
+    make: Make, network: FakeNetwork, clock: ManualClock
 ) -> None:
     """For a minute after our own submit a 404 does not count."""
     start = clock.now()
-    reader.say = lambda i: (
+    network.say = lambda i: (
         refusal(NotFoundError, 404) if clock.now() - start < 59 else task(i, "completed")
     )
     watcher = make()
     await watcher.until_ended(watch := submit(watcher, clock, "task-1"))
     assert watch.reason is None
-    reader.say = lambda _: refusal(NotFoundError, 404)
+    network.say = lambda _: refusal(NotFoundError, 404)
     start = clock.now()
     await watcher.until_ended(watch := submit(watcher, clock, "task-2"))
     assert isinstance(watch.reason, NotFoundError)
     assert clock.now() - start > 60
 
 
-async def test_a_good_read_forgets_refusals(make: Make, reader: Reader, clock: ManualClock) -> None:
+async def test_a_good_read_forgets_refusals(
+    make: Make, network: FakeNetwork, clock: ManualClock
+) -> None:
     """Refusals count only in a row."""
     answers: list[Answer] = [
         task("task-1", "completed"),
@@ -344,60 +344,62 @@ async def test_a_good_read_forgets_refusals(make: Make, reader: Reader, clock: M
         task("task-1"),
         refusal(AuthenticationError, 401),
     ]
-    reader.say = lambda _: answers.pop()
+    network.say = lambda _: answers.pop()
     watcher = make()
     await watcher.until_ended(watch := watcher.attach("task-1"))
     assert watch.reason is None
 
 
 async def test_nothing_is_read_during_a_cool_down(
-    make: Make, reader: Reader, clock: ManualClock
+    make: Make, network: FakeNetwork, clock: ManualClock
 ) -> None:
     """While the session cools down, due tasks wait."""
     start = clock.now()
-    reader_closed_until[0] = start + 120
+    closed_until[0] = start + 120
     watcher = make()
     watch = watcher.attach("task-1")
     await watcher.until_changed(watch)
-    assert reader.ages(start) == [120]
+    assert network.ages(start) == [120]
 
 
-async def test_nudge_and_look(make: Make, reader: Reader, clock: ManualClock) -> None:
-    """A nudge moves the next look to now; one during a read earns one more read."""
+async def test_nudge_and_poll(make: Make, network: FakeNetwork, clock: ManualClock) -> None:
+    """A nudge moves the next poll to now; a poll asked for during another earns one more."""
     watcher = make(deadline=None)
     watch = submit(watcher, clock, "task-1", task_info={"estimated_time": 1000})
     assert watcher.nudge("task-1")
     assert not watcher.nudge("another")
     start = clock.now()
-    await watcher.look(watch)
-    assert reader.ages(start) == [0]
-    reader.gate = asyncio.Event()
-    polls = [asyncio.create_task(watcher.look(watch)) for _ in range(3)]
-    while reader.in_air == 0:  # noqa: ASYNC110 - it has no event
+    await watcher.poll(watch)
+    assert network.ages(start) == [0]
+    network.release = asyncio.Event()
+    polls = [asyncio.create_task(watcher.poll(watch)) for _ in range(3)]
+    while network.in_flight == 0:  # noqa: ASYNC110 - it has no event
         await asyncio.sleep(0)
-    polls += [asyncio.create_task(watcher.look(watch)) for _ in range(3)]
+    polls += [asyncio.create_task(watcher.poll(watch)) for _ in range(3)]
     await asyncio.sleep(0)
-    reader.gate.set()
+    network.release.set()
     await asyncio.gather(*polls)
-    assert reader.ages(start) == [0, 0, 0]
+    assert network.ages(start) == [0, 0, 0]
 
 
-async def test_reads_in_the_air_are_bounded(make: Make, reader: Reader, clock: ManualClock) -> None:
-    """However many tasks are due, only so many readings are in the air."""
-    reader.gate = asyncio.Event()
+async def test_reads_in_flight_are_bounded(
+    make: Make, network: FakeNetwork, clock: ManualClock
+) -> None:
+    """However many tasks are due, only so many polls are in flight."""
+    network.release = asyncio.Event()
     watcher = make(deadline=None)
     watches = [watcher.attach(f"task-{i}") for i in range(20)]
     for _ in range(20):
         await asyncio.sleep(0)
-    assert reader.in_air == 4
-    reader.gate.set()
-    reader.say = lambda i: task(i, "completed")
+    assert network.in_flight == 4
+    network.release.set()
+    network.say = lambda i: task(i, "completed")
     await asyncio.gather(*(watcher.until_ended(watch) for watch in watches))
-    assert reader.peak == 4
+    assert network.peak == 4
 
 
 async def test_a_cancelled_waiter_leaves_no_trace(
-    make: Make, reader: Reader, clock: ManualClock
+    make: Make, network: FakeNetwork, clock: ManualClock
 ) -> None:
     """Cancelling one awaiter neither stops the watch nor leaves a future behind."""
     watcher = make(deadline=None)
@@ -406,18 +408,18 @@ async def test_a_cancelled_waiter_leaves_no_trace(
     await asyncio.sleep(0)
     waits[1].cancel()
     await asyncio.gather(waits[1], return_exceptions=True)
-    assert watch.waiters is not None
-    assert len(watch.waiters) == 2
-    reader.say = lambda i: task(i, "completed")
+    assert watch.callers is not None
+    assert len(watch.callers.end) == 2
+    network.say = lambda i: task(i, "completed")
     await asyncio.gather(waits[0], waits[2])
 
 
 async def test_unknown_statuses_are_running(
-    make: Make, reader: Reader, clock: ManualClock, caplog: pytest.LogCaptureFixture
+    make: Make, network: FakeNetwork, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A status word the API has added since counts as running and is logged once."""
     answers = [task("task-1", "completed")] + [task("task-1", "up\x1b[31mscaling")] * 3
-    reader.say = lambda _: answers.pop()
+    network.say = lambda _: answers.pop()
     watcher = make()
     await watcher.until_ended(watch := watcher.attach("task-1"))
     assert watch.reason is None
@@ -426,21 +428,21 @@ async def test_unknown_statuses_are_running(
 
 
 async def test_a_crash_reaches_every_waiter(
-    make: Make, reader: Reader, clock: ManualClock, caplog: pytest.LogCaptureFixture
+    make: Make, network: FakeNetwork, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An unexpected error inside the watcher does not leave anybody waiting for ever."""
 
     def explode(_: str) -> Answer:
         raise ZeroDivisionError("a bug")
 
-    reader.say = explode
+    network.say = explode
     watcher = make()
     watches = [watcher.attach("task-1"), watcher.attach("task-2")]
     await asyncio.gather(*(watcher.until_ended(watch) for watch in watches))
     for watch in watches:
         assert isinstance(watch.reason, EvolinkError)
         assert isinstance(watch.reason.__cause__, ZeroDivisionError)
-    reader.say = lambda i: task(i, "completed")
+    network.say = lambda i: task(i, "completed")
     await watcher.until_ended(watch := watcher.attach("task-1"))
     assert watch.reason is None
 
@@ -451,10 +453,10 @@ async def test_a_clock_that_fails_reaches_every_waiter(
 ) -> None:
     """At whatever moment a clock breaks, nobody waits for ever and nothing is only logged."""
     clock = BreakingClock(1_000)
-    reader = Reader(clock)
+    network = FakeNetwork(clock)
     policy = PollPolicy(min_interval=0.01, max_interval=0.02)
     watcher = Watcher(
-        reader, clock=clock, policy=policy, ready_at=lambda: 0.0, max_reads=4, wall=time.time
+        network, clock=clock, policy=policy, ready_at=lambda: 0.0, max_reads=4, wall=time.time
     )
     watch = watcher.attach("task-1")
     clock.left = left
@@ -466,36 +468,36 @@ async def test_a_clock_that_fails_reaches_every_waiter(
     assert not [r for r in caplog.records if r.name == "asyncio"]
 
 
-@pytest.mark.parametrize("reading", [False, True])
+@pytest.mark.parametrize("polling", [False, True])
 async def test_being_cancelled_by_others_reaches_every_waiter(
-    make: Make, reader: Reader, clock: ManualClock, *, reading: bool
+    make: Make, network: FakeNetwork, clock: ManualClock, *, polling: bool
 ) -> None:
     """Who cancels all asyncio tasks there are leaves nobody waiting for ever."""
-    reader.gate = asyncio.Event()
+    network.release = asyncio.Event()
     others = asyncio.all_tasks()
     watcher = make(deadline=None)
     watches = [
-        watcher.attach(f"task-{k}") if reading else submit(watcher, clock, f"task-{k}")
+        watcher.attach(f"task-{k}") if polling else submit(watcher, clock, f"task-{k}")
         for k in range(3)
     ]
     for _ in range(3):
         await asyncio.sleep(0)
     ours = asyncio.all_tasks() - others
-    assert len(ours) == (3 if reading else 1)
+    assert len(ours) == (3 if polling else 1)
     for each in ours:
         each.cancel()
     await asyncio.gather(*(watcher.until_ended(watch) for watch in watches))
     assert all("picks it up again" in str(watch.reason) for watch in watches)
-    reader.gate.set()
-    reader.say = lambda i: task(i, "completed")
+    network.release.set()
+    network.say = lambda i: task(i, "completed")
     await watcher.until_ended(again := watcher.attach("task-1"))
     assert again.reason is None
 
 
 async def test_a_watcher_that_stops_names_what_still_runs(
-    make: Make, reader: Reader, clock: ManualClock, caplog: pytest.LogCaptureFixture
+    make: Make, network: FakeNetwork, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whoever cancelled all tasks may have cancelled everybody who would be told, too."""
+    """What cancelled all asyncio tasks may have cancelled all waiters, too."""
     watcher = make(deadline=None)
     paid = [submit(watcher, clock, f"task-{k}") for k in range(60)]
     watcher.attach("task-of-others")
@@ -503,7 +505,7 @@ async def test_a_watcher_that_stops_names_what_still_runs(
     def explode(_: str) -> TaskSnapshot:
         raise ZeroDivisionError
 
-    reader.say = explode
+    network.say = explode
     await watcher.until_ended(paid[0])
     lines = [r.getMessage() for r in caplog.records if "still running" in r.getMessage()]
     assert len(lines) == 2
@@ -522,22 +524,22 @@ async def test_a_task_that_is_watched_already_learns_who_submitted_it(
     assert (watch.request, watch.idempotency_key) == (REQUEST, "k" * 32)
 
 
-async def test_one_read_is_a_trial(make: Make, reader: Reader) -> None:
-    """Where a read of several is to find out whether it works, the next one waits for that."""
-    reader.read_limit, reader.on_trial = 5, True
-    reader.say = lambda i: task(i, "completed")
+async def test_the_read_limit_counts_from_poll_to_poll(make: Make, network: FakeNetwork) -> None:
+    """A poll that finds out whether polls may be shared lowers the limit of the next ones."""
+    network.read_limit, network.limit_after = 5, 1
+    network.say = lambda i: task(i, "completed")
     watcher = make()
     watches = [watcher.attach(f"task-{k}") for k in range(15)]
     for watch in watches:
         await watcher.until_ended(watch)
-    assert reader.sizes == [5] + [1] * 10
+    assert network.sizes == [5] + [1] * 10
 
 
 async def test_a_repeat_past_its_deadline_is_given_up(
-    make: Make, reader: Reader, clock: ManualClock
+    make: Make, network: FakeNetwork, clock: ManualClock
 ) -> None:
-    """A stored answer may come so late that no look is left, with nothing else to watch."""
-    reader.say = lambda i: task(i, "completed")
+    """A stored answer may come so late that no poll is left, with nothing else to watch."""
+    network.say = lambda i: task(i, "completed")
     watcher = make(deadline=10)
     first = submit(watcher, clock, "task-1")
     await watcher.until_ended(first)
@@ -556,21 +558,21 @@ async def test_a_repeat_past_its_deadline_is_given_up(
 
 
 async def test_a_clock_may_say_anything() -> None:
-    """Only differences of a clock mean something: below zero, a look is still at once."""
+    """Only differences of a clock mean something: below zero, a poll is still at once."""
     clock = ManualClock(start=-1e6)
-    reader = Reader(clock)
+    network = FakeNetwork(clock)
     watcher = Watcher(
-        reader, clock=clock, policy=PollPolicy(), ready_at=lambda: -math.inf, max_reads=4
+        network, clock=clock, policy=PollPolicy(), ready_at=lambda: -math.inf, max_reads=4
     )
     watch = submit(watcher, clock, "task-1")
     watcher.nudge(watch.id)
-    await watcher.look(watch)
-    await watcher.look(watch)
-    assert {when for when, _ in reader.asked} == {-1e6}
+    await watcher.poll(watch)
+    await watcher.poll(watch)
+    assert {when for when, _ in network.asked} == {-1e6}
     await watcher.stop(lambda task_id: SessionClosedError("over", task_id=task_id))
 
 
-async def test_stop_ends_every_watch(make: Make, reader: Reader, clock: ManualClock) -> None:
+async def test_stop_ends_every_watch(make: Make, network: FakeNetwork, clock: ManualClock) -> None:
     """Stopping wakes the waiters with the reason given and names what was running."""
     watcher = make(deadline=None)
     watch = submit(watcher, clock, "task-1")
@@ -582,19 +584,21 @@ async def test_stop_ends_every_watch(make: Make, reader: Reader, clock: ManualCl
     assert isinstance(watch.reason, SessionClosedError)
 
 
-async def test_ended_watches_are_forgotten(make: Make, reader: Reader, clock: ManualClock) -> None:
+async def test_ended_watches_are_forgotten(
+    make: Make, network: FakeNetwork, clock: ManualClock
+) -> None:
     """A service that runs for a year does not grow: ended and moved entries leave the heap."""
-    reader.say = lambda i: task(i, "completed")
+    network.say = lambda i: task(i, "completed")
     watcher = make(deadline=None)
     ghosts = []
     for i in range(300):
         watch = submit(watcher, clock, f"task-{i}", task_info={"estimated_time": 900})
-        await watcher.look(watch)
+        await watcher.poll(watch)
         ghosts.append(weakref.ref(watch))
     del watch
     gc.collect()
     assert sum(ghost() is not None for ghost in ghosts) <= 65
-    assert len(watcher._shared) <= 65
+    assert len(watcher._queue) <= 65
 
 
 async def test_stopping_lets_others_run(make: Make, clock: ManualClock) -> None:
@@ -619,22 +623,22 @@ async def test_stopping_lets_others_run(make: Make, clock: ManualClock) -> None:
 
 @pytest.mark.parametrize("deadline", [7.2, 5.93, 60.1])
 @pytest.mark.parametrize("limit", [1, 50])
-async def test_the_last_look_is_one_look(
-    make: Make, reader: Reader, clock: ManualClock, limit: int, deadline: float
+async def test_the_last_poll_is_one_poll(
+    make: Make, network: FakeNetwork, clock: ManualClock, limit: int, deadline: float
 ) -> None:
     """Also where reads go out in bursts, tasks near their deadline are not read on and on."""
-    reader.read_limit = limit
+    network.read_limit = limit
     watcher = make(min_interval=2, deadline=deadline)
     start = clock.now()
     watches = [submit(watcher, clock, f"task-{k}") for k in range(60)]
     await asyncio.gather(*(watcher.until_ended(watch) for watch in watches))
     assert clock.now() - start == pytest.approx(deadline)
     assert {type(watch.reason) for watch in watches} == {TaskTimeoutError}
-    assert len(reader.asked) <= 60 * (1 + deadline / 2)
+    assert len(network.asked) <= 60 * (1 + deadline / 2)
 
 
 async def test_deadlines_are_kept_whatever_the_intervals(
-    make: Make, reader: Reader, clock: ManualClock
+    make: Make, network: FakeNetwork, clock: ManualClock
 ) -> None:
     """Each task is given up when its own has passed, though they are polled at seldom."""
     watcher = make(min_interval=60, deadline=10)
@@ -649,49 +653,49 @@ async def test_deadlines_are_kept_whatever_the_intervals(
         assert clock.now() - start == pytest.approx(10 + k, abs=0.3)
 
 
-async def test_a_near_deadline_leaves_time_for_a_look(
-    make: Make, reader: Reader, clock: ManualClock
+async def test_a_near_deadline_leaves_time_for_a_poll(
+    make: Make, network: FakeNetwork, clock: ManualClock
 ) -> None:
     """A task that would be polled at after its deadline is polled at half-way to it."""
     watcher = make(min_interval=5, deadline=5)
     start = clock.now()
     await watcher.until_ended(submit(watcher, clock, "task-1"))
-    assert reader.ages(start) == [2.5]
+    assert network.ages(start) == [2.5]
     assert clock.now() - start == pytest.approx(5)
 
 
 async def test_a_deadline_is_kept_while_nothing_may_be_read(
-    make: Make, reader: Reader, clock: ManualClock
+    make: Make, network: FakeNetwork, clock: ManualClock
 ) -> None:
     """A cool-down that outlasts the deadline does not put the end of the wait off."""
-    reader_closed_until[0] = clock.now() + 1000
+    closed_until[0] = clock.now() + 1000
     watcher = make(deadline=20)
     start = clock.now()
     watches = [submit(watcher, clock, f"task-{k}") for k in range(3)]
     await asyncio.gather(*(watcher.until_ended(watch) for watch in watches))
     assert clock.now() - start == pytest.approx(20)
-    assert reader.asked == []
+    assert network.asked == []
 
 
 async def test_a_deadline_is_kept_while_reads_hang(
-    make: Make, reader: Reader, clock: ManualClock
+    make: Make, network: FakeNetwork, clock: ManualClock
 ) -> None:
     """Those behind reads that do not come back are given up in time, and so are those."""
-    reader.gate = asyncio.Event()
+    network.release = asyncio.Event()
     watcher = make(deadline=20)
     start = clock.now()
     watches = [watcher.attach(f"task-{k}") for k in range(12)]
     await asyncio.gather(*(watcher.until_ended(watch) for watch in watches))
     assert clock.now() - start == pytest.approx(20)
-    assert len(reader.asked) == 4
-    reader.gate.set()
+    assert len(network.asked) == 4
+    network.release.set()
 
 
-async def test_an_idle_watcher_keeps_no_alarm(
-    make: Make, reader: Reader, clock: ManualClock
+async def test_an_idle_watcher_keeps_no_timer(
+    make: Make, network: FakeNetwork, clock: ManualClock
 ) -> None:
     """Once all tasks have ended nothing is waited for, or a clock of tests would run ahead."""
-    reader.say = lambda i: task(i, "completed")
+    network.say = lambda i: task(i, "completed")
     watcher = make(deadline=100)
     await watcher.until_ended(watcher.attach("task-1"))
     before = clock.now()
@@ -700,62 +704,61 @@ async def test_an_idle_watcher_keeps_no_alarm(
     assert clock.now() == before
 
 
-# -- who comes first ---------------------------------------------------------------------------
+# -- what comes first ---------------------------------------------------------------------------
 
 
-async def test_who_is_asked_for_comes_before_all_that_is_late(
-    make: Make, reader: Reader, clock: ManualClock
+async def test_a_poll_that_is_asked_for_comes_before_all_that_is_late(
+    make: Make, network: FakeNetwork, clock: ManualClock
 ) -> None:
-    """A look that somebody asked for does not queue behind what could not be read in time."""
-    reader_closed_until[0] = clock.now() + 500
+    """A poll that somebody asked for does not queue behind those that could not be sent in time."""
+    closed_until[0] = clock.now() + 500
     watcher = make(deadline=None)
     for k in range(5):
         watcher.attach(f"task-{k}")
     await clock.sleep_until(clock.now() + 100)
-    look = asyncio.create_task(watcher.look(watcher.attach("task-3")))
-    await look
-    assert reader.asked[0][1] == "task-3"
+    await watcher.poll(watcher.attach("task-3"))
+    assert network.asked[0][1] == "task-3"
 
 
 # -- what the log says -------------------------------------------------------------------------
 
 
 async def test_the_log_says_why_nothing_is_read(
-    make: Make, reader: Reader, clock: ManualClock, caplog: pytest.LogCaptureFixture
+    make: Make, network: FakeNetwork, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """First polls, polls asked for, and what holds reads up are in the DEBUG log."""
     caplog.set_level(logging.DEBUG)
-    reader.say = lambda i: task(i, "completed")
-    reader_closed_until[0] = clock.now() + 40
+    network.say = lambda i: task(i, "completed")
+    closed_until[0] = clock.now() + 40
     watcher = make(deadline=None)
     watch = submit(watcher, clock, "task-1", task_info={"estimated_time": 30})
     assert watcher.nudge("task-1")
-    await watcher.look(watch)
-    assert "task-1: first look in " in caplog.text
-    assert "task-1: something told that it has ended" in caplog.text
-    assert "task-1: a look was asked for" in caplog.text
-    assert "reads wait 40.00 s for the cool-down" in caplog.text
+    await watcher.poll(watch)
+    assert "task-1: first poll in " in caplog.text
+    assert "task-1: nudged, it is said to have ended" in caplog.text
+    assert "task-1: a poll was asked for" in caplog.text
+    assert "polls wait 40.00 s for the cool-down" in caplog.text
 
 
-async def test_the_log_says_that_enough_reads_are_in_the_air(
-    make: Make, reader: Reader, clock: ManualClock, caplog: pytest.LogCaptureFixture
+async def test_the_log_says_that_enough_reads_are_in_flight(
+    make: Make, network: FakeNetwork, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A task that waits for others to be answered is no riddle."""
     caplog.set_level(logging.DEBUG)
-    reader.gate = asyncio.Event()
+    network.release = asyncio.Event()
     watcher = make(deadline=10)
     watches = [watcher.attach(f"task-{k}") for k in range(5)]
     await asyncio.gather(*(watcher.until_ended(watch) for watch in watches))
-    assert "reads wait: 4 are in the air, the most there may be" in caplog.text
-    reader.gate.set()
+    assert "polls wait: 4 are in flight, the most there may be" in caplog.text
+    network.release.set()
 
 
-async def test_the_log_names_no_look_that_does_not_come(
-    make: Make, reader: Reader, clock: ManualClock, caplog: pytest.LogCaptureFixture
+async def test_the_log_names_no_poll_that_does_not_come(
+    make: Make, network: FakeNetwork, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each look it announces is one; before a deadline it says that there is none."""
+    """Each poll it announces is sent; before a deadline it says that there is none."""
     caplog.set_level(logging.DEBUG)
     watcher = make(deadline=20)
     await watcher.until_ended(submit(watcher, clock, "task-1"))
-    assert caplog.text.count("next look in") == len(reader.asked) - 1
-    assert caplog.text.count("no look before its deadline in 0.") == 1
+    assert caplog.text.count("next poll in") == len(network.asked) - 1
+    assert caplog.text.count("no poll before its deadline in 0.") == 1

@@ -1,0 +1,141 @@
+"""What failed polls mean for a task: go on, poll it alone, or give it up.
+
+A failed poll is no information and by itself ends no wait. Two things are told apart from
+failures that pass: a refusal that single polls confirm, which ends the watch; and a task
+that batch polls fail on, or leave out, which is polled singly from then on.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from attrs import define
+
+from evolink_async.errors import (
+    APIStatusError,
+    AuthenticationError,
+    EvolinkError,
+    NotFoundError,
+    PermissionDeniedError,
+)
+
+__all__ = ["BatchPolls", "Failures"]
+
+_CONFIRM_AFTER: Final = 5.0
+"""Seconds that must lie between two 404s for the second to confirm the first."""
+_LEFT_OUT: Final = 4
+"""Batch answers in a row that leave a new task out before it is polled singly."""
+_BATCH_FAILURES: Final = (3, 6)
+"""Batch polls in a row that fail with a task, while others work, before it is polled singly:
+where they seldom fail, and where they often do, so that chance alone would suspect many."""
+_OFTEN: Final = 0.15
+"""Share of failed batch polls from which they fail often."""
+_SHARE_RATE: Final = 0.05
+"""What one batch poll weighs in that share."""
+
+
+@define
+class BatchPolls:
+    """How batch polls have gone of late.
+
+    Attributes:
+        worked_at: When the last one that was answered was sent.
+        failing: The share of them that fail.
+    """
+
+    worked_at: float = -math.inf
+    failing: float = 0.0
+
+    def add(self, failure: EvolinkError | None, *, sent_at: float) -> None:
+        """Note a batch poll that was sent at *sent_at*."""
+        if failure is None:
+            self.worked_at = sent_at
+        if failure is None or not failure.is_throttle:
+            self.failing += _SHARE_RATE * ((failure is not None) - self.failing)
+
+
+@define
+class Failures:
+    """The failed polls of one task in a row, and the batch answers that left it out.
+
+    Attributes:
+        error: Why the last poll failed, None if it did not.
+        since: When the first of the failed polls was sent.
+        count: How many there are.
+        throttles: How many of them only asked to wait (429, 503).
+        refusals: How many of them, up to the last, were the same final refusal.
+        refused_at: When the first of these came.
+        left_out: Batch answers in a row that left the task out.
+        suspected: How often batch polls failed with it while others worked, since a batch
+            poll with it was answered.
+        single: True while it must be polled singly.
+    """
+
+    error: EvolinkError | None = None
+    since: float = math.inf
+    count: int = 0
+    throttles: int = 0
+    refusals: int = 0
+    refused_at: float = 0.0
+    left_out: int = 0
+    suspected: int = 0
+    single: bool = False
+
+    def add(self, error: EvolinkError, *, sent_at: float) -> None:
+        """Note a poll that was sent at *sent_at* and failed."""
+        self.error = error
+        self.since = min(self.since, sent_at)
+        self.count += 1
+        self.throttles += error.is_throttle
+
+    def confirms(self, error: EvolinkError, *, now: float, may_lag: bool) -> bool:
+        """Note how a single poll failed; True if it confirms a refusal, which ends the watch.
+
+        Only the API's own final refusals count: twice the same for 401, 403 and 404, three
+        times for any other. With *may_lag* a 404 may only mean that a replica is behind.
+        Asked before the error is added.
+        """
+        if not isinstance(error, APIStatusError) or not error.from_api or error.retryable:
+            return False
+        missing = isinstance(error, NotFoundError)
+        if missing and may_lag:
+            return False
+        if self.refusals == 0 or type(error) is not type(self.error):
+            self.refusals, self.refused_at = 1, now
+            return False
+        if missing and now - self.refused_at < _CONFIRM_AFTER:
+            return False
+        self.refusals += 1
+        plain = isinstance(error, NotFoundError | AuthenticationError | PermissionDeniedError)
+        return self.refusals >= (2 if plain else 3)
+
+    def suspect(self, batches: BatchPolls) -> bool:
+        """After a failed batch poll: True if the task must now be polled singly.
+
+        Batch polls with it fail while others work: it may be what they fail on.
+        """
+        failed = self.count - self.throttles + self.suspected
+        needed = _BATCH_FAILURES[batches.failing > _OFTEN]
+        if batches.worked_at > self.since and failed >= needed:
+            self.suspected += 1
+            self.single = True
+        return self.single
+
+    def miss(self, *, may_lag: bool) -> bool:
+        """Note that a batch answer left it out; True if it must now be polled singly.
+
+        That proves nothing: with *may_lag* a replica may only be behind, for a while.
+        """
+        self.left_out += 1
+        self.single = self.left_out >= _LEFT_OUT or not may_lag
+        return self.single
+
+    def after_answer(self, *, single: bool) -> Failures | None:
+        """What is left to remember once a poll was answered, a *single* one or a batch poll.
+
+        A single answer does not say that batch polls work with the task again.
+        """
+        if not single or not (self.left_out or self.suspected):
+            return None
+        return Failures(left_out=self.left_out, suspected=self.suspected, single=self.suspected > 1)
