@@ -211,7 +211,7 @@ class DurationModel:
         self._running = max(0, self._running - 1)
 
     def saw_running(self, last_age: float, age: float) -> None:
-        """A poll sent at *age* found a task running, the one before was at *last_age*."""
+        """A poll sent at *age* found the task running, the one before was at *last_age*."""
         if not 0 <= last_age < age:
             return
         self._lived_to(age, self._weight)

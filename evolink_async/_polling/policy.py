@@ -114,7 +114,7 @@ class Schedule(Protocol):
         ...
 
     def saw_running(self, last_age: float, age: float) -> None:
-        """A poll sent at *age* found a task running, the one before was at *last_age*."""
+        """A poll sent at *age* found the task running, the one before was at *last_age*."""
         ...
 
     def saw_end(self, last_age: float, age: float, duration: float | None = None) -> None:

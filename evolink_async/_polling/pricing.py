@@ -42,7 +42,7 @@ class SharedReads:
     price of a read divided by it. The watcher's loop::
 
         batch = the earliest-due tasks, up to limit
-        shared.saw_read(now, [(task.last_poll, task.due) for task in batch])
+        shared.saw_read(now, [(task.polled, task.due) for task in batch])
         price = shared.price(running)
         for each task of the answer still running:
             due = task.submitted + schedule.next_age(now - task.submitted, price)
@@ -89,21 +89,21 @@ class SharedReads:
             beat += tempo
         return beat if beat <= polled + self.max_interval else due
 
-    def saw_read(self, now: float, seats: Sequence[tuple[float, float]]) -> None:
-        """A read is sent *now* with a seat each for tasks of (last poll, due)."""
-        if len(seats) > 1:
-            useful = self.fill(now, seats) / len(seats)
-            self.usefulness += USEFULNESS_RATE * (useful - self.usefulness)
+    def saw_read(self, now: float, tasks: Sequence[tuple[float, float]]) -> None:
+        """A read is sent *now* for *tasks*, each given as (last poll, due)."""
+        if len(tasks) > 1:
+            usefulness = self.fill(now, tasks) / len(tasks)
+            self.usefulness += USEFULNESS_RATE * (usefulness - self.usefulness)
 
     @staticmethod
-    def fill(now: float, seats: Iterable[tuple[float, float]]) -> float:
-        """Useful seats of a read sent *now* for tasks of (last poll, due)."""
+    def fill(now: float, tasks: Iterable[tuple[float, float]]) -> float:
+        """Useful places of a read sent *now* for *tasks*, each given as (last poll, due)."""
         total = 0.0
-        for last_poll, due in seats:
+        for polled, due in tasks:
             if now >= due:
                 total += 1
-            elif now > last_poll:
-                total += ((now - last_poll) / (due - last_poll)) ** 3
+            elif now > polled:
+                total += ((now - polled) / (due - polled)) ** 3
         return total
 
 

@@ -543,17 +543,17 @@ def test_the_number_of_kinds_is_bounded() -> None:
 
 def test_fill_counts_due_tasks_whole_and_others_in_part() -> None:
     """Half of the interval gone is an eighth of a useful look; none gone is none."""
-    seats = [(0.0, 10.0), (0.0, 20.0), (10.0, 20.0), (10.0, 10.0)]
-    assert SharedReads.fill(10.0, seats) == 1 + 1 / 8 + 0 + 1
+    tasks = [(0.0, 10.0), *[(0.0, 20.0)] * 3, (10.0, 20.0), *[(10.0, 10.0)] * 2]
+    assert SharedReads.fill(10.0, tasks) == 1 + 3 / 8 + 0 + 2
 
 
 @given(
     now=st.floats(-1e9, 1e9),
-    seats=st.lists(st.tuples(st.floats(-1e9, 1e9), st.floats(-1e9, 1e9)), max_size=50),
+    tasks=st.lists(st.tuples(st.floats(-1e9, 1e9), st.floats(-1e9, 1e9)), max_size=50),
 )
-def test_fill_is_between_nothing_and_all(now: float, seats: list[tuple[float, float]]) -> None:
-    """Whatever the times, a seat is worth from nothing to one."""
-    assert 0 <= SharedReads.fill(now, seats) <= len(seats)
+def test_fill_is_between_nothing_and_all(now: float, tasks: list[tuple[float, float]]) -> None:
+    """Whatever the times, a place in a read is worth from nothing to one."""
+    assert 0 <= SharedReads.fill(now, tasks) <= len(tasks)
 
 
 def test_alone_a_look_costs_the_whole_price() -> None:
