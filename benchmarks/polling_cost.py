@@ -516,6 +516,8 @@ def show_decision_cost() -> None:
     for _ in range(200):
         live(model, rng.lognormvariate(math.log(25), 0.4), 0.5)
     rounds = 100_000
+    for _ in range(1_000):
+        model.started()
     start = perf_counter()
     for _ in range(rounds):
         model.next_age(21.3, 0.02)

@@ -1,206 +1,163 @@
-"""How long generations take, learned from those that have ended and those that still run."""
+"""How long tasks of one kind take, learned from their polls, and when to poll them next.
+
+A poll costs a request; not polling costs the seconds between the end of a task and noticing
+it. With *price* the seconds of delay that one poll is worth, the inspection rule polls next at
+the age u where the delay expected to have been wasted since the last poll (at age t, task
+still running) has grown to the price, weighed by the chance that the task still runs then::
+
+    integral from t to u of (F(x) - F(t)) dx  =  price * (1 - F(u))
+
+F, the law of durations, is learned as a hazard: the chance that a task which has reached an
+age ends at it. Ends alone would not do: of tasks that run side by side the shortest end first.
+"""
 
 from __future__ import annotations
 
 import math
-from itertools import accumulate, count
-from math import exp, log2, sqrt
-from operator import add, mul, sub, truediv
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from itertools import accumulate, pairwise
+from operator import add
 from typing import Final
 
-from attrs import define, field, frozen
+from attrs import define, field
 
 from evolink_async._checks import is_number
-from evolink_async._polling.policy import (
-    PollPolicy,
-)
+from evolink_async._polling.policy import PollPolicy
 
-__all__ = ["AgeGrid", "DurationModel"]
+__all__ = ["DurationModel"]
 
 BINS_PER_OCTAVE: Final = 16
-PRICES_PER_OCTAVE: Final = 4
-MAX_WEIGHT: Final = 1e6
+"""How finely ages are told apart."""
+
 HORIZON: Final = 64
 """Ages are told apart up to this many longest intervals."""
 
+FIRST_ENDS: Final = 20
+"""Ends that are learned from at once, one by one, and pooled with more of their neighbours."""
 
-PRIOR_TASKS: Final = 4.0
-PRIOR_SIGMA: Final = 0.6
-BLIND_SIGMA: Final = 1.0
-"""Width of the prior where the server gave no estimate."""
+NEIGHBOURS: Final = (6, 3)
+"""Bins pooled with each bin on either side, during and after the first ends."""
 
-
-PRIOR_SIGMA_RANGE: Final = (0.1, 0.8)
-PRIOR_HOLD: Final = 3
-PRIOR_REST: Final = 0.1
-"""What is left of the prior for good; the rest is forgotten with the data of its time."""
-
+PRICES_PER_OCTAVE: Final = 4
+"""How finely prices are told apart in the table of intervals."""
 
 MEMORY: Final = 50
-ENDS_PER_LEARNING: Final = 2
-CROWD_PER_LEARNING: Final = 2
-"""The hazard is computed anew after so many ends: in a crowd half of those running."""
+"""Tasks after which what was seen counts for a third; at least twice as many as run."""
+
+PRIOR_TASKS: Final = 4.0
+"""Tasks that the prior counts for at first; a tenth of it stays for good."""
+
+PRIOR_SIGMA: Final = (0.6, 1.0)
+"""Width of the prior around the server's estimate, and where the server gave none."""
+
+DOUBT: Final = 0.1
+"""Chance, before anything was seen, that the estimate is of no use."""
+
+REACH: Final = 3.0
+"""If it is, durations are expected anywhere up to this many estimates."""
+
+SMOOTHING: Final = 1e-3
+"""Tasks spread over all ages, so that no age is ever certain or impossible."""
+
+LEARN_EVERY: Final = 8
+"""Polls of each running task after which the hazard is computed anew."""
 
 
-KNOWN_PER_LEARNING: Final = 25
-"""But not for less than one in so many of the ends it is known from."""
+class Prior:
+    """Where tasks are expected to end before any was seen, as chances per bin of age.
 
+    Either the server's estimate is about right, a lognormal law around it; or it is of no
+    use, and any age up to a few estimates is as likely, on a logarithmic scale. Each end
+    that is seen shifts the belief between the two.
 
-POLLS_PER_LEARNING: Final = 100
-ROUNDS_PER_LEARNING: Final = 8
-"""Or after so many polls at each running task, if that is more."""
+    Attributes:
+        tasks: How many tasks it counts for.
+        trust: Chance that the estimate is about right.
+    """
 
+    def __init__(self, estimate: object, policy: PollPolicy, edges: list[float]) -> None:
+        """A prior from the server's ``estimated_time`` as it came, junk included."""
+        shortest, longest = policy.min_interval, policy.max_interval * HORIZON / 4
+        median, sigma = policy.max_interval / 2, PRIOR_SIGMA[1]
+        if is_number(estimate) and 0 < estimate < math.inf:
+            median, sigma = min(max(estimate, shortest), longest), PRIOR_SIGMA[0]
+        scale, octaves = sigma * math.sqrt(2), math.log2(REACH * median / shortest)
+        self._right = _chances(edges, lambda t: math.erfc(math.log(median / t) / scale) / 2)
+        self._wrong = _chances(edges, lambda t: min(1.0, math.log2(t / shortest) / octaves))
+        self.tasks, self.trust = PRIOR_TASKS, 1 - DOUBT
 
-WHISPER: Final = 1e-3
-"""Tasks spread over all ages so that no age is ever certain or impossible."""
+    def saw_end(self, first: int, last: int) -> None:
+        """Weigh the two beliefs by an end somewhere in these bins."""
+        thin = SMOOTHING / len(self._right)
+        right = self.trust * (thin + sum(self._right[first : last + 1]))
+        wrong = (1 - self.trust) * (thin + sum(self._wrong[first : last + 1]))
+        self.trust = min(max(right / (right + wrong), SMOOTHING), 1 - SMOOTHING)
 
+    def fade(self, keep: float) -> None:
+        """Forget all but the part *keep*, and never the last tenth."""
+        self.tasks = max(keep * self.tasks, PRIOR_TASKS / 10)
 
-KERNEL_RANGE: Final = (1.0, 6.0)
-KERNEL_SCALE: Final = 0.3
-SURPRISE_LIMIT: Final = 8.0
-SURPRISE_SLACK: Final = 0.25
-SURPRISE_KEEPS: Final = 0.1
-
-
-@frozen
-class AgeGrid:
-    """Bins of age: one below *low*, from there `BINS_PER_OCTAVE` to each doubling."""
-
-    low: float
-    count: int
-    offset: float
-    edges: tuple[float, ...]
-
-    @classmethod
-    def of(cls, policy: PollPolicy) -> AgeGrid:
-        """Fine enough for the shortest interval, long enough for many of the longest."""
-        low = policy.min_interval
-        octaves = min(40, max(8, math.ceil(math.log2(policy.max_interval / low * HORIZON))))
-        count = 1 + octaves * BINS_PER_OCTAVE
-        edges = (low * 2 ** (k / BINS_PER_OCTAVE) for k in range(count))
-        return cls(
-            low=low,
-            count=count,
-            offset=1 - BINS_PER_OCTAVE * math.log2(low),
-            edges=(0.0, *edges),
-        )
-
-    @property
-    def high(self) -> float:
-        """Where the last bin begins; it has no end."""
-        return self.edges[-2]
-
-    def position(self, age: float) -> float:
-        """Bin of *age* plus the part of it that is over."""
-        if self.low < age < self.high:
-            return BINS_PER_OCTAVE * math.log2(age) + self.offset
-        return max(0.0, min(age / self.low, 1.0)) if age <= self.low else self.count - 0.5
-
-    def age(self, position: float) -> float:
-        """The age at *position*."""
-        return self.low * math.exp2((position - 1) / BINS_PER_OCTAVE)
-
-    def lognormal(self, median: float, sigma: float) -> tuple[list[float], list[float]]:
-        """Ends and at-risk per bin of one task drawn from that law."""
-        step = math.log(2) / BINS_PER_OCTAVE / sigma / sqrt(2)
-        first = math.log(median / self.low) / sigma / sqrt(2)
-        cdf = [0.0, *(0.5 * math.erfc(first - k * step) for k in range(self.count - 1)), 1.0]
-        ends = list(map(sub, cdf[1:], cdf))
-        return ends, [1 - before - end / 2 for before, end in zip(cdf, ends, strict=False)]
-
-
-def _first_guess(estimate: object, policy: PollPolicy) -> tuple[float, float]:
-    """Median and sigma to start from, whatever the server's ``estimated_time`` was."""
-    if not is_number(estimate) or not 0 < estimate < math.inf:
-        return policy.max_interval / 2, BLIND_SIGMA
-    longest = policy.max_interval * HORIZON / 4
-    return float(min(max(estimate, policy.min_interval), longest)), PRIOR_SIGMA
-
-
-def _bare(count: int) -> list[float]:
-    return [0.0] * count
+    def counts(self) -> tuple[list[float], list[float]]:
+        """Ends and tasks at risk per bin."""
+        right, wrong = self.tasks * self.trust, self.tasks * (1 - self.trust)
+        ends = [right * a + wrong * b for a, b in zip(self._right, self._wrong, strict=True)]
+        ended = zip(accumulate(ends), ends, strict=True)
+        return ends, [self.tasks - after + end / 2 for after, end in ended]
 
 
 @define(eq=False, repr=False)
 class DurationModel:
     """The law of durations of one kind of task, as far as it has shown itself.
 
-    Per bin of age it holds the tasks that ended there and the tasks that were at risk of
-    it; their ratio is the hazard, pooled over neighbouring bins: the fewer, the narrower
-    the law (its shortest half) and the more ends there are.
-
-    A prior of `PRIOR_TASKS` tasks drawn from a lognormal law around the server's estimate
-    stands in for data at first, and moves to where the data are. The past fades with a
-    memory of `MEMORY` tasks, or twice those running if that is more; it fades at once when
-    the ends are far more or fewer than expected (a running sum of the difference, CUSUM).
-
-    Looking up the next age costs about a microsecond: answers are kept per bin of age and
-    per class of price until the hazard is computed anew.
+    Ages are sorted into bins, 16 to each doubling from the shortest interval on. Per bin the
+    model counts the tasks that ended in it and the tasks that were at risk to, for as much
+    of the bin as they ran; the ratio of the two is the hazard. Tasks that still run thus
+    count for as much as those that ended. What was seen fades with a memory of `MEMORY`
+    tasks, and a `Prior` stands in for data at first.
     """
 
     policy: PollPolicy
-    grid: AgeGrid
     estimate: object = None
-    _running: int = field(default=0, init=False)
+    _edges: list[float] = field(init=False)
+    _prior: Prior = field(init=False)
     _ends: list[float] = field(init=False)
     _risk: list[float] = field(init=False)
-    _new_ends: list[float] = field(init=False)
-    _new_risk: list[float] = field(init=False)
-    # Looks that found a task running, as bins lived through from age 0: whole ones, by the
-    # first bin not finished, and the part of that one. A later look takes back the earlier.
-    _whole: list[float] = field(init=False)
-    _part: list[float] = field(init=False)
-    _weight: float = field(default=1.0, init=False)
-    _guess: tuple[float, float] = field(init=False)
-    _prior: tuple[list[float], list[float]] = field(init=False)
-    _prior_weight: float = field(default=1.0, init=False)
-    _seen: int = field(default=0, init=False)
-    _fresh: int = field(default=0, init=False)
-    _looks: int = field(default=0, init=False)
-    _too_late: float = field(default=0.0, init=False)
-    _too_early: float = field(default=0.0, init=False)
+    # Tasks last seen running in each bin: they ran through all bins before it.
+    _reached: list[int] = field(init=False)
     _hazard: list[float] = field(init=False)
-    _survival: list[float] = field(init=False)
-    # Intervals by bin of age, by class of price; the row of the price asked for last.
-    _rows: dict[int, list[float | None]] = field(init=False, factory=dict)
-    _row: list[float | None] = field(init=False)
-    _row_price: float = field(default=math.nan, init=False)
-    _row_class: int = field(default=0, init=False)
-    _low: float = field(init=False)
-    _high: float = field(init=False)
-    _offset: float = field(init=False)
-    _last_look: float = field(init=False)
-    _enough_ends: float = field(default=1, init=False)
-    _enough_looks: float = field(default=POLLS_PER_LEARNING, init=False)
+    # Seconds from one poll to the next, by bin of age and class of price.
+    _intervals: dict[tuple[int, int], float] = field(init=False, factory=dict)
+    _running: int = field(default=0, init=False)
+    _ended: int = field(default=0, init=False)
+    # Since the hazard was computed: ends, and polls with each end counted as several.
+    _new_ends: int = field(default=0, init=False)
+    _news: int = field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
-        count, deadline = self.grid.count, self.policy.deadline
-        self._low, self._high, self._offset = self.grid.low, self.grid.high, self.grid.offset
-        self._last_look = math.inf if deadline is None else deadline
-        self._ends, self._risk, self._row = _bare(count), _bare(count), []
-        self._guess = _first_guess(self.estimate, self.policy)
-        self._prior = self.grid.lognormal(*self._guess)
-        self._forget_news()
-        self._believe(width=int(KERNEL_RANGE[1]))
+        self._edges = _edges(self.policy)
+        self._prior = Prior(self.estimate, self.policy, self._edges)
+        self._ends, self._risk = [0.0] * len(self._edges), [0.0] * len(self._edges)
+        self._reached = [0] * len(self._edges)
+        self.learn()
 
     def __repr__(self) -> str:
         typical = "unknown" if self.typical is None else f"{self.typical:.1f} s"
-        return f"<DurationModel typical {typical}, {self._running} running, {self._seen} ended>"
+        return f"<DurationModel typical {typical}, {self._running} running, {self._ended} ended>"
 
     @property
     def typical(self) -> float | None:
         """Learned median duration in seconds, None before the first end."""
-        if not self._seen:
+        if not self._ended:
             return None
-        if self._fresh:
+        if self._news:
             self.learn()
-        below = next(k for k, s in enumerate([*self._survival, 0.0]) if s < 0.5)
-        edges = self.grid.edges
-        if below >= len(edges):
-            return edges[-1]
-        upper, lower = self._survival[below - 1], self._survival[below]
-        part = (upper - 0.5) / (upper - lower)
-        return edges[below - 1] + part * (edges[below] - edges[below - 1])
+        left = math.log(2)
+        for hazard, (start, end) in zip(self._hazard, pairwise(self._edges), strict=False):
+            if hazard >= left:
+                return start + left / hazard * (end - start)
+            left -= hazard
+        return self._edges[-1]
 
     def started(self) -> None:
         """One more task of this kind is being watched."""
@@ -212,222 +169,133 @@ class DurationModel:
 
     def saw_running(self, last_age: float, age: float) -> None:
         """A poll sent at *age* found the task running, the one before was at *last_age*."""
-        if not 0 <= last_age < age:
-            return
-        self._lived_to(age, self._weight)
-        self._looks += 1
-        if last_age:
-            self._lived_to(last_age, -self._weight)
-
-    def _lived_to(self, age: float, weight: float) -> None:
-        # Called for every read, as is next_age: position() stands in line.
-        inside = self._low < age < self._high
-        x = BINS_PER_OCTAVE * log2(age) + self._offset if inside else self.grid.position(age)
-        k = int(x)
-        self._whole[k] += weight
-        self._part[k] += weight * (x - k)
+        if 0 <= last_age < age:
+            self._count_running(age, 1)
+            self._count_running(last_age, -1)
+            self._note(1)
 
     def saw_end(self, last_age: float, age: float, duration: float | None = None) -> None:
-        """One end, spread over (*last_age*, *age*] as is believed now.
+        """The task ended after *last_age* and was known to have at *age*.
 
-        *duration*, where the server told one, is taken for the age of the end if it lies
+        *duration*, where the server gave one, is taken for the age of the end if it lies
         between the two polls; elsewhere it measures something else and is not used.
         """
         if not 0 <= last_age <= age:
             return
         if is_number(duration) and last_age < duration <= age:
-            self._add_end(last_age, duration, exactly=True)
-        else:
-            self._add_end(last_age, age, exactly=False)
-        self._seen += 1
-        self._fresh += 1
-        keep = 1 - 1 / self._memory
-        self._weight /= keep
-        self._prior_weight = self._prior_weight * keep + PRIOR_REST * (1 - keep)
-        if self._weight > MAX_WEIGHT:
-            self.learn()
-
-    @property
-    def _memory(self) -> int:
-        return max(MEMORY, 2 * self._running)
-
-    def _add_end(self, last_age: float, age: float, *, exactly: bool) -> None:
-        lo, hi = self.grid.position(last_age), self.grid.position(age)
-        first, last = int(lo), int(hi)
-        spans = [1.0] * (last - first + 1)
-        spans[0] -= lo - first
-        spans[-1] -= last + 1 - hi
-        certain = exactly or first == last
-        chances = [0.0] * (last - first) + [1.0] if certain else self._chances(first, spans)
-        left = 1.0
-        for k, span, chance in zip(range(first, last + 1), spans, chances, strict=True):
-            left -= chance
-            self._new_ends[k] += self._weight * chance
-            # In an exact end's own bin the whole span was lived through, else half of it.
-            lived = left + (chance if exactly else chance / 2)
-            self._new_risk[k] += self._weight * span * lived
-
-    def _chances(self, first: int, spans: list[float]) -> list[float]:
-        """Where an end within these parts of bins is believed to have been."""
-        survival = self._survival[first : first + len(spans) + 1]
-        likely = [span * (a - b) for span, a, b in zip(spans, survival, survival[1:], strict=False)]
-        total = sum(likely)
-        if total < 1e-200:  # Beyond all belief: anywhere.
-            likely = [span + 1e-9 for span in spans]
-            total = sum(likely)
-        return [part / total for part in likely]
+            self._count_running(duration, 1)
+            self._count_running(last_age, -1)
+            last_age = age = duration
+        self._spread_end(self._position(last_age), self._position(age))
+        self._ended += 1
+        self._new_ends += 1
+        # The first ends are learned from at once, later ones a few at a time.
+        self._note(LEARN_EVERY * (2 if self._ended > FIRST_ENDS else self._running + 1))
 
     def next_age(self, age: float, price: float, polls: int = 0) -> float:
-        """Age at which to look next, the last look was sent at *age*, 0 right after submit.
+        """Age at which to poll next, the last poll was sent at *age*, 0 right after submit.
 
-        *price* is in seconds per read; *polls* has no say.
+        *price* is in seconds per poll; *polls* has no say.
         """
         del polls
-        if self._fresh >= self._enough_ends or self._looks >= self._enough_looks:
-            self.learn()
-        if price != self._row_price:
-            self._choose_row(price)
-        inside = self._low < age < self._high
-        k = int(BINS_PER_OCTAVE * log2(age) + self._offset if inside else self.grid.position(age))
-        interval = self._row[k]
+        if not 1e-9 < price < 1e12:
+            price = self.policy.price
+        k = bisect_right(self._edges, age, 1) - 1
+        key = k, math.floor(PRICES_PER_OCTAVE * math.log2(price))
+        interval = self._intervals.get(key)
         if interval is None:
-            interval = self._row[k] = self._interval(k)
-        when = age + interval
-        return when if age < when <= self._last_look else self.policy.clamp(age, when)
+            interval = self._intervals[key] = self._interval(*key)
+        return self.policy.clamp(age, age + interval)
 
-    def _choose_row(self, price: float) -> None:
-        usable = price if 1e-9 < price < 1e12 else self.policy.price
-        self._row_price = price
-        self._row_class = math.floor(PRICES_PER_OCTAVE * log2(usable))
-        row = self._rows.get(self._row_class)
-        if row is None:
-            row = self._rows[self._row_class] = [None] * self.grid.count
-        self._row = row
+    def _note(self, news: int) -> None:
+        self._news += news
+        if self._news > LEARN_EVERY * self._running:
+            self.learn()
 
     def learn(self) -> None:
-        """Take in what was seen since the last time and compute the hazard anew."""
-        lived = list(accumulate(reversed(self._whole)))[-2::-1]
-        risk = list(map(add, map(add, self._new_risk, self._part), [*lived, 0.0]))
-        if self._surprised(sum(map(mul, risk, self._hazard)) / self._weight):
-            self._ends = [SURPRISE_KEEPS * end for end in self._ends]
-            self._risk = [SURPRISE_KEEPS * part for part in self._risk]
-        self._ends = list(map(add, self._ends, self._new_ends))
-        self._risk = list(map(add, self._risk, risk))
-        self._rescale()
-        self._forget_news()
-        known = sum(self._ends)
-        if self._prior_weight * PRIOR_TASKS > known / 20 and self._seen:
-            self._move_prior()
-        self._believe(self._kernel_width(known))
+        """Forget a little, and compute the hazard anew from all that is known."""
+        keep = (1 - 1 / max(MEMORY, 2 * self._running)) ** self._new_ends
+        tasks, reached = sum(self._reached), accumulate(self._reached)
+        risk = [part + tasks - done for part, done in zip(self._risk, reached, strict=True)]
+        self._reached = [0] * len(self._edges)
+        self._ends = [keep * ends for ends in self._ends]
+        self._risk = [keep * tasks for tasks in risk]
+        self._prior.fade(keep)
+        prior_ends, prior_risk = self._prior.counts()
+        width = NEIGHBOURS[self._ended > FIRST_ENDS]
+        ends = _pooled(map(add, self._ends, prior_ends), width)
+        risk = _pooled(map(add, self._risk, prior_risk), width)
+        thin = SMOOTHING / len(ends)
+        self._hazard = [(a + thin) / (b + SMOOTHING) for a, b in zip(ends, risk, strict=True)]
+        self._intervals.clear()
+        self._new_ends = self._news = 0
 
-    def _surprised(self, expected: float) -> bool:
-        """True if the sum of surprises says that durations are not what they were."""
-        slack = SURPRISE_SLACK * max(expected, self._fresh)
-        self._too_late = max(0.0, self._too_late + expected - self._fresh - slack)
-        self._too_early = max(0.0, self._too_early + self._fresh - expected - slack)
-        if max(self._too_late, self._too_early) < SURPRISE_LIMIT:
-            return False
-        self._too_late = self._too_early = 0.0
-        return True
+    def _position(self, age: float) -> float:
+        """Bin of *age*, plus the part of that bin which is over; the last bin has no end."""
+        edges = self._edges
+        k = bisect_right(edges, age, 1) - 1
+        if k == len(edges) - 1:
+            return k + 0.5
+        return k + (age - edges[k]) / (edges[k + 1] - edges[k])
 
-    def _rescale(self) -> None:
-        self._ends = [end / self._weight for end in self._ends]
-        self._risk = [part / self._weight for part in self._risk]
-        self._weight = 1.0
+    def _count_running(self, age: float, tasks: int) -> None:
+        """Count *tasks* as having run from their submit to *age*."""
+        position = self._position(age)
+        k = int(position)
+        self._reached[k] += tasks
+        self._risk[k] += tasks * (position - k)
 
-    def _forget_news(self) -> None:
-        count = self.grid.count
-        self._new_ends, self._new_risk = _bare(count), _bare(count)
-        self._whole, self._part = _bare(count), _bare(count)
-        self._fresh = self._looks = 0
-        crowd = self._running // CROWD_PER_LEARNING
-        # After each of the first ends, but not in a crowd.
-        enough = max(ENDS_PER_LEARNING, crowd) if self._seen > 20 else max(1, crowd // 4)
-        self._enough_ends = max(enough, sum(self._ends) / KNOWN_PER_LEARNING)
-        self._enough_looks = max(POLLS_PER_LEARNING, ROUNDS_PER_LEARNING * self._running)
+    def _spread_end(self, first: float, last: float) -> None:
+        """Count one end between two positions, spread over them as is believed now."""
+        self._prior.saw_end(int(first), int(last))
+        parts = [(k, min(k + 1, last) - max(k, first)) for k in range(int(first), int(last) + 1)]
+        alive, chances = 1.0, []
+        for k, part in parts:
+            chances.append(-alive * math.expm1(-self._hazard[k] * part))
+            alive -= chances[-1]
+        total = sum(chances)
+        alive = 1.0
+        for (k, part), chance in zip(parts, chances, strict=True):
+            end = chance / total if total else 1 / len(parts)
+            self._ends[k] += end
+            self._risk[k] += part * (alive - end / 2)
+            alive -= end
 
-    def _move_prior(self) -> None:
-        """Move the prior to where the present belief is, as wide as it is.
-
-        The first estimate goes on counting as `PRIOR_HOLD` tasks: a few lucky ones in a
-        row must not make it certain.
-        """
-        mass = list(map(sub, self._survival, self._survival[1:]))
-        total = sum(mass)
-        mean = sum(map(mul, mass, count())) / total
-        variance = sum(map(mul, mass, [(k - mean) ** 2 for k in range(len(mass))])) / total
-        octave = math.log(2) / BINS_PER_OCTAVE
-        trust = self._seen / (PRIOR_HOLD + self._seen)
-        guess, sigma = self._guess
-        start = self.grid.position(guess)
-        median = self.grid.age(start + trust * (mean + 0.5 - start))
-        spread = sqrt(trust * variance * octave**2 + (1 - trust) * sigma**2)
-        narrow, wide = PRIOR_SIGMA_RANGE
-        self._prior = self.grid.lognormal(median, min(max(spread, narrow), wide))
-
-    def _kernel_width(self, known: float) -> int:
-        """Bins to pool on each side: by the shortest range of ages that holds half of all."""
-        narrow, wide = KERNEL_RANGE
-        spread = _shortest_half(self._survival) * KERNEL_SCALE
-        return round(min(max(spread * math.pow(MEMORY / max(1.0, known), 0.2), narrow), wide))
-
-    def _believe(self, width: int) -> None:
-        """Hazard and survival per bin, from data, prior and whisper."""
-        prior = self._prior_weight * PRIOR_TASKS
-        thin = WHISPER / self.grid.count
-        pairs = zip(self._ends, self._prior[0], strict=True)
-        ends = _pooled([end + guess * prior + thin for end, guess in pairs], width)
-        pairs = zip(self._risk, self._prior[1], strict=True)
-        risk = _pooled([part + guess * prior + WHISPER for part, guess in pairs], width)
-        self._hazard = list(map(truediv, ends, risk))
-        alive = [exp(-hazard) for hazard in self._hazard]
-        self._survival = list(accumulate(alive, mul, initial=1.0))
-        self._rows.clear()
-        self._row_price = math.nan
-
-    def _interval(self, k: int) -> float:
-        """What the rent rule says in the middle of bin *k* and of the class of price."""
-        edges, last = self.grid.edges, self.grid.count - 1
-        age = (edges[k] + edges[k + 1]) / 2 if 0 < k < last else edges[k]
-        price = 2 ** ((self._row_class + 0.5) / PRICES_PER_OCTAVE)
-        interval = self._rent(age, price) - age
-        return min(max(interval, self.policy.min_interval), self.policy.max_interval)
-
-    def _rent(self, age: float, price: float) -> float:
-        """Solve the rent rule bin by bin, given that the task runs at *age*."""
-        edges, last = self.grid.edges, self.grid.count - 1
-        limit = age + self.policy.max_interval
-        k = int(self.grid.position(age))
-        alive, waste, start = 1.0, 0.0, age
-        while k < last and start < limit:
+    def _interval(self, k: int, price_class: int) -> float:
+        """Solve the inspection rule bin by bin, for the middles of a bin and a class of prices."""
+        edges = self._edges
+        age = (edges[k] + edges[k + 1]) / 2 if 0 < k < len(edges) - 1 else edges[k]
+        price = 2 ** ((price_class + 0.5) / PRICES_PER_OCTAVE)
+        alive, waste, start, limit = 1.0, 0.0, age, age + self.policy.max_interval
+        while k < len(edges) - 1 and start < limit:
             width = edges[k + 1] - start
             part = width / (edges[k + 1] - edges[k])
-            after = alive * exp(-self._hazard[k] * part)
+            after = alive * math.exp(-self._hazard[k] * part)
             wasted = waste + width * (1 - (alive + after) / 2)
             if wasted >= price * after:
                 density = (alive - after) / width
-                slope = 1 - alive + price * density
-                short = price * alive - waste
-                return start + 2 * short / (slope + sqrt(slope**2 + 2 * density * short))
+                slope, short = 1 - alive + price * density, price * alive - waste
+                rest = 2 * short / (slope + math.sqrt(slope**2 + 2 * density * short))
+                return start - age + rest
             alive, waste, start, k = after, wasted, edges[k + 1], k + 1
-        return limit
+        return self.policy.max_interval
 
 
-def _shortest_half(survival: list[float]) -> int:
-    """Bins in the shortest run that holds half of the mass."""
-    half, last = (survival[0] - survival[-1]) / 2, len(survival) - 1
-    best, end = last, 0
-    for start, height in enumerate(survival):
-        while end < last and height - survival[end] < half:
-            end += 1
-        if height - survival[end] < half:
-            break  # nor is there that much further on
-        best = min(best, end - start)
-    return best
+def _edges(policy: PollPolicy) -> list[float]:
+    """Where the bins of age begin: at 0, at the shortest interval, and so on."""
+    octaves = math.ceil(math.log2(policy.max_interval / policy.min_interval * HORIZON))
+    steps = range(octaves * BINS_PER_OCTAVE + 1)
+    return [0.0, *(policy.min_interval * 2 ** (k / BINS_PER_OCTAVE) for k in steps)]
 
 
-def _pooled(values: list[float], width: int) -> list[float]:
-    """Sums over each bin and *width* neighbours on both sides."""
+def _chances(edges: list[float], cdf: Callable[[float], float]) -> list[float]:
+    """Chance to end in each bin."""
+    ended = [0.0, *map(cdf, edges[1:]), 1.0]
+    return [after - before for before, after in pairwise(ended)]
+
+
+def _pooled(values: Iterable[float], width: int) -> list[float]:
+    """Sums over each bin and *width* neighbours on either side."""
     sums = [0.0, *accumulate(values)]
     padded = [0.0] * width + sums + [sums[-1]] * width
-    return list(map(sub, padded[2 * width + 1 :], padded))
+    return [after - before for before, after in zip(padded, padded[2 * width + 1 :], strict=False)]

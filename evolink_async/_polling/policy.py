@@ -1,18 +1,6 @@
-"""When to look next: the polling policy, the learned law of durations, the price of a look.
+"""When to poll: the settings, what the watcher asks of a schedule, and plain backoff.
 
-One look costs a request; not looking costs the seconds between the end of a task and
-noticing it. With *price* the seconds of delay that one look is worth, the next look pays at
-the age u where the delay expected to have been wasted since the last look (at age t, task
-still running) has grown to the price, weighed by the chance that the task still runs then::
-
-    integral from t to u of (F(x) - F(t)) dx  =  price * (1 - F(u))
-
-F, the law of durations, is learned per kind of task as a hazard over log-spaced ages: ends
-over at-risk, so that tasks still running count for as much as those that ended (completions
-alone would be survivorship-biased whenever tasks overlap). See `DurationModel`.
-
-Pure arithmetic: time is passed in, nothing here reads a clock. Ages are seconds since the
-submit was sent.
+Time is passed in, nothing here reads a clock. Ages are seconds since the submit was sent.
 """
 
 from __future__ import annotations
@@ -47,8 +35,8 @@ def _check_wait(_: object, attribute: Attribute[Any], value: object) -> None:
 
 
 def _ask(wait: Any, attempt: int) -> float:
-    """Seconds that *wait* answers; there is no outcome for it to look at."""
-    from tenacity import RetryCallState  # noqa: PLC0415 - only who passes wait= pays for it
+    """Seconds that *wait* answers for a number of polls, without the outcome of any."""
+    from tenacity import RetryCallState  # noqa: PLC0415 - only wait= needs it
 
     state = RetryCallState(None, None, (), {})  # type: ignore[arg-type]  # only counts
     state.attempt_number = attempt
@@ -57,7 +45,7 @@ def _ask(wait: Any, attempt: int) -> float:
 
 @frozen(kw_only=True)
 class PollPolicy:
-    """How a session decides when to look at its running tasks.
+    """How a session decides when to poll its running tasks.
 
     By default it learns how long tasks take and polls where that pays. All times are
     seconds and scale together: for generations ten times as fast, divide all of them by
@@ -65,11 +53,11 @@ class PollPolicy:
 
     Attributes:
         price: Seconds of delay that one read is worth. More means fewer reads and later
-            news; 0.5 is about five reads and two seconds for a lone 27 s generation. A
-            read of many tasks is shared by them, and so is its price.
-        min_interval: Least time between two polls at one task. Where more tasks run than one
+            news; 0.5 is about five reads and two seconds of delay for a single generation
+            of 27 s. Tasks that are polled by one read share its price.
+        min_interval: Least time between two polls of one task. Where more tasks run than one
             read can ask for, reads go out in bursts, 2.5 of it apart, unless *wait* is given.
-        max_interval: Most time between two polls at one task.
+        max_interval: Most time between two polls of one task.
         deadline: Age at which a task is given up, None for never.
         wait: A tenacity wait strategy, for plain backoff instead of learning. It sees the
             number of polls as ``attempt_number`` and nothing else; its answer is kept
@@ -92,9 +80,9 @@ class PollPolicy:
             )
 
     def clamp(self, age: float, proposed: float) -> float:
-        """*proposed* brought into the bounds of a look after one at *age*; always later."""
+        """*proposed* brought into the bounds of a poll after one at *age*; always later."""
         age = 0.0 if math.isnan(age) else age
-        # In this order what is not a number loses.
+        # In this order a NaN is replaced by a bound.
         when = min(age + self.max_interval, max(age + self.min_interval, proposed))
         if self.deadline is not None and age < self.deadline < when:
             return self.deadline
@@ -102,7 +90,7 @@ class PollPolicy:
 
 
 class Schedule(Protocol):
-    """What the watcher asks and tells about one kind of task."""
+    """When to poll tasks of one kind, and what their polls have shown."""
 
     @property
     def typical(self) -> float | None:
@@ -110,7 +98,7 @@ class Schedule(Protocol):
         ...
 
     def next_age(self, age: float, price: float, polls: int = 0) -> float:
-        """Age at which to look next, after *polls* polls, the last one sent at *age*."""
+        """Age at which to poll next, after *polls* polls, the last one sent at *age*."""
         ...
 
     def saw_running(self, last_age: float, age: float) -> None:
@@ -118,7 +106,7 @@ class Schedule(Protocol):
         ...
 
     def saw_end(self, last_age: float, age: float, duration: float | None = None) -> None:
-        """The end came after *last_age* and was known at *age*; *duration* if it was told."""
+        """A task ended after *last_age* and by *age*, at *duration* if the server gave one."""
         ...
 
     def started(self) -> None:
@@ -132,13 +120,13 @@ class Schedule(Protocol):
 
 @define(eq=False)
 class Backoff:
-    """The schedule of ``PollPolicy(wait=...)``: counts polls, learns nothing."""
+    """The schedule of ``PollPolicy(wait=...)``: it counts polls and learns nothing."""
 
     policy: PollPolicy
     typical: None = field(default=None, init=False)
 
     def next_age(self, age: float, price: float, polls: int = 0) -> float:
-        """*price* has no say."""
+        """By the number of polls alone."""
         del price
         return self.policy.clamp(age, age + _ask(self.policy.wait, polls + 1))
 

@@ -7,54 +7,47 @@ from typing import TYPE_CHECKING, Final
 
 from attrs import define, field
 
-from evolink_async._polling.durations import (
-    AgeGrid,
-    DurationModel,
-)
-from evolink_async._polling.policy import (
-    Backoff,
-    PollPolicy,
-    Schedule,
-)
+from evolink_async._polling.durations import DurationModel
+from evolink_async._polling.policy import Backoff, PollPolicy, Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Sequence
+    from collections.abc import Hashable, Sequence
 
 
 __all__ = ["CallbackTrust", "Pacer", "SharedReads"]
 
-FIRST_USEFULNESS: Final = 0.5
-USEFULNESS_RATE: Final = 0.1
 BEAT: Final = 2.5
 """Shortest intervals from one burst of reads to the next."""
 
+LEAST_MISSED: Final = 0.01
+"""Share of callbacks taken to be missed when none is."""
 
 MODELS_KEPT: Final = 64
+"""Kinds of tasks that a session keeps a schedule for."""
 
 
 @define(eq=False)
 class SharedReads:
-    """What a seat in a shared read costs: the price of a read over its useful seats.
+    """What a poll costs where one read polls many tasks.
 
-    A read takes the earliest-due tasks along, due or not. How useful that is to each is
-    the part of its interval that has passed, cubed. The running mean of it over the seats
-    of a read, times the seats a read can have, is the share: the price of a seat is the
-    price of a read divided by it. The watcher's loop::
+    A read polls the tasks due first, due or not. How useful that is to a task is the part of
+    its interval that has passed, cubed. The running mean of it, times the tasks a read polls,
+    is the number of tasks that share the price of a read. The watcher's loop::
 
-        batch = the earliest-due tasks, up to limit
+        batch = the tasks due first, up to limit
         shared.saw_read(now, [(task.polled, task.due) for task in batch])
         price = shared.price(running)
-        for each task of the answer still running:
+        for each task of the answer that still runs:
             due = task.submitted + schedule.next_age(now - task.submitted, price)
             task.due = shared.on_beat(due, now, running)
 
     Attributes:
         base_price: Seconds of delay that one read is worth.
         limit: Most tasks in one read; 1 where reads cannot be shared.
-        min_interval: Least seconds from one look at a task to the next.
-        max_interval: Most.
-        beats: False where polls are to keep their own time.
-        usefulness: Mean usefulness of a seat, from 0 to 1.
+        min_interval: Least seconds between two polls of one task.
+        max_interval: Most seconds between two polls of one task.
+        beats: False where polls keep to the times they are due.
+        usefulness: Mean usefulness of a place in a read, from 0 to 1.
     """
 
     base_price: float
@@ -62,24 +55,23 @@ class SharedReads:
     min_interval: float = 0.25
     max_interval: float = math.inf
     beats: bool = True
-    usefulness: float = field(default=FIRST_USEFULNESS, init=False)
+    usefulness: float = field(default=0.5, init=False)
 
     def share(self, running: int) -> float:
-        """Useful seats expected in a read while *running* tasks are watched."""
+        """Tasks expected to share the price of a read while *running* tasks are watched."""
         return max(1.0, self.usefulness * min(self.limit, running))
 
     def price(self, running: int) -> float:
-        """Seconds of delay that one seat is worth while *running* tasks are watched."""
+        """Seconds of delay that one poll is worth while *running* tasks are watched."""
         return self.base_price / self.share(running)
 
     def on_beat(self, due: float, polled: float, running: int) -> float:
-        """When to look at a task due at *due*: then, or together with others due about then.
+        """When to poll a task due at *due*: then, or together with others due about then.
 
-        A request by itself costs the machine twice what it costs in a burst. Where one
-        request is not enough for all *running* tasks, those that follow each other closely
-        go out on the same beat, half of them a little early, half a little late; but not
-        sooner than the shortest interval after they were last *polled* at. Who would be
-        polled at too late by that, or is read singly, keeps to *due*.
+        A request costs the machine half as much in a burst as alone. Where one read is not
+        enough for all *running* tasks, due times are rounded to beats, so that reads go out
+        in bursts. A beat is no sooner than the shortest interval after the task was last
+        *polled*, and *due* stands where a beat would exceed the longest interval.
         """
         if running <= self.limit or self.limit == 1 or not self.beats:
             return due
@@ -91,62 +83,59 @@ class SharedReads:
 
     def saw_read(self, now: float, tasks: Sequence[tuple[float, float]]) -> None:
         """A read is sent *now* for *tasks*, each given as (last poll, due)."""
-        if len(tasks) > 1:
-            usefulness = self.fill(now, tasks) / len(tasks)
-            self.usefulness += USEFULNESS_RATE * (usefulness - self.usefulness)
-
-    @staticmethod
-    def fill(now: float, tasks: Iterable[tuple[float, float]]) -> float:
-        """Useful places of a read sent *now* for *tasks*, each given as (last poll, due)."""
-        total = 0.0
+        if len(tasks) < 2:
+            return
+        useful = 0.0
         for polled, due in tasks:
             if now >= due:
-                total += 1
+                useful += 1
             elif now > polled:
-                total += ((now - polled) / (due - polled)) ** 3
-        return total
+                useful += ((now - polled) / (due - polled)) ** 3
+        self.usefulness += 0.1 * (useful / len(tasks) - self.usefulness)
 
 
 @define(eq=False)
 class CallbackTrust:
-    """How often a completion is found by a look because its callback did not come.
+    """How often a poll finds an end because its callback did not come.
 
-    Looks at a task with a callback are priced by it: hardly any while callbacks come,
-    plain polling by itself once they stop.
+    It is the price of polling a task with a callback: while callbacks come there are hardly
+    any polls, once they stop there are as many as without them.
 
     Attributes:
-        missed: The running share of completions without a callback, from 0.01 to 1.
+        missed: The running share of ends without a callback, from `LEAST_MISSED` to 1.
         heard: Callbacks that came.
     """
 
-    missed: float = field(default=0.01, init=False)
+    missed: float = field(default=LEAST_MISSED, init=False)
     heard: int = field(default=0, init=False)
 
     def price(self, price: float) -> float:
-        """Price of a look at a task whose end should be told by a callback."""
+        """Price of polling a task that should send a callback when it ends."""
         return price / self.missed
 
     def saw_callback(self) -> None:
-        """A completion was told by its callback."""
+        """A callback came at the end of a task."""
         self.heard += 1
-        self.missed = max(0.01, self.missed * 0.95)
+        self.missed = max(LEAST_MISSED, self.missed * 0.95)
 
     def saw_missed(self) -> None:
-        """A completion was found by a look, without a callback."""
+        """A poll found the end of a task that should have sent a callback."""
         self.missed += 0.3 * (1 - self.missed)
 
 
 @define(eq=False)
 class Pacer:
-    """All that one session knows about when to look: a schedule per kind of task.
+    """All that one session knows about when to poll.
 
-    Schedules are kept for the `MODELS_KEPT` kinds used last.
+    Attributes:
+        policy: The session's settings.
+        shared: What a poll costs where reads are shared.
+        callbacks: Whether callbacks come.
     """
 
     policy: PollPolicy
     shared: SharedReads = field(init=False)
     callbacks: CallbackTrust = field(init=False, factory=CallbackTrust)
-    _grid: AgeGrid = field(init=False)
     _models: dict[Hashable, Schedule] = field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
@@ -157,13 +146,13 @@ class Pacer:
             max_interval=policy.max_interval,
             beats=policy.wait is None,
         )
-        self._grid = AgeGrid.of(self.policy)
 
     def model(self, key: Hashable, estimate: object = None) -> Schedule:
         """The schedule of tasks of kind *key*, such as (endpoint, model).
 
         *estimate* is the server's ``estimated_time`` as it came, junk included; it only
-        counts where the kind is new.
+        counts where the kind is new. The schedules of the `MODELS_KEPT` kinds used last
+        are kept.
         """
         schedule = self.known(key) or self._new(estimate)
         self._models[key] = schedule
@@ -172,7 +161,7 @@ class Pacer:
         return schedule
 
     def known(self, key: Hashable) -> Schedule | None:
-        """The schedule of tasks of kind *key* if there is one, which thereby is used last."""
+        """The schedule of tasks of kind *key* if there is one; it counts as just used."""
         schedule = self._models.pop(key, None)
         if schedule is not None:
             self._models[key] = schedule
@@ -181,10 +170,10 @@ class Pacer:
     def _new(self, estimate: object) -> Schedule:
         if self.policy.wait is not None:
             return Backoff(self.policy)
-        return DurationModel(self.policy, self._grid, estimate)
+        return DurationModel(self.policy, estimate)
 
     @property
     def typical(self) -> dict[Hashable, float]:
-        """Learned median seconds of each kind that has shown one."""
+        """Learned median seconds of each kind of which a task has ended."""
         learned = ((key, model.typical) for key, model in self._models.items())
         return {key: seconds for key, seconds in learned if seconds is not None}
