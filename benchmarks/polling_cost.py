@@ -1,4 +1,4 @@
-"""What looking costs: the shipped policy against fixed, doubling and vendor schedules.
+"""What polling costs: the shipped policy against fixed, doubling and vendor schedules.
 
 Simulated, no network::
 
@@ -22,7 +22,7 @@ import statistics
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import heappop, heappush
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from time import perf_counter
 
@@ -34,13 +34,14 @@ from evolink_async._polling.policy import PollPolicy, Schedule
 from evolink_async._polling.pricing import Pacer
 
 Cdf = Callable[[float], float]
-Look = Callable[[float], float]
-"""Age of the last look -> age of the next."""
+NextAge = Callable[[float], float]
+"""Age at the last poll -> age at the next."""
 
 PHASES = ((0, 20), (20, 100), (100, 1000))
 LATENCY = 0.005
 POST_SECONDS = 0.0003
 READ_LIMIT = 50
+COLD_TASKS, COLD_SLOTS = 160, 32
 
 
 # --- laws of durations -----------------------------------------------------------------
@@ -116,18 +117,18 @@ class Law:
         slope = (self.cdf[k + 1] - self.cdf[k]) / self.step
         return self.cdf[k] + slope * y, self.area[k] + self.cdf[k] * y + slope * y * y / 2
 
-    def expected(self, look: Look, price: float) -> float:
-        """Expected J of one task polled at by that schedule."""
+    def expected(self, next_age: NextAge, price: float) -> float:
+        """Expected J of one task polled by that schedule."""
         t, ended, area, total = 0.0, *self.at(0.0), 0.0
         while 1 - ended > 1e-5:
-            u = look(t)
+            u = next_age(t)
             ended_then, area_then = self.at(u)
             total += price * (1 - ended) + area_then - area - ended * (u - t)
             t, ended, area = u, ended_then, area_then
         return total
 
     def limit(self, price: float) -> float:
-        """Least expected J. A candidate next look is a line, so the minimum is a hull."""
+        """Least expected J. A candidate next poll is a line, so the minimum is a hull."""
         if price not in self._limits:
             self._limits[price] = self._solve(price)
         return self._limits[price]
@@ -192,23 +193,23 @@ KNOWN_LIMITS = {
 # --- schedules -------------------------------------------------------------------------
 
 
-def fixed(interval: float) -> Look:
+def fixed(interval: float) -> NextAge:
     return lambda age: age + interval
 
 
-def doubling(cap: float) -> Look:
+def doubling(cap: float) -> NextAge:
     return lambda age: age + min(cap, age + 1)
 
 
-def vendor(rng: random.Random) -> Look:
+def vendor(rng: random.Random) -> NextAge:
     return lambda age: age + (rng.uniform(3, 5) if age else 3)
 
 
-def from_estimate(estimate: float) -> Look:
+def from_estimate(estimate: float) -> NextAge:
     return lambda age: age * 1.5 if age else 0.6 * estimate
 
 
-def plain_schedules(estimate: float, rng: random.Random) -> list[tuple[str, Look]]:
+def plain_schedules(estimate: float, rng: random.Random) -> list[tuple[str, NextAge]]:
     every = [(f"every {s:g} s", fixed(s)) for s in (0.1, 0.5, 1, 3, 5, 10)]
     doubled = [(f"1 s doubling to {cap} s", doubling(cap)) for cap in (10, 30, 60)]
     return [
@@ -219,7 +220,7 @@ def plain_schedules(estimate: float, rng: random.Random) -> list[tuple[str, Look
     ]
 
 
-def follow(schedule: Schedule, price: float) -> Look:
+def follow(schedule: Schedule, price: float) -> NextAge:
     return lambda age: schedule.next_age(age, price)
 
 
@@ -231,15 +232,15 @@ def live(schedule: Schedule, duration: float, price: float) -> float:
     schedule.started()
     age, reads = 0.0, 0
     while True:
-        look = schedule.next_age(age, price, reads)
+        due = schedule.next_age(age, price, reads)
         reads += 1
-        if look >= duration:
+        if due >= duration:
             break
-        schedule.saw_running(age, look)
-        age = look
-    schedule.saw_end(age, look)
+        schedule.saw_running(age, due)
+        age = due
+    schedule.saw_end(age, due)
     schedule.left()
-    return price * reads + look - duration
+    return price * reads + due - duration
 
 
 def alone(
@@ -264,12 +265,12 @@ def phase_means(runs: Sequence[Sequence[float]], phases: Iterable[tuple[int, int
 
 
 @define(eq=False)
-class Seat:
+class Task:
     """A running task as the watcher sees it, and when it will end."""
 
     submitted: float
     ends: float
-    last_poll: float
+    polled: float
     due: float = 0.0
 
 
@@ -279,115 +280,118 @@ class Watcher:
 
     pacer: Pacer
     schedule: Schedule
-    heap: list[tuple[float, int, Seat]] = attrs.field(factory=list)
+    heap: list[tuple[float, int, Task]] = attrs.field(factory=list)
     running: int = 0
     reads: int = 0
     order: int = 0
 
-    def watch(self, seat: Seat) -> None:
+    def watch(self, task: Task) -> None:
         self.running += 1
         self.schedule.started()
         price = self.pacer.shared.price(self.running)
-        self.queue(seat, seat.submitted + self.schedule.next_age(0.0, price))
+        self.queue(task, task.submitted + self.schedule.next_age(0.0, price))
 
-    def queue(self, seat: Seat, due: float) -> None:
-        seat.due = self.pacer.shared.on_beat(due, seat.last_poll, self.running)
+    def queue(self, task: Task, due: float) -> None:
+        task.due = self.pacer.shared.on_beat(due, task.polled, self.running)
         self.order += 1
-        heappush(self.heap, (seat.due, self.order, seat))
+        heappush(self.heap, (task.due, self.order, task))
 
-    def read(self, now: float) -> list[Seat]:
-        """One request for the earliest-due tasks; returns those that have ended."""
-        seats = min(self.pacer.shared.limit, len(self.heap))
-        batch = [heappop(self.heap)[2] for _ in range(seats)]
+    def read(self, now: float) -> list[Task]:
+        """One request for the tasks due first; returns those that have ended."""
         shared = self.pacer.shared
-        shared.saw_read(now, [(seat.last_poll, seat.due) for seat in batch])
+        batch = [heappop(self.heap)[2] for _ in range(min(shared.limit, len(self.heap)))]
+        shared.saw_read(now, [(task.polled, task.due) for task in batch])
         self.reads += 1
         price = shared.price(self.running)
         received = now + LATENCY
         ended = []
-        for seat in batch:
-            if seat.ends <= now + LATENCY / 2:
-                ended.append(seat)
-                self.end(seat, received)
+        for task in batch:
+            if task.ends <= now + LATENCY / 2:
+                ended.append(task)
+                self.end(task, received)
             else:
-                self.go_on(seat, now, received, price)
+                self.go_on(task, now, received, price)
         return ended
 
-    def end(self, seat: Seat, received: float) -> None:
-        self.schedule.saw_end(seat.last_poll - seat.submitted, received - seat.submitted)
+    def end(self, task: Task, received: float) -> None:
+        self.schedule.saw_end(task.polled - task.submitted, received - task.submitted)
         self.schedule.left()
         self.running -= 1
 
-    def go_on(self, seat: Seat, now: float, received: float, price: float) -> None:
-        age = now - seat.submitted
-        self.schedule.saw_running(seat.last_poll - seat.submitted, age)
-        seat.last_poll = now
-        due = seat.submitted + self.schedule.next_age(age, price)
-        self.queue(seat, max(received, due))
+    def go_on(self, task: Task, now: float, received: float, price: float) -> None:
+        age = now - task.submitted
+        self.schedule.saw_running(task.polled - task.submitted, age)
+        task.polled = now
+        due = task.submitted + self.schedule.next_age(age, price)
+        self.queue(task, max(received, due))
 
 
 @frozen
-class Crowd:
-    """What a crowd of tasks cost, per task."""
+class Cost:
+    """What many tasks cost, per task, and when the last was noticed to have ended."""
 
     requests: float
     delay: float
+    wall: float
 
-    def cost(self, price: float) -> float:
+    def total(self, price: float) -> float:
         """J per task; the submit is not a read."""
         return price * (self.requests - 1) + self.delay
 
     @classmethod
-    def mean(cls, crowds: Sequence[Crowd]) -> Crowd:
-        return cls(
-            statistics.fmean(crowd.requests for crowd in crowds),
-            statistics.fmean(crowd.delay for crowd in crowds),
-        )
+    def mean(cls, costs: Sequence[Cost]) -> Cost:
+        means = zip(*map(attrs.astuple, costs), strict=True)
+        return cls(*map(statistics.fmean, means))
 
 
-def crowd(law: Law, policy: PollPolicy, *, n: int, tasks: int, seed: int) -> Crowd:
-    """*n* tasks submitted at once and, while there are more, one new one at each end seen.
+def many(
+    durations: Sequence[float], policy: PollPolicy, *, n: int, estimate: float, warm: int = 0
+) -> Cost:
+    """*n* tasks submitted at once and, while there are more, a new one at each end noticed.
 
-    Where there are more, the first third is not counted.
+    The first *warm* tasks to end are not counted.
     """
-    rng = random.Random(seed)
     pacer = Pacer(policy)
     pacer.shared.limit = READ_LIMIT
-    watcher = Watcher(pacer, pacer.model("task", law.median))
-    left = tasks
+    watcher = Watcher(pacer, pacer.model("task", estimate))
+    left = iter(durations)
 
-    def submit(now: float) -> None:
-        nonlocal left
-        left -= 1
-        watcher.watch(Seat(submitted=now, ends=now + law.sample(rng), last_poll=now))
+    def submit(count: int, now: float) -> None:
+        for k, duration in enumerate(islice(left, count)):
+            at = now + k * POST_SECONDS
+            watcher.watch(Task(submitted=at, ends=at + duration, polled=at))
 
-    for k in range(n):
-        submit(k * POST_SECONDS)
-    warm = tasks // 3 if tasks > n else 0
+    submit(n, 0.0)
     now, done, delay, reads_before = 0.0, 0, 0.0, 0
     while watcher.heap:
         now = max(now + 0.001, watcher.heap[0][0])
-        for seat in watcher.read(now):
+        ended = watcher.read(now)
+        for task in ended:
             done += 1
-            delay += now + LATENCY - seat.ends if done > warm else 0.0
+            delay += now + LATENCY - task.ends if done > warm else 0.0
             if done == warm:
                 reads_before = watcher.reads
-            if left:
-                submit(now + LATENCY)
-    counted = tasks - warm
-    return Crowd(1 + (watcher.reads - reads_before) / counted, delay / counted)
+        submit(len(ended), now + LATENCY)
+    counted = len(durations) - warm
+    return Cost(1 + (watcher.reads - reads_before) / counted, delay / counted, now + LATENCY)
 
 
-def bare_loop(law: Law, n: int, seed: int, interval: float = 1.0) -> Crowd:
-    """All running tasks are read every *interval* seconds, 50 ids a request; all at once."""
-    rng = random.Random(seed)
-    ends = sorted(law.sample(rng) for _ in range(n))
-    polls = [math.ceil(end / interval) for end in ends]
-    reads = sum(
-        math.ceil((n - bisect_left(polls, look)) / READ_LIMIT) for look in range(1, polls[-1] + 1)
-    )
-    delay = sum(look * interval - end for look, end in zip(polls, ends, strict=True))
-    return Crowd(1 + reads / n, delay / n)
+def bare_loop(durations: Sequence[float], *, n: int, first: float = 1.0) -> Cost:
+    """The same, where all running tasks are read each second from *first* on."""
+    left = iter(durations)
+    running = [k * POST_SECONDS + duration for k, duration in enumerate(islice(left, n))]
+    now, reads, delay = first, 0, 0.0
+    while True:
+        reads += math.ceil(len(running) / READ_LIMIT)
+        received = now + LATENCY
+        ended = [end for end in running if end <= now + LATENCY / 2]
+        delay += sum(received - end for end in ended)
+        running = [end for end in running if end > now + LATENCY / 2]
+        for k, duration in enumerate(islice(left, len(ended))):
+            running.append(received + k * POST_SECONDS + duration)
+        if not running:
+            return Cost(1 + reads / len(durations), delay / len(durations), received)
+        now += 1.0
 
 
 # --- tables ----------------------------------------------------------------------------
@@ -417,8 +421,8 @@ def show_limits(all_laws: Sequence[Law]) -> None:
 def show_schedules(all_laws: Sequence[Law], price: float) -> None:
     ratios: dict[str, list[float]] = {}
     for law in all_laws:
-        for name, look in plain_schedules(law.median, random.Random(1)):
-            ratios.setdefault(name, []).append(law.expected(look, price) / law.limit(price))
+        for name, next_age in plain_schedules(law.median, random.Random(1)):
+            ratios.setdefault(name, []).append(law.expected(next_age, price) / law.limit(price))
     rows = [
         [name, f"{statistics.fmean(values):.2f}", f"{min(values):.2f}", f"{max(values):.2f}"]
         for name, values in ratios.items()
@@ -466,31 +470,77 @@ def show_drift(all_laws: Sequence[Law], price: float, seeds: range) -> None:
     table(title, ["change", "20 before", "first 20", "next 40", "next 40"], rows)
 
 
-def show_crowds(price: float, seeds: range, sizes: Sequence[int]) -> None:
+def show_many(price: float, seeds: range, sizes: Sequence[int]) -> None:
     law = Law.of("lognormal 25, .4", lognormal(25, 0.4))
     policy = PollPolicy(price=price)
+
+    def samples(count: int, seed: int) -> list[float]:
+        rng = random.Random(seed)
+        return [law.sample(rng) for _ in range(count)]
+
     rows = []
     for n in sizes:
-        few = seeds if n < 1000 else seeds[: max(1, len(seeds) // 2)]
-        at_once = Crowd.mean([crowd(law, policy, n=n, tasks=n, seed=seed) for seed in few])
-        steady = Crowd.mean([crowd(law, policy, n=n, tasks=max(300, 3 * n), seed=few[0])])
-        naive = Crowd.mean([bare_loop(law, n, seed) for seed in few])
+        runs = [
+            samples(n, seed) for seed in (seeds if n < 1000 else seeds[: (len(seeds) + 1) // 2])
+        ]
+        at_once = Cost.mean([many(run, policy, n=n, estimate=law.median) for run in runs])
+        tasks = max(300, 3 * n)
+        run = samples(tasks, seeds[0])
+        steady = many(run, policy, n=n, estimate=law.median, warm=tasks // 3)
+        naive = Cost.mean([bare_loop(run, n=n) for run in runs])
         rows.append(
-            [str(n), *(cell for c in (at_once, steady, naive) for cell in _cells(c, price))]
+            [str(n), *(cell for cost in (at_once, steady, naive) for cell in _cells(cost, price))]
         )
     head = ["N", "at once", "delay", "J", "closed loop", "delay", "J", "loop 1 s", "delay", "J"]
     title = f"N tasks of lognormal(25, .4), price {price:g}, {READ_LIMIT} a read"
     table(f"{title}: requests per task (POST included), mean delay in s, J", head, rows)
 
 
-def _cells(crowd_: Crowd, price: float) -> Iterator[str]:
-    yield f"{crowd_.requests:.2f}"
-    yield f"{crowd_.delay:.3f}"
-    yield f"{crowd_.cost(price):.3f}"
+def _cells(cost: Cost, price: float) -> Iterator[str]:
+    yield f"{cost.requests:.2f}"
+    yield f"{cost.delay:.3f}"
+    yield f"{cost.total(price):.3f}"
+
+
+def show_cold(price: float, seeds: range) -> None:
+    """The first tasks of a session, with estimates that are far off."""
+    policy, estimate, rows = PollPolicy(price=price), 30.0, []
+    for truth in (2.0, 5.0, 25.0):
+        for sigma in (0.0, 0.1, 0.3):
+            ours, naive = [], []
+            for seed in seeds:
+                rng = random.Random(seed)
+                run = [truth * math.exp(rng.gauss(0, sigma)) for _ in range(COLD_TASKS)]
+                ours.append(many(run, policy, n=COLD_SLOTS, estimate=estimate))
+                naive.append(bare_loop(run, n=COLD_SLOTS, first=1 - rng.random()))
+            one, other = Cost.mean(ours), Cost.mean(naive)
+            j, naive_j = (COLD_TASKS * cost.total(price) for cost in (one, other))
+            walls = [f"{one.wall:.1f}", f"{other.wall:.1f}", f"{one.wall / other.wall:.2f}"]
+            costs = [f"{j:.0f}", f"{naive_j:.0f}", f"{j / naive_j:.2f}"]
+            rows.append([f"{truth:g} s, sigma {sigma:g}", *walls, *costs])
+    head = ["truth", "wall s", "loop 1 s", "ratio", "J of all", "loop 1 s", "ratio"]
+    title = f"Cold, in company: first {COLD_TASKS} tasks, {COLD_SLOTS} in flight"
+    table(f"{title}, estimate {estimate:g} s, lognormal truth (sigma 0: constant)", head, rows)
+
+
+def show_far_off(all_laws: Sequence[Law], price: float, seeds: range) -> None:
+    rows = []
+    for factor in (0.1, 10.0):
+        runs = [
+            alone([(law, 20)], law.median * factor, price, seed)
+            for law in all_laws
+            for seed in seeds
+        ]
+        short = Law.of("lognormal 2.5, .3", lognormal(2.5, 0.3), 0.005)
+        others = [alone([(short, 20)], short.median * factor, price, seed) for seed in seeds]
+        cells = (phase_means(each, [(0, 20)])[0] for each in (runs, others))
+        rows.append([f"x{factor:g}", *(f"{cell:.2f}" for cell in cells)])
+    title = f"Alone, estimate far off, price {price:g}: J / limit of the first 20 tasks"
+    table(title, ["estimate", f"mean of {len(all_laws)} laws", "lognormal 2.5, .3"], rows)
 
 
 def show_callbacks(price: float) -> None:
-    """Looks at tasks whose end is told by a callback, by the share of callbacks missed."""
+    """Polls of tasks that send a callback at their end, by the share of callbacks missed."""
     law = Law.of("lognormal 25, .4", lognormal(25, 0.4))
     pacer = Pacer(PollPolicy(price=price))
     model, rng, trust = pacer.model("task", 25), random.Random(1), pacer.callbacks
@@ -558,13 +608,13 @@ def law_of(durations: Sequence[float]) -> Law:
     return Law.of("list", cdf, max(1e-9, ordered[-1] / 5_000))
 
 
-def replay(durations: Sequence[float], look: Look, price: float) -> float:
+def replay(durations: Sequence[float], next_age: NextAge, price: float) -> float:
     """Mean J of a plain schedule over the list."""
     total = 0.0
     for duration in durations:
         age = 0.0
         while age < duration:
-            age = look(age)
+            age = next_age(age)
             total += price
         total += age - duration
     return total / len(durations)
@@ -585,8 +635,8 @@ def show_list(durations: Sequence[float], estimate: float | None, price: float) 
     if len(costs) > 100:
         late = statistics.fmean(costs[100:])
         rows.append(["  from task 101 on", f"{late:.2f}", f"{late / limit:.2f}"])
-    for name, look in plain_schedules(estimate or law.median, random.Random(1)):
-        cost = replay(durations, look, price)
+    for name, next_age in plain_schedules(estimate or law.median, random.Random(1)):
+        cost = replay(durations, next_age, price)
         rows.append([name, f"{cost:.2f}", f"{cost / limit:.2f}"])
     print(
         f"{len(durations)} durations, median {law.median:.1f} s, limit {limit:.2f} (in hindsight)"
@@ -626,10 +676,12 @@ def main() -> None:
     show_limits(all_laws)
     show_schedules(all_laws, price)
     show_shipped(all_laws, price, seeds, 300 if arguments.quick else 1000)
+    show_far_off(all_laws, price, seeds)
     show_drift(all_laws, price, seeds)
     sizes = (10, 200, 2000) if arguments.quick else (10, 100, 200, 1000, 2000, 10_000)
     for each in (price, 2 * price):
-        show_crowds(each, seeds, sizes)
+        show_many(each, seeds, sizes)
+    show_cold(price, range(1, 7 if arguments.quick else 25))
     show_callbacks(price)
     show_decision_cost()
 

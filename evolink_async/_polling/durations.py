@@ -170,8 +170,7 @@ class DurationModel:
     def saw_running(self, last_age: float, age: float) -> None:
         """A poll sent at *age* found the task running, the one before was at *last_age*."""
         if 0 <= last_age < age:
-            self._count_running(age, 1)
-            self._count_running(last_age, -1)
+            self._count_running(last_age, age)
             self._note(1)
 
     def saw_end(self, last_age: float, age: float, duration: float | None = None) -> None:
@@ -183,8 +182,7 @@ class DurationModel:
         if not 0 <= last_age <= age:
             return
         if is_number(duration) and last_age < duration <= age:
-            self._count_running(duration, 1)
-            self._count_running(last_age, -1)
+            self._count_running(last_age, duration)
             last_age = age = duration
         self._spread_end(self._position(last_age), self._position(age))
         self._ended += 1
@@ -238,12 +236,13 @@ class DurationModel:
             return k + 0.5
         return k + (age - edges[k]) / (edges[k + 1] - edges[k])
 
-    def _count_running(self, age: float, tasks: int) -> None:
-        """Count *tasks* as having run from their submit to *age*."""
-        position = self._position(age)
-        k = int(position)
-        self._reached[k] += tasks
-        self._risk[k] += tasks * (position - k)
+    def _count_running(self, last_age: float, age: float) -> None:
+        """Count one task as having run from *last_age* to *age*."""
+        for end, tasks in ((age, 1), (last_age, -1)):
+            position = self._position(end)
+            k = int(position)
+            self._reached[k] += tasks
+            self._risk[k] += tasks * (position - k)
 
     def _spread_end(self, first: float, last: float) -> None:
         """Count one end between two positions, spread over them as is believed now."""
