@@ -55,7 +55,7 @@ DOUBT: Final = 0.1
 """Chance, before anything was seen, that the estimate is of no use."""
 
 REACH: Final = 3.0
-"""If it is, durations are expected anywhere up to this many estimates."""
+"""Durations are expected up to this many estimates if the estimate is of no use."""
 
 SMOOTHING: Final = 1e-3
 """Tasks spread over all ages, so that no age is ever certain or impossible."""
