@@ -16,6 +16,7 @@ from evolink_async.errors import (
     APIStatusError,
     AuthenticationError,
     EvolinkError,
+    InvalidResponseError,
     NotFoundError,
     PermissionDeniedError,
 )
@@ -24,7 +25,7 @@ __all__ = ["BatchPolls", "Failures"]
 
 _CONFIRM_AFTER: Final = 5.0
 """Seconds that must lie between two 404s for the second to confirm the first."""
-_LEFT_OUT: Final = 4
+_LEFT_OUT: Final = 5
 """Batch answers in a row that leave a new task out before it is polled singly."""
 _BATCH_FAILURES: Final = (3, 6)
 """Batch polls in a row that fail with a task, while others work, before it is polled singly:
@@ -121,6 +122,18 @@ class Failures:
             self.suspected += 1
             self.single = True
         return self.single
+
+    def most_together(self, limit: int) -> int:
+        """How many tasks of *limit* to poll together next, this one first.
+
+        After an answer that refuses them, or makes no sense, half as many each time: one of
+        them may be the reason, and the others soon do without it. A failure that says
+        nothing about the tasks, such as a 502, is simply repeated.
+        """
+        error = self.error
+        if error is None or (error.retryable and not isinstance(error, InvalidResponseError)):
+            return limit
+        return max(1, limit >> self.count)
 
     def miss(self, *, may_lag: bool) -> bool:
         """Note that a batch answer left it out; True if it must now be polled singly.

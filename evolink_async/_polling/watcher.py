@@ -361,6 +361,9 @@ class Watcher:
         if first is None or first.due > now:
             return []
         limit = self._network.read_limit
+        self._pacer.shared.limit = limit
+        if first.failures is not None:
+            limit = first.failures.most_together(limit)
         out_of_turn = first.nudged or first.kind is Kind.CANARY
         watches: list[Watch] = []
         taken: list[tuple[float, float]] = []
@@ -369,7 +372,6 @@ class Watcher:
                 break
             taken.append((watch.polled, watch.due))
             watches.append(queue.pop())
-        self._pacer.shared.limit = limit
         if not out_of_turn:
             self._pacer.shared.saw_read(now, taken)
         return watches
