@@ -1,4 +1,4 @@
-"""The circuit breaker of the batch endpoint, which is undocumented: may tasks be read together?"""
+"""The circuit breaker of the batch endpoint: whether tasks may be read together now."""
 
 from __future__ import annotations
 

@@ -92,3 +92,31 @@ def test_any_text_is_json_or_our_error(body: bytes | str) -> None:
         parse_json(body)
     except EvolinkError as error:
         assert isinstance(error, InvalidResponseError)  # noqa: PT017 - a value is right too
+
+
+@examples(300)
+@given(st.lists(values, max_size=5), st.booleans(), st.booleans())
+def test_items_have_their_own_text(items: list[Any], ascii_only: bool, other: bool) -> None:  # noqa: FBT001 - of hypothesis
+    """Each item of a list is what it is in the whole, and its text says the same."""
+    body = written({"x": 1, "data": items} if other else {"data": items}, ascii_only=ascii_only)
+    try:
+        whole = json.loads(body)["data"]
+    except (ValueError, RecursionError):
+        return
+    found = _json.parse_items(body, "data")
+    assert repr([item for item, _ in found]) == repr(whole)
+    for item, text in found:
+        assert text is None or repr(json.loads(text)) == repr(item)
+
+
+@pytest.mark.parametrize("text", [b"[]", b'{"data": {}}', b'{"more": []}', b"{", b"\xff"])
+def test_no_list_of_items(text: bytes) -> None:
+    """Anything but an object with that list is one error of ours."""
+    with pytest.raises(InvalidResponseError):
+        _json.parse_items(text, "data")
+
+
+def test_items_without_msgspec(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing needs it: a task's text is then written anew."""
+    monkeypatch.setattr(_json, "msgspec", None)
+    assert _json.parse_items(b'{"data": [1, {"a": 2}]}', "data") == [(1, None), ({"a": 2}, None)]
