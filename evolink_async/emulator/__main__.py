@@ -11,8 +11,6 @@ from typing import NoReturn
 from evolink_async.emulator._server import Emulator, serve
 from evolink_async.emulator._settings import FEATURES
 
-_DEFAULT = " (%(default)s)"
-
 
 class _Parser(argparse.ArgumentParser):
     """Refuses a wrong option in one line."""
@@ -27,76 +25,35 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m evolink_async.emulator",
         description="Serve an emulated EvoLink API until interrupted.",
     )
-    _add_service(options)
-    _add_behaviour(options)
+    add = options.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add("--port", type=int, default=8765, help="port; 0 for any free one (%(default)s)")
+    add("--api-key", default="emulator-key", help="the key it accepts (%(default)s)")
+    add("--credits", type=float, default=1000.0, help="credits to start with (%(default)s)")
+    add("--price", type=float, default=1.0, help="credits a result costs (%(default)s)")
+    more = "an image model it knows besides the documented ones; may be repeated"
+    add("--model", dest="models", metavar="NAME", action="append", default=[], help=more)
+    codes = "errors carry words, not numbers, as codes"
+    add("--string-codes", action="store_true", help=codes)
+    without = f"an undocumented feature it does not have; may be repeated: {', '.join(FEATURES)}"
+    add("--without", action="append", default=[], metavar="FEATURE", help=without)
+    origin = (
+        "where all callbacks go, whatever host they name, such as http://127.0.0.1:8080; "
+        "without it none is sent"
+    )
+    add("--callback-origin", metavar="URL", help=origin)
+    most = "bytes of a request; more is a 413 (%(default)s)"
+    add("--max-body", type=int, default=1 << 20, help=most)
+    bounds, seconds = ("LEAST", "MOST"), "seconds a generation takes (4 9)"
+    add("--duration", type=float, nargs=2, default=(4.0, 9.0), metavar=bounds, help=seconds)
+    scale = "emulated seconds per real second (%(default)s)"
+    add("--time-scale", type=float, default=1.0, help=scale)
+    estimate = "estimated seconds in the answer to a submit; else from --duration"
+    add("--estimate", type=float, help=estimate)
+    pictures = "full: drawn from the prompt, with pillow; tiny: of one colour"
+    add("--pictures", choices=("full", "tiny"), default="full", help=pictures)
+    add("--seed", type=int, default=0, help="of everything random (%(default)s)")
     return options
-
-
-def _add_service(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--host", default="127.0.0.1", help="address to listen on" + _DEFAULT)
-    options.add_argument(
-        "--port", type=int, default=8765, help="port; 0 for any free one" + _DEFAULT
-    )
-    options.add_argument("--api-key", default="emulator-key", help="the key it accepts" + _DEFAULT)
-    options.add_argument(
-        "--credits", type=float, default=1000.0, help="credits to start with" + _DEFAULT
-    )
-    options.add_argument(
-        "--price", type=float, default=1.0, help="credits a result costs" + _DEFAULT
-    )
-    options.add_argument(
-        "--model",
-        dest="models",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="an image model it knows besides the documented ones; may be repeated",
-    )
-    options.add_argument(
-        "--string-codes", action="store_true", help="errors carry words, not numbers, as codes"
-    )
-    options.add_argument(
-        "--without",
-        action="append",
-        default=[],
-        metavar="FEATURE",
-        help="an undocumented feature it does not have; may be repeated: " + ", ".join(FEATURES),
-    )
-    options.add_argument(
-        "--callback-origin",
-        metavar="URL",
-        help="where all callbacks go, whatever host they name, such as http://127.0.0.1:8080; "
-        "without it none is sent",
-    )
-    options.add_argument(
-        "--max-body", type=int, default=1 << 20, help="bytes of a request; more is a 413" + _DEFAULT
-    )
-
-
-def _add_behaviour(options: argparse.ArgumentParser) -> None:
-    options.add_argument(
-        "--duration",
-        type=float,
-        nargs=2,
-        default=(4.0, 9.0),
-        metavar=("LEAST", "MOST"),
-        help="seconds a generation takes (4 9)",
-    )
-    options.add_argument(
-        "--time-scale", type=float, default=1.0, help="emulated seconds per real second" + _DEFAULT
-    )
-    options.add_argument(
-        "--estimate",
-        type=float,
-        help="estimated seconds in the answer to a submit; else from --duration",
-    )
-    options.add_argument(
-        "--pictures",
-        choices=("full", "tiny"),
-        default="full",
-        help="full: drawn from the prompt, with pillow; tiny: of one colour",
-    )
-    options.add_argument("--seed", type=int, default=0, help="of everything random" + _DEFAULT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evolink_async.emulator._server import Emulator
 
 __all__ = ["Background"]
-
-
-class _Server(Protocol):
-    async def start(self) -> Any: ...
-    async def aclose(self) -> None: ...
 
 
 class Background:
@@ -22,7 +20,7 @@ class Background:
         Exception: What kept the emulator from starting.
     """
 
-    def __init__(self, emulator: _Server) -> None:
+    def __init__(self, emulator: Emulator) -> None:
         self._emulator = emulator
         self._started: Future[asyncio.AbstractEventLoop] = Future()
         self._stop = asyncio.Event()

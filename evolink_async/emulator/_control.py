@@ -20,46 +20,29 @@ in the books, and no fault strikes them. A request that is not understood is ans
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 from attrs import asdict, fields_dict
 
 from evolink_async.emulator import faults
-from evolink_async.emulator._books import Books, as_json
-from evolink_async.emulator._clock import Clock
+from evolink_async.emulator._books import CallbackRecord, RequestRecord, TaskRecord, as_json
 from evolink_async.emulator._errors import ApiError
 from evolink_async.emulator._exchange import json_response
 from evolink_async.emulator._openapi import document
-from evolink_async.emulator._rules import LONGEST, number
+from evolink_async.emulator._rules import LONGEST, number, one_of
+
+if TYPE_CHECKING:
+    from evolink_async.emulator._server import Emulator
 
 __all__ = ["Control"]
-
-
-class _Emulator(Protocol):
-    """What the control paths need of an `Emulator`."""
-
-    @property
-    def base_url(self) -> str: ...
-    @property
-    def without(self) -> frozenset[str]: ...
-    @property
-    def books(self) -> Books: ...
-    @property
-    def faults(self) -> faults.Faults: ...
-    @property
-    def clock(self) -> Clock: ...
-    def authorize(self, request: web.Request) -> None: ...
-    def fail(self, task_id: str, code: str = ..., message: str = ...) -> None: ...
-    def cancel(self, task_id: str) -> None: ...
-    def complete(self, task_id: str) -> None: ...
 
 
 class Control:
     """The handlers of these paths."""
 
-    def __init__(self, emulator: _Emulator) -> None:
+    def __init__(self, emulator: Emulator) -> None:
         self._emulator = emulator
 
     def add_to(self, app: web.Application) -> None:
@@ -87,8 +70,11 @@ class Control:
             try:
                 self._emulator.authorize(request)
                 return json_response(await handler(request))
+            except ValueError as error:
+                refusal = ApiError(400, str(error))
             except ApiError as error:
-                return json_response(error.body(), status=error.status)
+                refusal = error
+            return json_response(refusal.body(), status=refusal.status)
 
         return guarded
 
@@ -99,27 +85,16 @@ class Control:
         return self._emulator.books.summary()
 
     async def _requests(self, request: web.Request) -> Any:
-        query = _query(request, "route", "status", "task", "prompt")
-        status = query.get("status")
-        try:
-            found = self._emulator.books.requests(
-                query.get("route"),
-                status=None if status is None else _number(status),
-                task=query.get("task"),
-                prompt=query.get("prompt"),
-            )
-        except ValueError as error:
-            raise ApiError(400, str(error), param="route") from error
-        return {"data": [as_json(each) for each in found]}
+        query: dict[str, Any] = _query(request, "route", "status", "task", "prompt")
+        if "status" in query:
+            query["status"] = int(query["status"])
+        return _listed(self._emulator.books.requests(**query))
 
     async def _tasks(self, request: web.Request) -> Any:
-        query = _query(request, "prompt", "status")
-        found = self._emulator.books.tasks(query.get("prompt"), status=query.get("status"))
-        return {"data": [as_json(each) for each in found]}
+        return _listed(self._emulator.books.tasks(**_query(request, "prompt", "status")))
 
     async def _callbacks(self, request: web.Request) -> Any:
-        found = self._emulator.books.callbacks(_query(request, "task").get("task"))
-        return {"data": [as_json(each) for each in found]}
+        return _listed(self._emulator.books.callbacks(**_query(request, "task")))
 
     async def _faults(self, _request: web.Request) -> Any:
         return {
@@ -130,11 +105,11 @@ class Control:
         }
 
     async def _add_fault(self, request: web.Request) -> Any:
-        fault = _fault(await _object(request))
+        fields = await _object(request)
         try:
-            self._emulator.faults.add(fault)
+            self._emulator.faults.add(_fault(fields))
         except ValueError as error:
-            raise ApiError(400, str(error), param="task") from error
+            raise ApiError(400, str(error), param="fault") from error
         return await self._faults(request)
 
     async def _clear_faults(self, request: web.Request) -> Any:
@@ -148,30 +123,28 @@ class Control:
         advance = getattr(self._emulator.clock, "advance", None)
         if advance is None:
             raise ApiError(400, "this emulator runs on a clock that cannot be moved")
-        body = await _object(request)
-        try:
-            number(0, LONGEST).check("advance", body.get("advance"))
-            advance(body["advance"])
-        except ValueError as error:
-            raise ApiError(400, str(error), param="advance") from error
+        seconds = (await _object(request)).get("advance")
+        number(0, LONGEST).check("advance", seconds)
+        advance(seconds)
         return await self._clock(request)
 
     async def _end(self, request: web.Request) -> Any:
         fields = await _object(request)
         task_id = request.match_info["task_id"]
         emulator = self._emulator
-        ends = {"failed": emulator.fail, "cancelled": emulator.cancel}
-        end = {**ends, "completed": emulator.complete}.get(str(fields.pop("status", None)))
-        if end is None:
-            raise ApiError(400, "status must be completed, failed or cancelled", param="status")
+        ends: dict[Any, Callable[..., None]] = {
+            "completed": emulator.complete,
+            "failed": emulator.fail,
+            "cancelled": emulator.cancel,
+        }
+        status = fields.pop("status", None)
+        one_of(*ends).check("status", status)
         try:
-            end(task_id, **fields)
+            ends[status](task_id, **fields)
         except KeyError:
             raise ApiError(404, f"task {task_id!r} not found") from None
         except TypeError as error:
             raise ApiError(400, "a failed task may have a code and a message") from error
-        except ValueError as error:
-            raise ApiError(400, str(error)) from error
         return as_json(emulator.books.task(task_id))
 
 
@@ -186,33 +159,28 @@ async def _object(request: web.Request) -> dict[str, Any]:
 
 
 def _fault(fields: dict[str, Any]) -> faults.Fault:
-    """The fault that has its class's name under ``fault``, and its fields beside it."""
+    """The fault that has its class's name under ``fault``, and its fields beside it.
+
+    Raises:
+        ValueError: There is no such fault, or it has no such field or value.
+    """
     known = faults.kinds()
     name = fields.pop("fault", None)
-    kind = known.get(name) if isinstance(name, str) else None
-    if kind is None:
-        raise ApiError(400, f"fault must be one of {', '.join(known)}", param="fault")
-    names = fields_dict(kind)
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"fault must be one of {', '.join(known)}")
+    names = fields_dict(known[name])
     for field in fields:
         if field not in names:
-            raise ApiError(
-                400, f"{name} has no {field[:100]!r}, only {', '.join(names)}", param="fault"
-            )
-    try:
-        return kind(**fields)
-    except ValueError as error:
-        raise ApiError(400, str(error), param="fault") from error
+            raise ValueError(f"{name} has no {field[:100]!r}, only {', '.join(names)}")
+    return known[name](**fields)
 
 
-def _query(request: web.Request, *allowed: str) -> Mapping[str, str]:
+def _query(request: web.Request, *allowed: str) -> dict[str, str]:
     for name in request.query:
         if name not in allowed:
-            raise ApiError(400, f"the query may have {', '.join(allowed)}, not {name[:100]!r}")
-    return request.query
+            raise ValueError(f"the query may have {', '.join(allowed)}, not {name[:100]!r}")
+    return dict(request.query)
 
 
-def _number(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ApiError(400, "status must be a number", param="status") from None
+def _listed(records: tuple[RequestRecord | TaskRecord | CallbackRecord, ...]) -> dict[str, Any]:
+    return {"data": [as_json(each) for each in records]}

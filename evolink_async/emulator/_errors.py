@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from attrs import define, field
+
 __all__ = ["ApiError"]
 
 # status -> (type, string code, suggestion), after docs.evolink.ai "error codes".
@@ -19,18 +21,15 @@ _KINDS = {
     429: ("rate_limit_error", "rate_limit_exceeded", "retry after {retry_after} seconds"),
     500: ("internal_server_error", "internal_error", "try again later"),
     502: ("upstream_error", "upstream_error", "try again later"),
-    503: (
-        "service_unavailable_error",
-        "service_unavailable",
-        "retry after {retry_after} seconds",
-    ),
+    503: ("service_unavailable_error", "service_unavailable", "retry after {retry_after} seconds"),
 }
 
 
+@define
 class ApiError(Exception):
     """An answer other than 200.
 
-    Args:
+    Attributes:
         status: The HTTP status; its documented ``type`` and ``code`` follow from it.
         message: The text for people.
         param: The field that is wrong.
@@ -40,23 +39,12 @@ class ApiError(Exception):
         retry_after: Seconds for the ``Retry-After`` header.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        kind: str | None = None,
-        retry_after: float | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-        self.kind = kind
-        self.retry_after = retry_after
+    status: int
+    message: str
+    param: str | None = field(default=None, kw_only=True)
+    code: str | None = field(default=None, kw_only=True)
+    kind: str | None = field(default=None, kw_only=True)
+    retry_after: float | None = field(default=None, kw_only=True)
 
     def body(self, *, string_codes: bool = False) -> dict[str, Any]:
         """The JSON body; ``code`` is the status unless *string_codes* or a code of its own."""
