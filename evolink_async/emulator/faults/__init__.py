@@ -29,34 +29,30 @@ HTTP time-outs are; everything else is the emulator's time.
 from __future__ import annotations
 
 from evolink_async.emulator._books import ROUTES
-from evolink_async.emulator.faults._bodies import (
+from evolink_async.emulator.faults._fault import BASES, Armed, Fault
+from evolink_async.emulator.faults._registry import Faults
+from evolink_async.emulator.faults._requests import (
     Endless,
     Garbled,
+    Latency,
     NotAPicture,
+    Outage,
+    RateLimit,
+    RequestFault,
+    Reset,
     SlowDrip,
     Stalled,
+    Status,
     Truncated,
     WrongLength,
 )
-from evolink_async.emulator.faults._callbacks import (
+from evolink_async.emulator.faults._tasks import (
     CallbackDelayed,
     CallbackDropped,
     CallbackDuplicated,
     CallbackFault,
     CallbackForged,
     CallbackReordered,
-)
-from evolink_async.emulator.faults._fault import Armed, Fault, kinds
-from evolink_async.emulator.faults._registry import Faults
-from evolink_async.emulator.faults._requests import (
-    Latency,
-    Outage,
-    RateLimit,
-    RequestFault,
-    Reset,
-    Status,
-)
-from evolink_async.emulator.faults._tasks import (
     FewerResults,
     ProgressFallsBack,
     TaskCancelled,
@@ -103,3 +99,12 @@ __all__ = [
     "WrongLength",
     "kinds",
 ]
+
+
+def kinds() -> dict[str, type[Fault]]:
+    """The faults there are, by name."""
+    return {
+        name: kind
+        for name, kind in sorted(globals().items())
+        if isinstance(kind, type) and issubclass(kind, Fault) and name not in BASES
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections import deque
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Self
 
 from attrs import define, field, frozen
 
@@ -22,19 +22,8 @@ from evolink_async.emulator._rules import (
     whole,
 )
 
-__all__ = [
-    "REAL_SECONDS",
-    "ROUTE",
-    "SHARE",
-    "Armed",
-    "Fault",
-    "as_tuple",
-    "kinds",
-    "listed",
-]
+__all__ = ["BASES", "ROUTE", "SHARE", "Armed", "Fault", "as_tuple"]
 
-REAL_SECONDS = number(0, 86400)
-"""Seconds a request waits: at most a day."""
 SHARE = number(0, 1)
 ROUTE = or_none(Rule(f"one or several of {', '.join(ROUTES)}", several(one_of(*ROUTES)).allows))
 _COUNT = whole(1, 10**9)
@@ -42,8 +31,8 @@ _BETWEEN = Rule(
     f"two numbers of seconds, from 0 to {LONGEST:g}, the second above the first",
     lambda value: several(SECONDS).allows(value) and len(value) == 2 and bool(value[0] < value[1]),
 )
-_KINDS: dict[str, type[Fault]] = {}
-FaultClass = TypeVar("FaultClass", bound="type[Fault]")
+BASES = ("CallbackFault", "Fault", "RequestFault", "TaskFault")
+"""Names of the classes that are only what faults have in common."""
 
 
 def as_tuple(value: Any) -> Any:
@@ -94,10 +83,10 @@ class Fault:
         return super().__new__(cls)
 
     def __attrs_post_init__(self) -> None:
-        derived = [name for name, kind in kinds(type(self)).items() if kind is not type(self)]
-        if derived:
-            names = ", ".join(derived)
-            raise TypeError(f"{type(self).__name__} is only what these have in common: {names}")
+        name = type(self).__name__
+        if name in BASES:
+            derived = sorted({kind.__name__ for kind in type(self).__subclasses__()})
+            raise TypeError(f"{name} is only what these have in common: {', '.join(derived)}")
         self.check_together()
 
     def check_together(self) -> None:
@@ -164,14 +153,3 @@ class Armed:
             return False
         self.struck += 1
         return True
-
-
-def listed(kind: FaultClass) -> FaultClass:
-    """Have `kinds` list a class of faults."""
-    _KINDS[kind.__name__] = kind
-    return kind
-
-
-def kinds(of: type[Fault] = Fault) -> dict[str, type[Fault]]:
-    """The faults there are, by name: all, or those that are *of* one base."""
-    return {name: kind for name, kind in sorted(_KINDS.items()) if issubclass(kind, of)}

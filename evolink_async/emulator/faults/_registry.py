@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import TypeVar
 
 from attrs import define, evolve, field
 
 from evolink_async.emulator._contract import Submission
 from evolink_async.emulator._exchange import Exchange
 from evolink_async.emulator._tasks import Timeline
-from evolink_async.emulator.faults._callbacks import CallbackFault, CallbackForged
 from evolink_async.emulator.faults._fault import Armed, Fault
 from evolink_async.emulator.faults._requests import RequestFault
-from evolink_async.emulator.faults._tasks import TaskFault
+from evolink_async.emulator.faults._tasks import CallbackFault, CallbackForged, TaskFault
 
 __all__ = ["Faults"]
 
+AnyFault = TypeVar("AnyFault", bound=Fault)
 ChangeTimeline = Callable[[str, Callable[[Timeline, float], Timeline]], bool]
 """Changes the timeline of the task with this id, if it runs, and says whether it does."""
 
@@ -79,8 +80,6 @@ class Faults:
 
     def of_request(self, exchange: Exchange) -> list[tuple[RequestFault, Armed]]:
         """The request faults that strike *exchange*, each with its state."""
-        if not self._armed:
-            return []
         return [
             (fault, armed)
             for armed in self._armed
@@ -92,34 +91,28 @@ class Faults:
 
     def adjust(self, submission: Submission, timeline: Timeline, now: float) -> Timeline:
         """The *timeline* of a new task as the task faults that strike it change it."""
-        for armed in self._armed:
-            fault = armed.fault
-            if (
-                isinstance(fault, TaskFault)
-                and fault.fits((), (submission.prompt,))
-                and armed.strikes(now)
-            ):
-                timeline = fault.adjust(timeline)
+        for fault in self._striking(TaskFault, (), submission.prompt, now):
+            timeline = fault.adjust(timeline)
         return timeline
 
     def forgeries(self, task_id: str, prompt: str, now: float) -> list[CallbackForged]:
         """The forged callbacks about a task that has just been accepted."""
-        return [
-            armed.fault
-            for armed in self._armed
-            if isinstance(armed.fault, CallbackForged)
-            and armed.fault.fits((task_id,), (prompt,))
-            and armed.strikes(now)
-        ]
+        return self._striking(CallbackForged, (task_id,), prompt, now)
 
     def of_callback(self, task_id: str, prompt: str, now: float) -> list[CallbackFault]:
         """The faults that strike the callback of a task that has just ended."""
+        return self._striking(CallbackFault, (task_id,), prompt, now, besides=CallbackForged)
+
+    def _striking(
+        self, kind: type[AnyFault], task_ids: tuple[str, ...], prompt: str, now: float,
+        besides: type[Fault] | tuple[()] = (),
+    ) -> list[AnyFault]:  # fmt: skip
         return [
             armed.fault
             for armed in self._armed
-            if isinstance(armed.fault, CallbackFault)
-            and not isinstance(armed.fault, CallbackForged)
-            and armed.fault.fits((task_id,), (prompt,))
+            if isinstance(armed.fault, kind)
+            and not isinstance(armed.fault, besides)
+            and armed.fault.fits(task_ids, (prompt,))
             and armed.strikes(now)
         ]
 

@@ -1,9 +1,11 @@
-"""Faults of requests: refusals, delays, lost connections, limits, outages."""
+"""Faults of requests: the answer, its body or its way to the client goes wrong."""
 
 from __future__ import annotations
 
 import asyncio
 import math
+import socket
+import struct
 
 from aiohttp import web
 from attrs import field, frozen
@@ -18,17 +20,37 @@ from evolink_async.emulator._rules import (
     TEXT,
     TOKEN,
     UTF8,
+    matching,
     number,
     one_of,
     or_none,
     whole,
 )
-from evolink_async.emulator.faults._fault import REAL_SECONDS, Armed, Fault, listed
-from evolink_async.emulator.faults._wire import begin, body_of, reset, write
+from evolink_async.emulator.faults._fault import ROUTE, Armed, Fault, as_tuple
 
-__all__ = ["Latency", "Outage", "RateLimit", "RequestFault", "Reset", "Status"]
+__all__ = [
+    "Endless",
+    "Garbled",
+    "Latency",
+    "NotAPicture",
+    "Outage",
+    "RateLimit",
+    "RequestFault",
+    "Reset",
+    "SlowDrip",
+    "Stalled",
+    "Status",
+    "Truncated",
+    "WrongLength",
+]
 
 _STATUS = whole(200, 599)
+_REAL_SECONDS = number(0, 86400)
+"""Seconds a request waits: at most a day."""
+_MOST_BYTES = 1 << 30
+_MEDIA_TYPE = matching(
+    r"[A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+", "a media type such as image/png"
+)
 _OF_TASKS = ("read", "batch", "result")
 """Routes of requests that name a task."""
 _WITH_PROMPTS = ("submit", *_OF_TASKS)
@@ -59,7 +81,6 @@ class RequestFault(Fault):
         return response
 
 
-@listed
 @frozen
 class Status(RequestFault):
     """Answers with a status of its own. ``Status(503, retry_after=2, route="submit", nth=3)``.
@@ -124,7 +145,6 @@ class Status(RequestFault):
         return response
 
 
-@listed
 @frozen
 class Latency(RequestFault):
     """Answers late. ``Latency(0.02, "after", route="submit")``.
@@ -134,7 +154,7 @@ class Latency(RequestFault):
         when: ``before`` or ``after`` the request is processed.
     """
 
-    seconds: float = field(default=0.05, validator=REAL_SECONDS)
+    seconds: float = field(default=0.05, validator=_REAL_SECONDS)
     when: str = field(default="before", validator=one_of("before", "after"))
 
     async def before(self, _exchange: Exchange, _armed: Armed) -> web.StreamResponse | None:
@@ -148,7 +168,6 @@ class Latency(RequestFault):
         return response
 
 
-@listed
 @frozen
 class Reset(RequestFault):
     """Resets the connection. ``Reset("after", route="submit")``.
@@ -161,19 +180,18 @@ class Reset(RequestFault):
     when: str = field(default="before", validator=one_of("before", "during", "after"))
 
     async def before(self, exchange: Exchange, _armed: Armed) -> web.StreamResponse | None:
-        return reset(exchange) if self.when == "before" else None
+        return _reset(exchange) if self.when == "before" else None
 
     async def after(self, exchange: Exchange, response: web.Response) -> web.StreamResponse:
         if self.when == "during":
-            body = body_of(response)
-            stream = await begin(exchange, response, len(body))
-            await write(exchange, stream, body[: len(body) // 2])
+            body = _body_of(response)
+            stream = await _begin(exchange, response, len(body))
+            await _write(exchange, stream, body[: len(body) // 2])
             # The half must reach the socket before the reset throws away what is unsent.
             await asyncio.sleep(0.01)
-        return reset(exchange)
+        return _reset(exchange)
 
 
-@listed
 @frozen
 class RateLimit(RequestFault):
     """Answers 429 beyond a rate. ``RateLimit(10, 1.0, route="submit")``.
@@ -206,7 +224,6 @@ class RateLimit(RequestFault):
         return exchange.refuse(error)
 
 
-@listed
 @frozen
 class Outage(RequestFault):
     """Answers nothing but one status for a while. ``Outage(10, 30, status=None)``.
@@ -233,6 +250,189 @@ class Outage(RequestFault):
 
     async def before(self, exchange: Exchange, _armed: Armed) -> web.StreamResponse | None:
         if self.status is None:
-            return reset(exchange)
+            return _reset(exchange)
         page = "<html><body>The service is not available.</body></html>"
         return web.Response(text=page, status=self.status, content_type="text/html")
+
+
+# What is wrong is the body, or how it is sent.
+
+
+@frozen
+class Truncated(RequestFault):
+    """Ends the body early and closes the connection. ``Truncated(20, route="read")``.
+
+    Args:
+        at: Bytes sent; less than none counts from the end.
+    """
+
+    at: int = field(default=20, validator=whole(-_MOST_BYTES, _MOST_BYTES))
+
+    async def after(self, exchange: Exchange, response: web.Response) -> web.StreamResponse:
+        body = _body_of(response)
+        exchange.status = response.status
+        return await _send(exchange, response, body[: self.at], len(body))
+
+
+@frozen
+class WrongLength(RequestFault):
+    """Declares a length that is not the body's. ``WrongLength(-100, route="result")``.
+
+    Args:
+        by: Bytes declared too many; less than none for too few.
+    """
+
+    by: int = field(default=100, validator=whole(-_MOST_BYTES, _MOST_BYTES))
+
+    async def after(self, exchange: Exchange, response: web.Response) -> web.StreamResponse:
+        body = _body_of(response)
+        exchange.status = response.status
+        return await _send(exchange, response, body, max(0, len(body) + self.by))
+
+
+@frozen
+class Garbled(RequestFault):
+    """Sends a body of the same length that makes no sense. ``Garbled(route="read", times=1)``.
+
+    Args:
+        body: What to send; None for the second half overwritten.
+    """
+
+    body: str | None = field(default=None, validator=or_none(UTF8))
+
+    async def after(self, _exchange: Exchange, response: web.Response) -> web.StreamResponse:
+        body = _body_of(response)
+        half = len(body) // 2
+        response.body = (
+            body[:half] + b"\xff" * (len(body) - half) if self.body is None else self.body.encode()
+        )
+        return response
+
+
+@frozen
+class SlowDrip(RequestFault):
+    """Sends the body in drops. ``SlowDrip(64, 0.05, route="result")``.
+
+    Args:
+        chunk: Bytes a drop.
+        pause: Real seconds between two drops.
+    """
+
+    chunk: int = field(default=16, validator=whole(1, _MOST_BYTES))
+    pause: float = field(default=0.05, validator=_REAL_SECONDS)
+
+    async def after(self, exchange: Exchange, response: web.Response) -> web.StreamResponse:
+        body = _body_of(response)
+        stream = await _begin(exchange, response, len(body))
+        for start in range(0, len(body), self.chunk):
+            if not await _write(exchange, stream, body[start : start + self.chunk]):
+                return stream
+            await asyncio.sleep(self.pause)
+        exchange.status = response.status
+        return stream
+
+
+@frozen
+class Endless(RequestFault):
+    """Never stops sending blanks, which JSON allows. ``Endless(route="read", nth=2)``."""
+
+    async def after(self, exchange: Exchange, response: web.Response) -> web.StreamResponse:
+        stream = await _begin(exchange, response, None)
+        while await _write(exchange, stream, b" " * 65536):  # noqa: ASYNC110 - lets others run
+            await asyncio.sleep(0)
+        return stream
+
+
+@frozen
+class Stalled(RequestFault):
+    """Sends the head and then nothing until the client leaves. ``Stalled(route="result")``."""
+
+    async def after(self, exchange: Exchange, response: web.Response) -> web.StreamResponse:
+        stream = await _begin(exchange, response, len(_body_of(response)))
+        while not _has_left(exchange):  # noqa: ASYNC110 - a transport has no event for its end
+            await asyncio.sleep(0.02)
+        return stream
+
+
+@frozen
+class NotAPicture(RequestFault):
+    """Serves a page where a picture should be. ``NotAPicture(task=task.id)``.
+
+    Args:
+        content_type: What the answer says it is.
+    """
+
+    route: tuple[str, ...] | None = field(
+        default=("result",), kw_only=True, converter=as_tuple, validator=ROUTE
+    )
+    content_type: str = field(default="image/png", validator=_MEDIA_TYPE)
+
+    async def after(self, exchange: Exchange, _response: web.Response) -> web.StreamResponse:
+        exchange.status = 200
+        return web.Response(body=b"<html>no picture</html>", content_type=self.content_type)
+
+
+def _body_of(response: web.Response) -> bytes:
+    body = response.body
+    return body if isinstance(body, bytes) else b""
+
+
+def _has_left(exchange: Exchange) -> bool:
+    transport = exchange.request.transport
+    return transport is None or transport.is_closing()
+
+
+def _reset(exchange: Exchange) -> web.StreamResponse:
+    """Reset the connection (not merely close it). The response returned is never sent."""
+    transport = exchange.request.transport
+    if transport is not None:
+        connection = transport.get_extra_info("socket")
+        if connection is not None:
+            linger = struct.pack("ii", 1, 0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        transport.abort()
+    exchange.status = None
+    response = web.Response()
+    response.force_close()
+    return response
+
+
+async def _begin(
+    exchange: Exchange, response: web.Response, length: int | None
+) -> web.StreamResponse:
+    """Send the head of *response* with this content length; None for a body without an end."""
+    stream = web.StreamResponse(status=response.status, headers=response.headers)
+    stream.headers.pop("Content-Length", None)
+    stream.headers["Content-Type"] = response.headers.get("Content-Type", "application/json")
+    if length is not None:
+        stream.content_length = length
+    stream.force_close()
+    await stream.prepare(exchange.request)
+    return stream
+
+
+async def _write(exchange: Exchange, stream: web.StreamResponse, data: bytes) -> bool:
+    """Send more of the body; false once the client has gone."""
+    if _has_left(exchange):
+        return False
+    try:
+        await stream.write(data)
+    except ConnectionError:
+        return False
+    return True
+
+
+async def _send(
+    exchange: Exchange, response: web.Response, body: bytes, declared: int
+) -> web.StreamResponse:
+    """Send *body* under a wrong length, then close."""
+    stream = await _begin(exchange, response, declared)
+    await _write(exchange, stream, body)
+    transport = exchange.request.transport
+    if transport is not None:
+        if len(body) > declared:
+            # Later, as the declared part alone makes a whole answer for the client.
+            await asyncio.sleep(0.01)
+            transport.write(body[declared:])
+        transport.close()
+    return stream

@@ -1,4 +1,4 @@
-"""Faults of tasks: how a generation goes and what the API says about it."""
+"""Faults of tasks, how a generation goes and what the API says about it, and of callbacks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import math
 
 from attrs import evolve, field, frozen
 
-from evolink_async.emulator._rules import LONGEST, NAME, TEXT, number, whole
+from evolink_async.emulator._rules import LONGEST, NAME, SECONDS, TEXT, number, whole
 from evolink_async.emulator._tasks import Timeline
-from evolink_async.emulator.faults._fault import SHARE, Fault, listed
+from evolink_async.emulator.faults._fault import SHARE, Fault
 
 __all__ = [
+    "CallbackDelayed",
+    "CallbackDropped",
+    "CallbackDuplicated",
+    "CallbackFault",
+    "CallbackForged",
+    "CallbackReordered",
     "FewerResults",
     "ProgressFallsBack",
     "TaskCancelled",
@@ -51,7 +57,6 @@ def _moment(timeline: Timeline, at: float) -> float:
     return timeline.ends_at if math.isinf(lasts) else timeline.starts_at + at * lasts
 
 
-@listed
 @frozen
 class TaskFails(TaskFault):
     """The generation fails. ``TaskFails("content_policy_violation", prompt="forbidden")``.
@@ -76,7 +81,6 @@ class TaskFails(TaskFault):
         )
 
 
-@listed
 @frozen
 class TaskCancelled(TaskFault):
     """The generation is cancelled. ``TaskCancelled(0.3, nth=2)``.
@@ -97,7 +101,6 @@ class TaskCancelled(TaskFault):
         )
 
 
-@listed
 @frozen
 class TaskHangs(TaskFault):
     """The generation never ends. ``TaskHangs(40, prompt="slow")``.
@@ -112,7 +115,6 @@ class TaskHangs(TaskFault):
         return evolve(timeline, ends_at=float("inf"), stuck_at=self.progress)
 
 
-@listed
 @frozen
 class TaskVanishes(TaskFault):
     """The API forgets the task: 404 from then on. ``TaskVanishes(0.5, nth=2)``.
@@ -127,7 +129,6 @@ class TaskVanishes(TaskFault):
         return evolve(timeline, vanishes_at=_moment(timeline, self.at))
 
 
-@listed
 @frozen
 class TaskLags(TaskFault):
     """The API answers 404 at first, as a replica that lags behind. ``TaskLags(30.0)``.
@@ -147,7 +148,6 @@ class TaskLags(TaskFault):
         return evolve(timeline, lag=self.seconds)
 
 
-@listed
 @frozen
 class ProgressFallsBack(TaskFault):
     """The progress goes back in the second half. ``ProgressFallsBack(prompt="odd")``."""
@@ -156,7 +156,6 @@ class ProgressFallsBack(TaskFault):
         return evolve(timeline, falls_back=True)
 
 
-@listed
 @frozen
 class UnknownStatus(TaskFault):
     """The status while processing is a new word. ``UnknownStatus("moderating")``.
@@ -171,7 +170,6 @@ class UnknownStatus(TaskFault):
         return evolve(timeline, word=self.word)
 
 
-@listed
 @frozen
 class FewerResults(TaskFault):
     """Fewer pictures than ordered, and fewer charged. ``FewerResults(1, prompt="four")``.
@@ -184,3 +182,72 @@ class FewerResults(TaskFault):
 
     def adjust(self, timeline: Timeline) -> Timeline:
         return evolve(timeline, made=min(self.made, timeline.made))
+
+
+@frozen
+class CallbackFault(Fault):
+    """Changes how the callback of a task is sent, decided when it is due."""
+
+    def check_together(self) -> None:
+        if self.route is not None:
+            self._refuse("route", "a callback goes to no route; use prompt, task or nth")
+
+
+@frozen
+class CallbackDropped(CallbackFault):
+    """The callback is never sent. ``CallbackDropped(rate=0.5)``."""
+
+
+@frozen
+class CallbackDelayed(CallbackFault):
+    """The callback comes late. ``CallbackDelayed(120.0, prompt="lake")``.
+
+    Args:
+        seconds: How late, in emulated seconds.
+    """
+
+    seconds: float = field(default=30.0, validator=SECONDS)
+
+
+@frozen
+class CallbackDuplicated(CallbackFault):
+    """The callback comes again and again. ``CallbackDuplicated(3)``.
+
+    Args:
+        copies: How many times it is sent in all.
+    """
+
+    copies: int = field(default=2, validator=whole(2, 1000))
+
+
+@frozen
+class CallbackReordered(CallbackFault):
+    """The callback is sent after the next task's. ``CallbackReordered(nth=1)``.
+
+    If no other follows within *seconds* of emulated time, it is sent then.
+
+    Args:
+        seconds: How long it waits for another.
+    """
+
+    seconds: float = field(default=60.0, validator=SECONDS)
+
+
+@frozen
+class CallbackForged(CallbackFault):
+    """A forged callback comes first. ``CallbackForged("completed", prompt="lake")``.
+
+    It is sent as soon as the task is accepted, and says that the running task has ended.
+
+    Args:
+        status: The status it claims.
+        url: The result it claims.
+    """
+
+    status: str = field(default="completed", validator=NAME)
+    url: str = field(default="https://attacker.example/picture.png", validator=TEXT)
+
+    def check_together(self) -> None:
+        super().check_together()
+        if self.task is not None:
+            self._refuse("task", "the id is not known yet when it is sent; use prompt or nth")
