@@ -19,7 +19,6 @@ in the books, and no fault strikes them. A request that is not understood is ans
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ from attrs import asdict, fields_dict
 from evolink_async.emulator import faults
 from evolink_async.emulator._books import CallbackRecord, RequestRecord, TaskRecord, as_json
 from evolink_async.emulator._errors import ApiError
-from evolink_async.emulator._exchange import json_response
+from evolink_async.emulator._exchange import json_response, read_object
 from evolink_async.emulator._openapi import document
 from evolink_async.emulator._rules import LONGEST, number, one_of
 
@@ -105,7 +104,7 @@ class Control:
         }
 
     async def _add_fault(self, request: web.Request) -> Any:
-        fields = await _object(request)
+        fields = await read_object(request)
         try:
             self._emulator.faults.add(_fault(fields))
         except ValueError as error:
@@ -123,13 +122,13 @@ class Control:
         advance = getattr(self._emulator.clock, "advance", None)
         if advance is None:
             raise ApiError(400, "this emulator runs on a clock that cannot be moved")
-        seconds = (await _object(request)).get("advance")
+        seconds = (await read_object(request)).get("advance")
         number(0, LONGEST).check("advance", seconds)
         advance(seconds)
         return await self._clock(request)
 
     async def _end(self, request: web.Request) -> Any:
-        fields = await _object(request)
+        fields = await read_object(request)
         task_id = request.match_info["task_id"]
         emulator = self._emulator
         ends: dict[Any, Callable[..., None]] = {
@@ -146,16 +145,6 @@ class Control:
         except TypeError as error:
             raise ApiError(400, "a failed task may have a code and a message") from error
         return as_json(emulator.books.task(task_id))
-
-
-async def _object(request: web.Request) -> dict[str, Any]:
-    try:
-        fields = json.loads(await request.read())
-    except (ValueError, RecursionError, web.HTTPRequestEntityTooLarge, web.RequestPayloadError):
-        fields = None
-    if not isinstance(fields, dict):
-        raise ApiError(400, "the body must be a JSON object")
-    return fields
 
 
 def _fault(fields: dict[str, Any]) -> faults.Fault:

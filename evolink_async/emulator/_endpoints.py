@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -13,11 +12,11 @@ from attrs import define, field
 from evolink_async.emulator._books import Books
 from evolink_async.emulator._clock import Clock, held
 from evolink_async.emulator._errors import ApiError
-from evolink_async.emulator._exchange import Exchange, http_date, json_response
+from evolink_async.emulator._exchange import Exchange, http_date, json_response, read_object
 from evolink_async.emulator._results import Results
 from evolink_async.emulator._service import Service
 from evolink_async.emulator._tasks import GenerationTask
-from evolink_async.emulator.faults import Armed, Faults, RequestFault
+from evolink_async.emulator.faults import Faults
 
 __all__ = ["Endpoints"]
 
@@ -44,7 +43,6 @@ class Endpoints:
     without: frozenset[str]
     max_body: int
     _request_numbers: itertools.count[int] = field(factory=lambda: itertools.count(1), init=False)
-    _date: tuple[int, str] = field(default=(0, ""), init=False)
 
     def application(self) -> web.Application:
         """A web application with all endpoints."""
@@ -107,59 +105,56 @@ class Endpoints:
                 self.books.record(exchange.record())
 
     async def _answer(self, exchange: Exchange, handler: _Handler) -> web.StreamResponse:
-        refusal = await self._open(exchange)
+        refusal: ApiError | None = None
+        try:
+            await self._open(exchange)
+        except ApiError as error:
+            refusal = error
         struck = self.faults.of_request(exchange)
         for fault, armed in struck:
-            answer = await _instead(exchange, fault, armed)
-            if answer is not None:
-                return self._signed(exchange, answer)
-        if refusal is None:
-            try:
-                response = await handler(exchange)
-            except ApiError as error:
-                response = exchange.refuse(error)
-        else:
-            response = exchange.refuse(refusal)
+            exchange.faults.append(type(fault).__name__)
+            instead = await fault.before(exchange, armed)
+            if instead is not None:
+                exchange.status = None if exchange.has_left else instead.status
+                return self._signed(exchange, instead)
+        try:
+            if refusal is not None:
+                raise refusal
+            response = await handler(exchange)
+        except ApiError as error:
+            response = exchange.refuse(error)
         self._signed(exchange, response)
         exchange.status = response.status
-        return await _afterwards(exchange, response, struck) if struck else response
+        for fault, _ in struck:
+            exchange.status = None
+            sent = await fault.after(exchange, response)
+            if exchange.has_left or not isinstance(sent, web.Response):
+                return sent
+            response = sent
+            exchange.status = response.status
+        return response
 
-    async def _open(self, exchange: Exchange) -> ApiError | None:
-        """Read the ids and prompts of a request; the error if it is not to be processed."""
+    async def _open(self, exchange: Exchange) -> None:
+        """Read the ids and prompts of a request.
+
+        Raises:
+            ApiError: It is not to be processed.
+        """
         request = exchange.request
-        try:
-            if exchange.route == "result":
-                self._about(exchange, (request.match_info["name"].rpartition("-")[0],))
-            elif exchange.route != "other":
-                self.authorize(request)
-                await self._open_call(exchange)
-        except ApiError as error:
-            return error
-        return None
-
-    async def _open_call(self, exchange: Exchange) -> None:
+        if exchange.route == "result":
+            self._about(exchange, [request.match_info["name"].rpartition("-")[0]])
+        elif exchange.route != "other":
+            self.authorize(request)
         if exchange.route == "read":
-            self._about(exchange, (exchange.request.match_info["task_id"],))
-        elif exchange.request.method == "POST":
-            exchange.data = data = await self._object(exchange.request)
+            self._about(exchange, [request.match_info["task_id"]])
+        elif exchange.route in {"submit", "batch"}:
+            exchange.data = data = await read_object(request)
             if exchange.route == "submit":
                 exchange.prompts = tuple(_strings([data.get("prompt")]))
             else:
-                self._about(exchange, tuple(_strings(data.get("task_ids"))))
+                self._about(exchange, _strings(data.get("task_ids")))
 
-    async def _object(self, request: web.Request) -> dict[str, Any]:
-        try:
-            data = json.loads(await request.read())
-            json.dumps(data)  # refuses what is nested too deeply to be written
-        except web.HTTPRequestEntityTooLarge:
-            raise ApiError(413, f"the body has more than {self.max_body} bytes") from None
-        except (ValueError, RecursionError, web.RequestPayloadError):
-            raise ApiError(400, "the body is not JSON") from None
-        if not isinstance(data, dict):
-            raise ApiError(400, "the body must be a JSON object")
-        return data
-
-    def _about(self, exchange: Exchange, ids: tuple[str, ...]) -> None:
+    def _about(self, exchange: Exchange, ids: list[str]) -> None:
         tasks = self.service.tasks
         # The task's own string, so that the books of many reads stay small.
         exchange.task_ids = tuple(tasks[each].id if each in tasks else each for each in ids)
@@ -171,10 +166,7 @@ class Endpoints:
         """*response* with the headers that every answer has; the date is the emulated one."""
         if "request_ids" not in self.without:
             response.headers["X-Request-Id"] = exchange.request_id
-        second = int(exchange.time)
-        if self._date[0] != second:
-            self._date = second, http_date(second)
-        response.headers["Date"] = self._date[1]
+        response.headers["Date"] = http_date(exchange.time)
         return response
 
     # The endpoints
@@ -219,33 +211,3 @@ class Endpoints:
 
 def _strings(values: Any) -> list[str]:
     return [each for each in values if isinstance(each, str)] if isinstance(values, list) else []
-
-
-def _disconnected(exchange: Exchange) -> bool:
-    transport = exchange.request.transport
-    return transport is None or transport.is_closing()
-
-
-async def _instead(
-    exchange: Exchange, fault: RequestFault, armed: Armed
-) -> web.StreamResponse | None:
-    """The answer *fault* gives instead of processing, if it does."""
-    exchange.faults.append(type(fault).__name__)
-    response = await fault.before(exchange, armed)
-    if response is not None and not _disconnected(exchange):
-        exchange.status = response.status
-    return response
-
-
-async def _afterwards(
-    exchange: Exchange, response: web.Response, struck: list[tuple[RequestFault, Armed]]
-) -> web.StreamResponse:
-    """*response* as the faults that *struck* change it; the first that sends it is the last."""
-    for fault, _ in struck:
-        exchange.status = None
-        sent = await fault.after(exchange, response)
-        if _disconnected(exchange) or not isinstance(sent, web.Response):
-            return sent
-        response = sent
-        exchange.status = response.status
-    return response

@@ -12,7 +12,7 @@ from attrs import define, field
 from evolink_async.emulator._books import RequestRecord
 from evolink_async.emulator._errors import ApiError
 
-__all__ = ["Exchange", "http_date", "json_response"]
+__all__ = ["Exchange", "http_date", "json_response", "read_object"]
 
 
 @define(kw_only=True, eq=False)
@@ -39,6 +39,12 @@ class Exchange:
     replayed: bool = False
     status: int | None = None
     faults: list[str] = field(factory=list)
+
+    @property
+    def has_left(self) -> bool:
+        """Whether the client has closed the connection."""
+        transport = self.request.transport
+        return transport is None or transport.is_closing()
 
     def refuse(self, error: ApiError) -> web.Response:
         """The answer for *error*."""
@@ -73,6 +79,24 @@ def json_response(body: Any, *, status: int = 200) -> web.Response:
     return web.Response(
         body=json.dumps(body).encode(), status=status, content_type="application/json"
     )
+
+
+async def read_object(request: web.Request) -> dict[str, Any]:
+    """The JSON object in the body of *request*.
+
+    Raises:
+        ApiError: 413 for a body that is too long, 400 for one that is not a JSON object.
+    """
+    try:
+        data = json.loads(await request.read())
+        json.dumps(data)  # refuses what is nested too deeply to be written
+    except web.HTTPRequestEntityTooLarge:
+        raise ApiError(413, f"the body has more than {request.client_max_size} bytes") from None
+    except (ValueError, RecursionError, web.RequestPayloadError):
+        raise ApiError(400, "the body is not JSON") from None
+    if not isinstance(data, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    return data
 
 
 def http_date(when: float) -> str:

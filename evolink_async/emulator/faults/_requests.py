@@ -349,7 +349,7 @@ class Stalled(RequestFault):
 
     async def after(self, exchange: Exchange, response: web.Response) -> web.StreamResponse:
         stream = await _begin(exchange, response, len(_body_of(response)))
-        while not _has_left(exchange):  # noqa: ASYNC110 - a transport has no event for its end
+        while not exchange.has_left:  # noqa: ASYNC110 - a transport has no event for its end
             await asyncio.sleep(0.02)
         return stream
 
@@ -375,11 +375,6 @@ class NotAPicture(RequestFault):
 def _body_of(response: web.Response) -> bytes:
     body = response.body
     return body if isinstance(body, bytes) else b""
-
-
-def _has_left(exchange: Exchange) -> bool:
-    transport = exchange.request.transport
-    return transport is None or transport.is_closing()
 
 
 def _reset(exchange: Exchange) -> web.StreamResponse:
@@ -413,7 +408,7 @@ async def _begin(
 
 async def _write(exchange: Exchange, stream: web.StreamResponse, data: bytes) -> bool:
     """Send more of the body; false once the client has gone."""
-    if _has_left(exchange):
+    if exchange.has_left:
         return False
     try:
         await stream.write(data)
