@@ -7,8 +7,8 @@ answer; any 2xx is success. After a failure it is sent again, 1 s, 2 s and 4 s l
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -124,8 +124,11 @@ class Callbacks:
         self, task: GenerationTask, url: str, body: Any, *, attempt: int, forged: bool
     ) -> bool:
         time = self._clock.now()
+        status = None
         with held(self._clock):
-            status = await self._status(url, body)
+            with suppress(aiohttp.ClientError, OSError, TimeoutError):
+                async with self._http.post(url, json=body, allow_redirects=False) as response:
+                    status = response.status
             self._books.record_callback(
                 CallbackRecord(
                     time=time,
@@ -137,17 +140,6 @@ class Callbacks:
                 )
             )
         return status is not None and 200 <= status < 300
-
-    async def _status(self, url: str, body: Any) -> int | None:
-        data = json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        try:
-            async with self._http.post(
-                url, data=data, headers=headers, allow_redirects=False
-            ) as response:
-                return response.status
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            return None
 
     def _forgery(self, task: GenerationTask, fault: CallbackForged) -> dict[str, Any]:
         answer = self._service.body_of(task, self._clock.now())

@@ -22,8 +22,6 @@ __all__ = [
     "OTHER_IMAGE_MODELS",
     "TASK_ID",
     "Submission",
-    "check_callback_url",
-    "check_size",
     "read_submission",
 ]
 
@@ -32,8 +30,7 @@ OTHER_IMAGE_MODELS = ("wan2.5-image-to-image",)
 TASK_ID = re.compile(r"[A-Za-z0-9._:-]{4,128}")
 IDEMPOTENCY_KEY = re.compile(r"[A-Za-z0-9._-]{16,96}")
 
-_PROMPT_LENGTH = 2000
-_PROMPT_TOKENS = 2000
+_PROMPT_LIMIT = 2000
 _URL_LENGTH = 2048
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 _LEAST_PIXELS, _MOST_PIXELS = 768 * 768, 1440 * 1440
@@ -74,14 +71,15 @@ def read_submission(kind: str, body: dict[str, Any], image_models: tuple[str, ..
     if kind == "image" and model not in (MODEL, *image_models):
         raise ApiError(404, f"model {model[:100]!r} not found", param="model")
     strict = kind == "image" and model == MODEL
-    _check_boolean(body, "prompt_extend")
+    if not isinstance(body.get("prompt_extend", False), bool):
+        raise ApiError(400, "prompt_extend must be true or false", param="prompt_extend")
     return Submission(
         type=kind,
         model=model,
         prompt=_prompt(body, required=strict),
-        size=_size(body) if kind == "image" else _DEFAULT_SIZE,
+        size=_size(body["size"]) if kind == "image" and "size" in body else _DEFAULT_SIZE,
         n=_count(body, allowed=_COUNTS if strict else (1, 2, 3, 4)),
-        callback_url=_callback_url(body),
+        callback_url=_callback_url(body["callback_url"]) if "callback_url" in body else None,
     )
 
 
@@ -92,47 +90,21 @@ def _string(body: dict[str, Any], name: str) -> str:
     return value
 
 
-def _check_boolean(body: dict[str, Any], name: str) -> None:
-    if name in body and not isinstance(body[name], bool):
-        raise ApiError(400, f"{name} must be true or false", param=name)
-
-
 def _prompt(body: dict[str, Any], *, required: bool) -> str:
     if not required and "prompt" not in body:
         return ""
     prompt = _string(body, "prompt")
-    if len(prompt) > _PROMPT_LENGTH:
-        raise ApiError(
-            400,
-            f"prompt has {len(prompt)} characters, at most {_PROMPT_LENGTH} are allowed",
-            param="prompt",
-        )
-    if _tokens(prompt) > _PROMPT_TOKENS:
-        raise ApiError(
-            400,
-            f"prompt has {_tokens(prompt)} tokens, at most {_PROMPT_TOKENS} are allowed",
-            param="prompt",
-        )
+    # A stand-in for the service's tokenizer: three UTF-8 bytes a token, rounded up.
+    tokens = -(-len(prompt.encode("utf-8", "surrogatepass")) // 3)
+    for count, unit in ((len(prompt), "characters"), (tokens, "tokens")):
+        if count > _PROMPT_LIMIT:
+            words = f"prompt has {count} {unit}, at most {_PROMPT_LIMIT} are allowed"
+            raise ApiError(400, words, param="prompt")
     return prompt
 
 
-def _tokens(prompt: str) -> int:
-    """A stand-in for the service's tokenizer: three UTF-8 bytes a token, rounded up."""
-    return -(-len(prompt.encode("utf-8", "surrogatepass")) // 3)
-
-
-def _size(body: dict[str, Any]) -> tuple[int, int]:
-    if "size" not in body:
-        return _DEFAULT_SIZE
-    return check_size(body["size"])
-
-
-def check_size(value: Any) -> tuple[int, int]:
-    """Width and height of a ``size`` [C].
-
-    Raises:
-        ApiError: 400, it is not of the form or out of the range the page allows.
-    """
+def _size(value: Any) -> tuple[int, int]:
+    """Width and height of a ``size`` [C]."""
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ApiError(400, "size must look like 1280x1280", param="size")
@@ -148,29 +120,15 @@ def _count(body: dict[str, Any], *, allowed: tuple[int, ...]) -> int:
     n = body.get("n", 1)
     # 2.0 is an integer in JSON; true is none, though it equals 1 in Python.
     if isinstance(n, bool) or n not in allowed:
-        words = ", ".join(map(str, allowed))
-        raise ApiError(400, f"n must be one of {words}", param="n")
+        raise ApiError(400, f"n must be one of {', '.join(map(str, allowed))}", param="n")
     return int(n)
 
 
-def _callback_url(body: dict[str, Any]) -> str | None:
-    if "callback_url" not in body:
-        return None
-    return check_callback_url(body["callback_url"])
-
-
-def check_callback_url(value: Any) -> str:
-    """A ``callback_url`` [C]: https, no internal address, at most 2048 characters.
-
-    Raises:
-        ApiError: 400, it breaks one of these rules.
-    """
+def _callback_url(value: Any) -> str:
+    """A ``callback_url`` [C]: https, no internal address, at most 2048 characters."""
     if not isinstance(value, str) or len(value) > _URL_LENGTH:
-        raise ApiError(
-            400,
-            f"callback_url must be a URL of at most {_URL_LENGTH} characters",
-            param="callback_url",
-        )
+        words = f"callback_url must be a URL of at most {_URL_LENGTH} characters"
+        raise ApiError(400, words, param="callback_url")
     try:
         parts = urlsplit(value)
         host, _ = parts.hostname, parts.port

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import hmac
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Self, TextIO
 
 from aiohttp import web
 from attrs import evolve
 
-from evolink_async.emulator._background import Background
 from evolink_async.emulator._books import Books
 from evolink_async.emulator._callbacks import Callbacks
 from evolink_async.emulator._clock import Clock, RealClock
@@ -126,7 +127,7 @@ class Emulator:
         )
         self._runner: web.AppRunner | None = None
         self._callbacks: Callbacks | None = None
-        self._background: Background | None = None
+        self._background: _Background | None = None
 
     def __repr__(self) -> str:
         state = self.base_url if self._runner is not None else "not running"
@@ -146,7 +147,7 @@ class Emulator:
 
     def __enter__(self) -> Self:
         """Run in a thread and an event loop of its own, for programs without one."""
-        self._background = Background(self)
+        self._background = _Background(self)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -254,6 +255,39 @@ class Emulator:
             key.strip().encode("utf-8", "surrogateescape"), self.api_key.encode()
         ):
             raise ApiError(401, "the API key is missing or wrong")
+
+
+class _Background:
+    """Runs *emulator* in a thread and an event loop of its own until stopped.
+
+    Raises:
+        Exception: What kept the emulator from starting.
+    """
+
+    def __init__(self, emulator: Emulator) -> None:
+        self._emulator = emulator
+        self._started: Future[asyncio.AbstractEventLoop] = Future()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._run()), name="evolink-emulator", daemon=True
+        )
+        self._thread.start()
+        self._loop = self._started.result()
+
+    def stop(self) -> None:
+        """Stop the emulator, and wait until it has stopped."""
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    async def _run(self) -> None:
+        try:
+            await self._emulator.start()
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+            self._started.set_exception(error)
+            return
+        self._started.set_result(asyncio.get_running_loop())
+        await self._stop.wait()
+        await self._emulator.aclose()
 
 
 async def serve(emulator: Emulator, *, out: TextIO | None = None) -> None:
