@@ -166,11 +166,7 @@ class Books:
         )
 
     def submits(self, prompt: str | None = None) -> tuple[RequestRecord, ...]:
-        """The POSTs to generation endpoints, accepted or not.
-
-        Args:
-            prompt: Only those with exactly this prompt (a fault's ``prompt`` is a part of one).
-        """
+        """The POSTs to generation endpoints, accepted or not; with *prompt*, as in `requests`."""
         return self.requests("submit", prompt=prompt)
 
     def reads(self, task: str | None = None) -> tuple[RequestRecord, ...]:
@@ -189,12 +185,12 @@ class Books:
             status: Only those with this status now.
         """
         now = self._service.settle()
-        records = (
+        return tuple(
             self._task(task, now)
             for task in list(self._service.tasks.values())
             if prompt in {None, task.submission.prompt}
+            and status in {None, task.timeline.status_at(now)}
         )
-        return tuple(record for record in records if status in {None, record.status})
 
     def task(self, task_id: str) -> TaskRecord:
         """The task with this id.

@@ -13,6 +13,7 @@ import json
 import random
 import string
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -108,7 +109,7 @@ class Service:
     _running: list[tuple[float, int, GenerationTask]] = field(factory=list)
     _alive: int = 0
     _order: itertools.count[int] = field(factory=itertools.count)
-    _occurrences: dict[bytes, int] = field(factory=dict)
+    _occurrences: Counter[bytes] = field(factory=Counter)
     _replies: dict[str, tuple[bytes, Reply]] = field(factory=dict)
     _lock: threading.RLock = field(factory=threading.RLock)
 
@@ -126,14 +127,10 @@ class Service:
             while self._running and self._running[0][0] <= now:
                 at, _, task = heapq.heappop(self._running)
                 if at == task.timeline.ends_at and task.charged is None:
-                    self._settle(task)
+                    task.charged = task.credits_used()
+                    self.account.settle(task.reserved, task.charged)
+                    self._alive -= 1
             return now
-
-    def _settle(self, task: GenerationTask) -> None:
-        completed = task.timeline.status == "completed"
-        task.charged = exact(self.terms.price * task.timeline.made) if completed else 0
-        self.account.settle(task.reserved, task.charged)
-        self._alive -= 1
 
     # Submit
 
@@ -157,11 +154,8 @@ class Service:
                 self._replies[key] = (digest, reply)
                 return reply
         if first[0] != digest:
-            raise ApiError(
-                409,
-                "this Idempotency-Key was used with a different body",
-                code="idempotency_conflict",
-            )
+            words = "this Idempotency-Key was used with a different body"
+            raise ApiError(409, words, code="idempotency_conflict")
         return evolve(first[1], replayed=True)
 
     def _submit(self, kind: str, body: dict[str, Any], key: str | None) -> Reply:
@@ -198,9 +192,9 @@ class Service:
 
     def _draw(self, digest: bytes) -> random.Random:
         """The random generator of one submit: its seed is the body and how often it came before."""
-        occurrence = self._occurrences.get(digest, 0)
-        self._occurrences[digest] = occurrence + 1
-        return random.Random(f"{self.terms.seed}:{digest.hex()}:{occurrence}")  # noqa: S311 - not secret
+        seed = f"{self.terms.seed}:{digest.hex()}:{self._occurrences[digest]}"
+        self._occurrences[digest] += 1
+        return random.Random(seed)  # noqa: S311 - not secret
 
     def _new_id(self, now: float, draw: random.Random) -> str:
         while True:
@@ -232,14 +226,10 @@ class Service:
         heapq.heappush(self._running, (task.timeline.ends_at, next(self._order), task))
 
     def change_timeline(self, task_id: str, change: Callable[[Timeline, float], Timeline]) -> bool:
-        """Change the timeline of a running task; a task that has ended stays as it is.
-
-        Args:
-            task_id: Which task.
-            change: Takes the timeline and the time; returns the new timeline.
+        """Have *change* make a running task's new timeline from the one it has and the time.
 
         Returns:
-            Whether it was running.
+            Whether it was running; a task that has ended stays as it is.
 
         Raises:
             KeyError: There is no such task.
@@ -247,7 +237,7 @@ class Service:
         with self._lock:
             now = self.settle()
             task = self.tasks[task_id]
-            running = now < task.timeline.ends_at
+            running = not task.ended(now)
             if running:
                 # Its entry at the old end stays in the heap, and settle ignores it.
                 task.timeline = change(task.timeline, now)
@@ -302,9 +292,10 @@ class Service:
         Raises:
             ApiError: 400 for a filter or page that is not allowed.
         """
-        status = _choice(query, "status", _LISTED)
-        kind = _choice(query, "type", _TYPES)
-        model = query.get("model")
+        status, kind, model = query.get("status"), query.get("type"), query.get("model")
+        for name, allowed in (("status", _LISTED), ("type", _TYPES)):
+            if query.get(name) not in {None, *allowed}:
+                raise ApiError(400, f"{name} must be one of {', '.join(allowed)}", param=name)
         page = _integer(query, "page", default=1, most=10**9)
         page_size = _integer(query, "page_size", default=20, most=_PAGE_LIMIT)
         now = self.settle()
@@ -314,7 +305,8 @@ class Service:
             task
             for task in tasks
             if task.known_at(now)
-            and (status is None or _listed_as(task, now) == status)
+            # Queued tasks count as processing [O].
+            and status in {None, task.timeline.status if task.ended(now) else "processing"}
             and kind in {None, task.submission.type}
             and model in {None, task.submission.model}
         ]
@@ -329,10 +321,8 @@ class Service:
     def credits(self) -> dict[str, Any]:
         """The body of the answer about credits; what is reserved is not remaining."""
         self.settle()
-        amounts = {
-            "remaining_credits": self.account.remaining,
-            "used_credits": self.account.used,
-        }
+        account = self.account
+        amounts = {"remaining_credits": account.remaining, "used_credits": account.used}
         return {
             "success": True,
             "message": "",
@@ -343,18 +333,6 @@ class Service:
 def _digest(kind: str, body: Any) -> bytes:
     text = json.dumps([kind, body], sort_keys=True)
     return hashlib.sha256(text.encode()).digest()
-
-
-def _listed_as(task: GenerationTask, now: float) -> str:
-    """The status filter that finds a task: queued ones count as processing [O]."""
-    return task.timeline.status if now >= task.timeline.ends_at else "processing"
-
-
-def _choice(query: dict[str, str], name: str, allowed: tuple[str, ...]) -> str | None:
-    value = query.get(name)
-    if value is not None and value not in allowed:
-        raise ApiError(400, f"{name} must be one of {', '.join(allowed)}", param=name)
-    return value
 
 
 def _integer(query: dict[str, str], name: str, *, default: int, most: int) -> int:

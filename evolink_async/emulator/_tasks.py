@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from attrs import define, field, frozen
+from attrs import define, frozen
 
 from evolink_async.emulator._contract import Submission
 
@@ -65,17 +65,14 @@ class Timeline:
         """Percent done at *now*: linear in time, 100 only once completed."""
         if now >= self.ends_at and self.status == "completed":
             return 100
-        share = self._share(min(now, self.ends_at))
+        passed = min(now, self.ends_at) - self.starts_at
+        if passed <= 0:
+            return 0
+        lasts = self.ends_at - self.starts_at
+        share = 1.0 if math.isinf(lasts) else passed / lasts
         if self.falls_back and share > 0.5:
             share = 1 - share
         return min(self.stuck_at, int(100 * share))
-
-    def _share(self, now: float) -> float:
-        if now <= self.starts_at:
-            return 0.0
-        if math.isinf(self.ends_at):
-            return 1.0
-        return (now - self.starts_at) / (self.ends_at - self.starts_at)
 
 
 @define(kw_only=True, eq=False)
@@ -93,12 +90,16 @@ class GenerationTask:
     charged: float | None = None
     reads: int = 0
     delivered: int = 0
-    idempotency_key: str | None = field(default=None)
+    idempotency_key: str | None = None
 
-    @property
-    def suffix(self) -> str:
-        """The file type of its results."""
-        return _SUFFIXES[self.submission.type]
+    def ended(self, now: float) -> bool:
+        """Whether it has ended by *now*."""
+        return now >= self.timeline.ends_at
+
+    def credits_used(self) -> float:
+        """What it is charged when it ends."""
+        completed = self.timeline.status == "completed"
+        return exact(self.price * self.timeline.made) if completed else 0
 
     def known_at(self, now: float) -> bool:
         """Whether a read at *now* finds it."""
@@ -106,15 +107,16 @@ class GenerationTask:
 
     def result_paths(self) -> tuple[str, ...]:
         """The paths of its results on the emulator's own origin."""
+        suffix = _SUFFIXES[self.submission.type]
         return tuple(
-            f"/results/{self.secret}/{self.id}-{number}.{self.suffix}"
+            f"/results/{self.secret}/{self.id}-{number}.{suffix}"
             for number in range(1, self.timeline.made + 1)
         )
 
     def answer(self, now: float, base_url: str, without: frozenset[str]) -> dict[str, Any]:
         """The body of a read at *now*; *without* names undocumented features to leave out."""
         status = self.timeline.status_at(now)
-        ended = now >= self.timeline.ends_at
+        ended = self.ended(now)
         passed = 0.0 if "remaining_time" in without else now - self.accepted_at
         left = 0.0 if ended else max(0.0, self.estimate - passed)
         answer: dict[str, Any] = {
@@ -145,25 +147,18 @@ class GenerationTask:
                 name = f"{self.submission.type}_url"
                 answer["result_data"] = [{name: url} for url in urls]
         else:
-            answer["error"] = self._error(without)
+            answer["error"] = {"code": timeline.error_code, "message": timeline.error_message}
+            if "error_details" not in without:
+                answer["error"] |= {"type": "task_error", "suggestion": "see the error code's page"}
         if "duration" not in without:
             answer["duration"] = round(timeline.ends_at - self.accepted_at, 3)
         if "credits_used" not in without:
-            used = exact(self.price * timeline.made) if timeline.status == "completed" else 0
-            answer["usage"]["credits_used"] = used
-            answer["usage"]["cost"] = used
-
-    def _error(self, without: frozenset[str]) -> dict[str, Any]:
-        error = {"code": self.timeline.error_code, "message": self.timeline.error_message}
-        if "error_details" not in without:
-            error["type"] = "task_error"
-            error["suggestion"] = "see the error code's page"
-        return error
+            answer["usage"]["credits_used"] = answer["usage"]["cost"] = self.credits_used()
 
     def summary(self, now: float) -> dict[str, Any]:
         """Its entry in the list of tasks at *now* (observed, not documented)."""
         timeline = self.timeline
-        ended = now >= timeline.ends_at
+        ended = self.ended(now)
         completed = ended and timeline.status == "completed"
         return {
             "id": self.id,
@@ -176,5 +171,5 @@ class GenerationTask:
             "has_results": completed,
             "result_count": timeline.made if completed else 0,
             "has_error": ended and timeline.error_code is not None,
-            "credits_used": exact(self.price * timeline.made) if completed else 0,
+            "credits_used": self.credits_used() if ended else 0,
         }

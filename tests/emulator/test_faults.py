@@ -543,6 +543,19 @@ async def test_a_task_failed_late_has_failed_when_it_was_told_to(
     assert (record.status, record.ends_at, record.refunded) == ("failed", clock.now(), 1)
 
 
+async def test_a_task_that_ends_before_it_starts_made_no_progress(
+    api: Caller, emulator: Emulator, clock: ManualClock
+) -> None:
+    """A task that fails while pending, or the instant it starts, shows a progress of 0."""
+    emulator.faults.add(TaskFails(at=0, prompt="at once"))
+    by_hand, at_once = await api.task(), await api.task(prompt="at once")
+    emulator.fail(by_hand)
+    clock.advance(50)
+    for name in (by_hand, at_once):
+        body = await api.read(name)
+        assert (body["status"], body["progress"]) == ("failed", 0)
+
+
 async def test_only_a_running_task_can_be_changed(
     api: Caller, emulator: Emulator, clock: ManualClock
 ) -> None:
