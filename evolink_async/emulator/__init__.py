@@ -14,8 +14,8 @@ from __future__ import annotations
 from evolink_async.emulator import faults
 from evolink_async.emulator._books import Books, CallbackRecord, RequestRecord, TaskRecord
 from evolink_async.emulator._clock import Clock, ManualClock, RealClock
+from evolink_async.emulator._rules import FEATURES
 from evolink_async.emulator._server import Emulator, serve
-from evolink_async.emulator._settings import FEATURES
 
 __all__ = [
     "FEATURES",

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from evolink_async.emulator._rules import FEATURES
 from evolink_async.emulator._server import Emulator, serve
-from evolink_async.emulator._settings import FEATURES
 
 
 class _Parser(argparse.ArgumentParser):

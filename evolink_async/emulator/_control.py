@@ -19,7 +19,9 @@ in the books, and no fault strikes them. A request that is not understood is ans
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -29,13 +31,12 @@ from evolink_async.emulator import faults
 from evolink_async.emulator._books import CallbackRecord, RequestRecord, TaskRecord, as_json
 from evolink_async.emulator._errors import ApiError
 from evolink_async.emulator._exchange import json_response, read_object
-from evolink_async.emulator._openapi import document
 from evolink_async.emulator._rules import LONGEST, number, one_of
 
 if TYPE_CHECKING:
     from evolink_async.emulator._server import Emulator
 
-__all__ = ["Control"]
+__all__ = ["Control", "document"]
 
 
 class Control:
@@ -173,3 +174,18 @@ def _query(request: web.Request, *allowed: str) -> dict[str, str]:
 
 def _listed(records: tuple[RequestRecord | TaskRecord | CallbackRecord, ...]) -> dict[str, Any]:
     return {"data": [as_json(each) for each in records]}
+
+
+def document(base_url: str, without: frozenset[str]) -> dict[str, Any]:
+    """The API as an OpenAPI 3.1 document: that of an emulator at *base_url* *without* features.
+
+    What a schema cannot say, such as the number of pixels in a size, is in formats of our own:
+    ``evolink-size``, ``evolink-callback-url``.
+    """
+    text = files("evolink_async.emulator").joinpath("openapi.json").read_text(encoding="utf-8")
+    api: dict[str, Any] = json.loads(text)
+    api["servers"] = [{"url": base_url}]
+    for feature, path in {"batch": "/v1/tasks/batch", "list": "/v1/tasks"}.items():
+        if feature in without:
+            del api["paths"][path]
+    return api

@@ -21,9 +21,8 @@ from evolink_async.emulator._control import Control
 from evolink_async.emulator._endpoints import Endpoints
 from evolink_async.emulator._errors import ApiError
 from evolink_async.emulator._results import Results
-from evolink_async.emulator._rules import NAME, TEXT
+from evolink_async.emulator._rules import NAME, TEXT, check_settings
 from evolink_async.emulator._service import Account, Duration, Service, Terms
-from evolink_async.emulator._settings import check
 from evolink_async.emulator._tasks import GenerationTask, Timeline
 from evolink_async.emulator.faults import Fault, Faults
 
@@ -90,7 +89,7 @@ class Emulator:
         callback_origin: str | None = None,
         max_body: int = 1 << 20,
     ) -> None:
-        check({name: value for name, value in locals().items() if name != "self"})
+        check_settings({name: value for name, value in locals().items() if name != "self"})
         self.host = host
         self.port = port
         self.api_key = api_key

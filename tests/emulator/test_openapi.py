@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from evolink_async.emulator import FEATURES, Emulator, ManualClock
 from evolink_async.emulator._contract import MODEL, OTHER_IMAGE_MODELS
-from evolink_async.emulator._openapi import document
+from evolink_async.emulator._control import document
 
 schemathesis = pytest.importorskip("schemathesis")
 

@@ -218,10 +218,8 @@ class RateLimit(RequestFault):
     async def before(self, exchange: Exchange, armed: Armed) -> web.StreamResponse | None:
         # Whole seconds, rounded up: a client that comes back then must pass.
         wait = math.ceil(armed.recent[0] + self.per - exchange.time) if armed.recent else 1
-        error = ApiError(
-            429, "too many requests", retry_after=float(wait) if self.retry_after else None
-        )
-        return exchange.refuse(error)
+        retry_after = float(wait) if self.retry_after else None
+        return exchange.refuse(ApiError(429, "too many requests", retry_after=retry_after))
 
 
 @frozen
@@ -270,7 +268,6 @@ class Truncated(RequestFault):
 
     async def after(self, exchange: Exchange, response: web.Response) -> web.StreamResponse:
         body = _body_of(response)
-        exchange.status = response.status
         return await _send(exchange, response, body[: self.at], len(body))
 
 
@@ -286,7 +283,6 @@ class WrongLength(RequestFault):
 
     async def after(self, exchange: Exchange, response: web.Response) -> web.StreamResponse:
         body = _body_of(response)
-        exchange.status = response.status
         return await _send(exchange, response, body, max(0, len(body) + self.by))
 
 
@@ -421,6 +417,7 @@ async def _send(
     exchange: Exchange, response: web.Response, body: bytes, declared: int
 ) -> web.StreamResponse:
     """Send *body* under a wrong length, then close."""
+    exchange.status = response.status
     stream = await _begin(exchange, response, declared)
     await _write(exchange, stream, body)
     transport = exchange.request.transport
