@@ -105,6 +105,7 @@ class Endpoints:
                 self.books.record(exchange.record())
 
     async def _answer(self, exchange: Exchange, handler: _Handler) -> web.StreamResponse:
+        """The answer, as the faults change it; the first fault that sends one is the last."""
         refusal: ApiError | None = None
         try:
             await self._open(exchange)
@@ -115,7 +116,8 @@ class Endpoints:
             exchange.faults.append(type(fault).__name__)
             instead = await fault.before(exchange, armed)
             if instead is not None:
-                exchange.status = None if exchange.has_left else instead.status
+                if not exchange.has_left:
+                    exchange.status = instead.status
                 return self._signed(exchange, instead)
         try:
             if refusal is not None:

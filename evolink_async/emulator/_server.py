@@ -16,7 +16,7 @@ from attrs import evolve
 from evolink_async.emulator._books import Books
 from evolink_async.emulator._callbacks import Callbacks
 from evolink_async.emulator._clock import Clock, RealClock
-from evolink_async.emulator._contract import OTHER_IMAGE_MODELS, Submission
+from evolink_async.emulator._contract import OTHER_IMAGE_MODELS
 from evolink_async.emulator._control import Control
 from evolink_async.emulator._endpoints import Endpoints
 from evolink_async.emulator._errors import ApiError
@@ -96,6 +96,7 @@ class Emulator:
         self.clock: Clock = RealClock(time_scale) if clock is None else clock
         self.callback_origin = callback_origin
         self.without = frozenset(without)
+        self.faults = Faults(seed, self.clock.now(), self._change_timeline)
         self._service = Service(
             clock=self.clock,
             account=Account(remaining=float(credits)),
@@ -107,10 +108,9 @@ class Emulator:
                 image_models=(*OTHER_IMAGE_MODELS, *models),
                 without=self.without,
             ),
-            adjust=self._adjust,
+            adjust=self.faults.adjust,
         )
         self.books = Books(self._service)
-        self.faults = Faults(seed, self.clock.now(), self._change_timeline)
         self.faults.add(*faults)
         self._endpoints = Endpoints(
             service=self._service,
@@ -126,7 +126,7 @@ class Emulator:
         )
         self._runner: web.AppRunner | None = None
         self._callbacks: Callbacks | None = None
-        self._background: _Background | None = None
+        self._background: tuple[threading.Thread, Callable[[], object]] | None = None
 
     def __repr__(self) -> str:
         state = self.base_url if self._runner is not None else "not running"
@@ -146,13 +146,33 @@ class Emulator:
 
     def __enter__(self) -> Self:
         """Run in a thread and an event loop of its own, for programs without one."""
-        self._background = _Background(self)
+        started: Future[Callable[[], object]] = Future()
+
+        async def run() -> None:
+            stop = asyncio.Event()
+            try:
+                await self.start()
+            except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+                started.set_exception(error)
+                return
+            loop = asyncio.get_running_loop()
+            started.set_result(lambda: loop.call_soon_threadsafe(stop.set))
+            await stop.wait()
+            await self.aclose()
+
+        thread = threading.Thread(
+            target=lambda: asyncio.run(run()), name="evolink-emulator", daemon=True
+        )
+        thread.start()
+        self._background = thread, started.result()
         return self
 
     def __exit__(self, *_: object) -> None:
-        background, self._background = self._background, None
-        if background is not None:
-            background.stop()
+        if self._background is not None:
+            thread, stop = self._background
+            self._background = None
+            stop()
+            thread.join()
 
     async def start(self) -> None:
         """Listen, in the running event loop.
@@ -236,9 +256,6 @@ class Emulator:
             self._callbacks.timeline_changed(task_id)
         return running
 
-    def _adjust(self, submission: Submission, timeline: Timeline) -> Timeline:
-        return self.faults.adjust(submission, timeline, self.clock.now())
-
     def _accepted(self, task: GenerationTask) -> None:
         if self._callbacks is not None and task.submission.callback_url is not None:
             self._callbacks.expect(task)
@@ -254,39 +271,6 @@ class Emulator:
             key.strip().encode("utf-8", "surrogateescape"), self.api_key.encode()
         ):
             raise ApiError(401, "the API key is missing or wrong")
-
-
-class _Background:
-    """Runs *emulator* in a thread and an event loop of its own until stopped.
-
-    Raises:
-        Exception: What kept the emulator from starting.
-    """
-
-    def __init__(self, emulator: Emulator) -> None:
-        self._emulator = emulator
-        self._started: Future[asyncio.AbstractEventLoop] = Future()
-        self._stop = asyncio.Event()
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._run()), name="evolink-emulator", daemon=True
-        )
-        self._thread.start()
-        self._loop = self._started.result()
-
-    def stop(self) -> None:
-        """Stop the emulator, and wait until it has stopped."""
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
-
-    async def _run(self) -> None:
-        try:
-            await self._emulator.start()
-        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
-            self._started.set_exception(error)
-            return
-        self._started.set_result(asyncio.get_running_loop())
-        await self._stop.wait()
-        await self._emulator.aclose()
 
 
 async def serve(emulator: Emulator, *, out: TextIO | None = None) -> None:

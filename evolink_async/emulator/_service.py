@@ -102,7 +102,7 @@ class Service:
     clock: Clock
     account: Account
     terms: Terms
-    adjust: Callable[[Submission, Timeline], Timeline]
+    adjust: Callable[[Submission, Timeline, float], Timeline]
     base_url: str = ""
     tasks: dict[str, GenerationTask] = field(factory=dict)
     peak_running: int = 0
@@ -178,7 +178,7 @@ class Service:
             submission=submission,
             accepted_at=now,
             estimate=estimate,
-            timeline=self.adjust(submission, timeline),
+            timeline=self.adjust(submission, timeline, now),
             reserved=reserved,
             secret=f"{draw.getrandbits(64):016x}",
             price=self.terms.price,
