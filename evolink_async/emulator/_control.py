@@ -87,6 +87,8 @@ class Control:
     async def _requests(self, request: web.Request) -> Any:
         query: dict[str, Any] = _query(request, "route", "status", "task", "prompt")
         if "status" in query:
+            if not query["status"].isdecimal():
+                raise ValueError("status must be a number")
             query["status"] = int(query["status"])
         return _listed(self._emulator.books.requests(**query))
 

@@ -183,16 +183,19 @@ def test_selectors_that_may_fit_are_taken() -> None:
 @pytest.mark.parametrize(
     ("base", "derived"),
     [
-        ("Fault", "CallbackFault, RequestFault, TaskFault"),
-        ("RequestFault", "Endless, Garbled, Latency"),
-        ("TaskFault", "FewerResults, ProgressFallsBack"),
-        ("CallbackFault", "CallbackDelayed, CallbackDropped"),
+        ("Fault", {"CallbackFault", "RequestFault", "TaskFault"}),
+        ("RequestFault", {"Endless", "Latency", "Status"}),
+        ("TaskFault", {"FewerResults", "TaskFails"}),
+        ("CallbackFault", {"CallbackDelayed", "CallbackForged"}),
     ],
 )
-def test_a_base_is_no_fault(base: str, derived: str) -> None:
+def test_a_base_is_no_fault(base: str, derived: set[str]) -> None:
     """A base of faults cannot be made, and the error names the classes based on it."""
-    with pytest.raises(TypeError, match=f"^{base} is only what these have in common: {derived}"):
+    with pytest.raises(TypeError) as info:
         getattr(faults, base)()
+    words, _, names = str(info.value).partition(": ")
+    assert words == f"{base} is only what these have in common"
+    assert derived <= set(names.split(", "))
 
 
 def test_a_fault_of_ones_own_may_be_made() -> None:
