@@ -543,17 +543,17 @@ def show_callbacks(price: float) -> None:
     """Polls of tasks that send a callback at their end, by the share of callbacks missed."""
     law = Law.of("lognormal 25, .4", lognormal(25, 0.4))
     pacer = Pacer(PollPolicy(price=price))
-    model, rng, trust = pacer.model("task", 25), random.Random(1), pacer.callbacks
+    model, rng, callbacks = pacer.model("task", 25), random.Random(1), pacer.callbacks
     for _ in range(200):
         live(model, law.sample(rng), price)
     rows = []
     for missed in range(6):
         reads, age = 0.0, 0.0
         while 1 - law.at(age)[0] > 1e-4:
-            age = model.next_age(age, trust.price(price))
+            age = model.next_age(age, callbacks.price(price, price))
             reads += 1 - law.at(age)[0]
-        rows.append([str(missed), f"{trust.missed:.2f}", f"{reads:.3f}"])
-        trust.saw_missed()
+        rows.append([str(missed), f"{callbacks.missed:.2f}", f"{reads:.3f}"])
+        callbacks.saw_missed(0.0, pause=15.0)
     title = f"With callbacks, lognormal(25, .4), price {price:g}: polls that find the task running"
     table(title, ["missed in a row", "share", "polls per task"], rows)
 

@@ -1,14 +1,24 @@
-"""The time a session lives by: the event loop's, or one a test can own."""
+"""A session's clock, the event loop's or one a test can own, and a timer that follows it."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final, Protocol, runtime_checkable
 
-__all__ = ["Clock", "LoopClock", "default", "hold"]
+from attrs import define, field
+
+__all__ = ["AT_ONCE", "NEVER", "Clock", "LoopClock", "SuspendWatch", "Timer", "default", "hold"]
+
+AT_ONCE: Final = math.nextafter(-math.inf, 0.0)
+"""A time before all that has been due for a while."""
+NEVER: Final = math.inf
+
+_SUSPENDED: Final = 30.0
+"""Seconds the time of day must run ahead of the clock to mean that the machine slept."""
 
 
 @runtime_checkable
@@ -44,8 +54,99 @@ default: Callable[[], Clock] = LoopClock
 
 def hold(clock: Clock) -> AbstractContextManager[object]:
     """*clock* held still, if it can be."""
-    holder = getattr(clock, "hold", None)
-    return holder() if holder is not None else _NOTHING
+    return getattr(clock, "hold", nullcontext)()
 
 
-_NOTHING: Final = nullcontext()
+class Timer:
+    """Calls back once, at a time that may be moved.
+
+    Attributes:
+        at: When it is set for, `NEVER` if it is not.
+        closed: True once it calls back no more.
+    """
+
+    def __init__(
+        self, clock: Clock, on_time: Callable[[], None], on_crash: Callable[[BaseException], None]
+    ) -> None:
+        """A timer that is not set; *on_crash* is called if the clock fails."""
+        self._clock = clock
+        self._on_time = on_time
+        self._on_crash = on_crash
+        self._sleeper: asyncio.Task[None] | asyncio.Handle | None = None
+        self.at = NEVER
+        self.closed = False
+
+    def set(self, at: float) -> None:
+        """Call back at *at*, or earlier if it is set for earlier; for `NEVER` not at all."""
+        if self.closed or (self._sleeper is not None and self.at <= at < NEVER):
+            return
+        self._cancel()
+        if at == NEVER:
+            return
+        self.at = at
+        loop = asyncio.get_running_loop()
+        if at == AT_ONCE:
+            self._sleeper = loop.call_soon(self._is_time)
+        elif isinstance(self._clock, LoopClock):  # the same as to sleep, cheaper
+            self._sleeper = loop.call_later(at - self._clock.now(), self._is_time)
+        else:  # no task factory of the caller's makes it: one may refuse
+            self._sleeper = asyncio.Task(self._sleep(at), loop=loop)
+            self._sleeper.add_done_callback(self._woke)
+
+    def close(self) -> None:
+        """Call back no more."""
+        self._cancel()
+        self.closed = True
+
+    def _cancel(self) -> None:
+        if self._sleeper is not None:
+            self._sleeper.cancel()
+        self._sleeper, self.at = None, NEVER
+
+    async def _sleep(self, at: float) -> None:
+        await self._clock.sleep_until(at)
+
+    def _woke(self, sleeper: asyncio.Task[None]) -> None:
+        if sleeper is not self._sleeper:
+            return
+        if sleeper.cancelled():
+            self._on_crash(asyncio.CancelledError("cancelled by others"))
+        elif (crash := sleeper.exception()) is not None:
+            self._on_crash(crash)
+        self._is_time()
+
+    def _is_time(self) -> None:
+        self._sleeper, self.at = None, NEVER
+        self._on_time()
+
+
+@define
+class SuspendWatch:
+    """Notices that the machine was suspended: the time of day ran ahead of the clock.
+
+    Attributes:
+        resumed_at: When it last went on, on the session's clock.
+        retry: True until the first poll after that is answered: it may have gone out on a
+            connection that is dead.
+    """
+
+    _clock: Clock
+    _wall: Callable[[], float] | None
+    _ahead: float = field(init=False)
+    resumed_at: float = field(default=-math.inf, init=False)
+    retry: bool = field(default=False, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._ahead = 0.0 if self._wall is None else self._wall() - self._clock.now()
+
+    def seconds(self) -> float:
+        """How long the machine was suspended since this was last asked, 0 if it was not."""
+        if self._wall is None:
+            return 0.0
+        now = self._clock.now()
+        before, self._ahead = self._ahead, self._wall() - now
+        slept = self._ahead - before
+        if slept <= _SUSPENDED:
+            return 0.0
+        self.resumed_at, self.retry = now, True
+        return slept

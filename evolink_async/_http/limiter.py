@@ -12,7 +12,7 @@ from typing import Final, Self
 
 from attrs import define, field
 
-from evolink_async._clock import Clock
+from evolink_async._clock import Clock, Timer
 from evolink_async._http.retry import MAX_RETRY_AFTER
 from evolink_async.errors import APIStatusError
 
@@ -148,8 +148,7 @@ class Limiter:
         self._cool_down = _CoolDown()
         self._queues: dict[str | None, _Queue] = {}  # by model, None for reads
         self._arrivals = itertools.count()
-        self._timer: asyncio.Task[None] | None = None
-        self._timer_at = inf
+        self._timer = Timer(clock, self._serve, self._clock_failed)
         self.cool_downs = 0
 
     @property
@@ -247,10 +246,10 @@ class Limiter:
             queue = self._turn(now)
             if queue is None:  # at most submits whose model has a cool-down
                 ends = [each.cool_down.until for each in waiting]
-                self._set_timer(min((end for end in ends if end > now), default=inf))
+                self._timer.set(min((end for end in ends if end > now), default=inf))
                 return
             if self.ready_at() > now:
-                self._set_timer(self.ready_at())
+                self._timer.set(self.ready_at())
                 return
             queue.waiting.popleft()[1].set_result(self._give(queue, now))
 
@@ -286,35 +285,14 @@ class Limiter:
 
     # -- the timer -------------------------------------------------------------------------
 
-    def _set_timer(self, when: float) -> None:
-        """Serve again at *when*, or earlier."""
-        if when == inf or (self._timer is not None and self._timer_at <= when):
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_at = when
-        # No task factory of the caller's makes it: that may refuse, or run it at once.
-        self._timer = asyncio.Task(self._sleep_until(when), loop=asyncio.get_running_loop())
-        self._timer.add_done_callback(self._woke)
-
-    async def _sleep_until(self, when: float) -> None:
-        await self._clock.sleep_until(when)
-
-    def _woke(self, timer: asyncio.Task[None]) -> None:
-        failure = None if timer.cancelled() else timer.exception()
-        if timer is not self._timer:  # an earlier one replaced it
-            return
-        self._timer = None
-        if failure is None:  # also where others cancelled it: it is set again
-            self._serve()
-            return
-        for queue in self._queues.values():  # without a clock nobody can say when to go on
+    def _clock_failed(self, failure: BaseException) -> None:
+        """Fail what waits: without a clock nobody can say when to go on."""
+        if isinstance(failure, asyncio.CancelledError):
+            return  # others cancelled the timer; it is set again
+        for queue in self._queues.values():
             while queue.first() < inf:
                 queue.waiting.popleft()[1].set_exception(failure)
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Stop the timer; nobody may be waiting any more."""
-        timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.cancel()
-            await asyncio.gather(timer, return_exceptions=True)
+        self._timer.close()

@@ -168,7 +168,7 @@ class Transport:
 
     async def aclose(self) -> None:
         """Close what we opened."""
-        await self._limiter.aclose()
+        self._limiter.close()
         for closing in tuple(self._closing_clients):
             closing.cancel()
         await asyncio.gather(*self._closing_clients, return_exceptions=True)

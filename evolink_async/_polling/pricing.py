@@ -14,13 +14,25 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
 
-__all__ = ["CallbackTrust", "Pacer", "SharedReads"]
+__all__ = ["Callbacks", "Pacer", "SharedReads"]
 
 BEAT: Final = 2.5
 """Shortest intervals from one burst of reads to the next."""
 
 LEAST_MISSED: Final = 0.01
 """Share of callbacks taken to be missed when none is."""
+
+CANARY_EVERY: Final = (16, 128)
+"""One in so many tasks is a canary: until callbacks have proven to come, and afterwards."""
+
+PROVEN: Final = 32
+"""Callbacks that came from which others are expected to come as well."""
+
+CANARY_USEFULNESS: Final = 0.5
+"""What part of a canary's poll is useful when all canaries are polled together."""
+
+FEW_MISSED: Final = 0.3
+"""Share of missed callbacks up to which polls of tasks with callbacks share no price."""
 
 MODELS_KEPT: Final = 64
 """Kinds of tasks that a session keeps a schedule for."""
@@ -30,16 +42,9 @@ MODELS_KEPT: Final = 64
 class SharedReads:
     """What a poll costs where one read polls many tasks.
 
-    A read polls the tasks due first, due or not. How useful that is to a task is the part of
-    its interval that has passed, cubed. The running mean of it, times the tasks a read polls,
-    is the number of tasks that share the price of a read. The watcher's loop::
-
-        batch = the tasks due first, up to limit
-        shared.saw_read(now, [(task.polled, task.due) for task in batch])
-        price = shared.price(running)
-        for each task of the answer that still runs:
-            due = task.submitted + schedule.next_age(now - task.submitted, price)
-            task.due = shared.on_beat(due, now, running)
+    A request polls the tasks due first, due or not. How useful that is to a task is the part
+    of its interval that has passed, cubed. The running mean of it, times the tasks in one
+    request, is the number of tasks that share its price.
 
     Attributes:
         base_price: Seconds of delay that one read is worth.
@@ -57,13 +62,9 @@ class SharedReads:
     beats: bool = True
     usefulness: float = field(default=0.5, init=False)
 
-    def share(self, running: int) -> float:
-        """Tasks expected to share the price of a read while *running* tasks are watched."""
-        return max(1.0, self.usefulness * min(self.limit, running))
-
     def price(self, running: int) -> float:
         """Seconds of delay that one poll is worth while *running* tasks are watched."""
-        return self.base_price / self.share(running)
+        return self.base_price / max(1.0, self.usefulness * min(self.limit, running))
 
     def on_beat(self, due: float, polled: float, running: int) -> float:
         """When to poll a task due at *due*: then, or together with others due about then.
@@ -95,32 +96,63 @@ class SharedReads:
 
 
 @define(eq=False)
-class CallbackTrust:
-    """How often a poll finds an end because its callback did not come.
+class Callbacks:
+    """Whether callbacks come, and what a poll of a task that should send one may cost.
 
-    It is the price of polling a task with a callback: while callbacks come there are hardly
-    any polls, once they stop there are as many as without them.
+    While they come there are hardly any polls, once they stop there are as many as without
+    them. Some of many tasks, the canaries, are polled all the same, to notice that they stop.
 
     Attributes:
         missed: The running share of ends without a callback, from `LEAST_MISSED` to 1.
         heard: Callbacks that came.
+        canaries: Canaries that are watched now.
     """
 
     missed: float = field(default=LEAST_MISSED, init=False)
     heard: int = field(default=0, init=False)
+    canaries: int = field(default=0, init=False)
+    _submitted: int = field(default=0, init=False)
+    _hurried_at: float = field(default=-math.inf, init=False)
 
-    def price(self, price: float) -> float:
-        """Price of polling a task that should send a callback when it ends."""
-        return price / self.missed
+    def choose_canary(self, watched: int) -> bool:
+        """Whether the task submitted now is a canary, while *watched* others run.
+
+        Only where many run, which would all wait for callbacks that may never come: a lone
+        task teaches as much by the first callback that is missed.
+        """
+        self._submitted += 1
+        every = CANARY_EVERY[self.heard >= PROVEN]
+        return self._submitted % every == 0 and watched >= every // 2
+
+    def canary_price(self, single: float) -> float:
+        """Price of polling a canary, where *single* is that of a poll by itself."""
+        return single / max(1.0, CANARY_USEFULNESS * self.canaries)
+
+    def price(self, shared: float, single: float) -> float:
+        """Price of polling any other task that should send a callback.
+
+        While callbacks come, hardly two such tasks are due together, so that they pay the
+        price of a *single* poll, not a *shared* one.
+        """
+        part = min(1.0, self.missed / FEW_MISSED)
+        return (part * shared + (1 - part) * single) / self.missed
 
     def saw_callback(self) -> None:
         """A callback came at the end of a task."""
         self.heard += 1
         self.missed = max(LEAST_MISSED, self.missed * 0.95)
 
-    def saw_missed(self) -> None:
-        """A poll found the end of a task that should have sent a callback."""
-        self.missed += 0.3 * (1 - self.missed)
+    def saw_missed(self, now: float, *, pause: float) -> bool:
+        """A poll found an end without a callback; True if callbacks seem to stop just now.
+
+        At most once in *pause* seconds.
+        """
+        before = self.missed
+        self.missed += 0.3 * (1 - before)
+        if self.missed <= 2 * before or now < self._hurried_at + pause:
+            return False
+        self._hurried_at = now
+        return True
 
 
 @define(eq=False)
@@ -135,7 +167,7 @@ class Pacer:
 
     policy: PollPolicy
     shared: SharedReads = field(init=False)
-    callbacks: CallbackTrust = field(init=False, factory=CallbackTrust)
+    callbacks: Callbacks = field(init=False, factory=Callbacks)
     _models: dict[Hashable, Schedule] = field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
@@ -154,23 +186,14 @@ class Pacer:
         counts where the kind is new. The schedules of the `MODELS_KEPT` kinds used last
         are kept.
         """
-        schedule = self.known(key) or self._new(estimate)
+        schedule = self._models.pop(key, None)
+        if schedule is None:
+            learns = self.policy.wait is None
+            schedule = DurationModel(self.policy, estimate) if learns else Backoff(self.policy)
         self._models[key] = schedule
         if len(self._models) > MODELS_KEPT:
             del self._models[next(iter(self._models))]
         return schedule
-
-    def known(self, key: Hashable) -> Schedule | None:
-        """The schedule of tasks of kind *key* if there is one; it counts as just used."""
-        schedule = self._models.pop(key, None)
-        if schedule is not None:
-            self._models[key] = schedule
-        return schedule
-
-    def _new(self, estimate: object) -> Schedule:
-        if self.policy.wait is not None:
-            return Backoff(self.policy)
-        return DurationModel(self.policy, estimate)
 
     @property
     def typical(self) -> dict[Hashable, float]:

@@ -12,11 +12,11 @@ from typing import Final
 
 from attrs import define, field
 
+from evolink_async._clock import NEVER
 from evolink_async._model.requests import ImageRequest, RawRequest
 from evolink_async._model.snapshots import TaskSnapshot
 from evolink_async._polling.failures import Failures
 from evolink_async._polling.policy import Schedule
-from evolink_async._polling.timer import NEVER
 from evolink_async.errors import EvolinkError, TaskTimeoutError
 
 __all__ = ["IN_FLIGHT", "Callers", "DueQueue", "Futures", "Kind", "Watch", "wait_in", "wake_all"]

@@ -1,8 +1,8 @@
 """The watcher: polls every running task of a session until it has ended.
 
 One queue of due times, one timer for the earliest, polls filled with the tasks due first,
-and the only place where the state of a task changes. It knows the network only as
-`Network`. What failed polls mean for a task is told in `failures`.
+and the only place where the state of a task changes. What failed polls mean for a task is
+decided in `failures`.
 """
 
 from __future__ import annotations
@@ -10,22 +10,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import Final
+from typing import Final, Protocol
 
-from evolink_async._clock import Clock
+from evolink_async._clock import AT_ONCE, NEVER, Clock, SuspendWatch, Timer
 from evolink_async._model.requests import ImageRequest, RawRequest
 from evolink_async._model.snapshots import RUNNING, TERMINAL, TaskSnapshot
-from evolink_async._polling.canaries import Canaries
 from evolink_async._polling.failures import BatchPolls, Failures
-from evolink_async._polling.network import Network, PollResult
 from evolink_async._polling.policy import PollPolicy
 from evolink_async._polling.pricing import Pacer
-from evolink_async._polling.timer import AT_ONCE, NEVER, SuspendWatch, Timer
 from evolink_async._polling.watch import (
     IN_FLIGHT,
-    Callers,
     DueQueue,
     Kind,
     Watch,
@@ -48,6 +44,41 @@ _ENDS_AT_ONCE: Final = 500
 _SWEEP: Final = 0.25
 """Least seconds from one pass through all deadlines to the next."""
 _WORDS_LOGGED: Final = 100
+
+
+class PollResult(Protocol):
+    """What came of one poll: by id a task, an error, or None for an id that was left out.
+
+    An id that is absent from the answers is polled again at once.
+    """
+
+    @property
+    def sent_at(self) -> float: ...
+    @property
+    def received_at(self) -> float: ...
+    @property
+    def answers(self) -> Mapping[str, TaskSnapshot | EvolinkError | None]: ...
+
+
+class Network(Protocol):
+    """What the watcher needs of a transport."""
+
+    @property
+    def read_limit(self) -> int:
+        """Tasks one poll may ask for now."""
+        ...
+
+    def fetch(self, ids: tuple[str, ...]) -> Awaitable[PollResult]:
+        """Poll tasks once; never fails for an id. Changes `read_limit` at once, if at all."""
+        ...
+
+    def backoff(self, failures: int) -> float:
+        """Seconds until a task whose polls failed so often in a row is polled again."""
+        ...
+
+    def renew(self) -> None:
+        """Use new connections from now on."""
+        ...
 
 
 class Watcher:
@@ -79,8 +110,8 @@ class Watcher:
         """
         self._network = network
         self._clock = clock
+        self._policy = policy
         self._pacer = Pacer(policy)
-        self._canaries = Canaries(self._pacer.callbacks)
         self._ready_at = ready_at
         self._max_reads = max_reads
         self._contended = contended
@@ -135,8 +166,12 @@ class Watcher:
         kind, schedule = Kind.ATTACHED, self._pacer.model(_ATTACHED)
         if not replayed:
             key = f"{request.path} {request.model}"
-            schedule = self._pacer.known(key) or self._pacer.model(key, snapshot.estimated_time)
-            kind = self._kind(request)
+            schedule = self._pacer.model(key, snapshot.estimated_time)
+            if request.callback_url is None:
+                kind = Kind.POLLED
+            else:
+                canary = self._pacer.callbacks.choose_canary(len(self._live))
+                kind = Kind.CANARY if canary else Kind.CALLBACK
         watch = Watch(
             snapshot.id,
             started=started,
@@ -147,11 +182,10 @@ class Watcher:
             on_end=on_end,
             snapshot=snapshot,
         )
-        schedule.started()
+        self._start(watch)
         if snapshot.is_terminal:
             self._end(watch)
             return watch
-        self._start(watch)
         self._push(watch, self._clock.now() if replayed else self._first_due(watch))
         if logger.isEnabledFor(logging.DEBUG):
             wait = watch.due - self._clock.now()
@@ -165,7 +199,6 @@ class Watcher:
             schedule = self._pacer.model(_ATTACHED)
             now = self._clock.now()
             watch = Watch(task_id, started=now, kind=Kind.ATTACHED, schedule=schedule)
-            schedule.started()
             self._start(watch)
             self._push(watch, now)
         return watch
@@ -188,7 +221,7 @@ class Watcher:
         if watch.due == IN_FLIGHT:
             watch.asked().nudged = True
         elif watch.last_error is None:
-            soonest = watch.polled + self._pacer.policy.min_interval if watch.polls else AT_ONCE
+            soonest = watch.polled + self._policy.min_interval if watch.polls else AT_ONCE
             self._hurry(watch, soonest)
         return True
 
@@ -235,37 +268,28 @@ class Watcher:
 
     # -- due times -------------------------------------------------------------------------
 
-    def _kind(self, request: ImageRequest | RawRequest) -> Kind:
-        if request.callback_url is None:
-            return Kind.POLLED
-        return Kind.CANARY if self._canaries.choose(len(self._live)) else Kind.CALLBACK
-
     def _start(self, watch: Watch) -> None:
+        watch.schedule.started()
         self._live[watch.id] = watch
-        self._canaries.running += watch.kind is Kind.CANARY
+        self._pacer.callbacks.canaries += watch.kind is Kind.CANARY
         deadline = self._deadline(watch)
         if deadline < self._sweep_at:
             self._sweep_at = deadline
             self._timer.set(deadline)
 
     def _deadline(self, watch: Watch) -> float:
-        age = self._pacer.policy.deadline
+        age = self._policy.deadline
         return NEVER if age is None else watch.started + age
-
-    def _price(self, watch: Watch, shared: float) -> float:
-        """What a poll may cost: little where a callback will tell the end."""
-        if watch.kind is Kind.CALLBACK:
-            return self._canaries.price(shared, self._pacer.policy.price)
-        if watch.kind is Kind.CANARY:
-            return self._canaries.canary_price(self._pacer.policy.price)
-        if watch.failures is not None:  # it may have to be polled alone
-            return self._pacer.policy.price
-        return shared
 
     def _next_due(self, watch: Watch, age: float, price: float) -> float:
         """When to poll next, after a poll sent at *age* (0 after the submit)."""
-        if watch.kind is not Kind.POLLED or watch.failures is not None:
-            price = self._price(watch, price)
+        single, callbacks = self._policy.price, self._pacer.callbacks
+        if watch.kind is Kind.CALLBACK:
+            price = callbacks.price(price, single)
+        elif watch.kind is Kind.CANARY:
+            price = callbacks.canary_price(single)
+        elif watch.failures is not None:  # it may have to be polled alone
+            price = single
         due = watch.started + watch.schedule.next_age(age, price, watch.polls)
         return self._pacer.shared.on_beat(due, watch.started + age, len(self._live))
 
@@ -276,15 +300,15 @@ class Watcher:
         if due < deadline:
             return due
         # A poll half-way to so near a deadline is better than none.
-        return max((watch.started + deadline) / 2, deadline - self._pacer.policy.min_interval)
+        return max((watch.started + deadline) / 2, deadline - self._policy.min_interval)
 
     def _push(self, watch: Watch, due: float) -> None:
         """Poll *watch* at *due*; once more shortly before the deadline, never after it."""
         deadline = self._deadline(watch)
         if due >= deadline:
-            due = deadline - self._pacer.policy.min_interval
+            due = deadline - self._policy.min_interval
             polled = watch.polls or watch.failures is not None
-            if due <= self._clock.now() + (self._pacer.policy.min_interval if polled else 0.0):
+            if due <= self._clock.now() + (self._policy.min_interval if polled else 0.0):
                 watch.due = NEVER  # that poll has been
                 return
         self._queue.push(watch, due)
@@ -344,9 +368,9 @@ class Watcher:
     def _give_up_late(self, now: float) -> None:
         """End what is past its deadline, be it queued, in flight or held up."""
         for watch in [watch for watch in self._live.values() if self._deadline(watch) <= now]:
-            self._end(watch, watch.timed_out(self._pacer.policy.deadline))
+            self._end(watch, watch.timed_out(self._policy.deadline))
         first = min((self._deadline(watch) for watch in self._live.values()), default=NEVER)
-        self._sweep_at = max(first, now + min(self._pacer.policy.min_interval, _SWEEP))
+        self._sweep_at = max(first, now + min(self._policy.min_interval, _SWEEP))
 
     def _take(self, now: float) -> list[Watch]:
         """The watches of the next poll: those due first, due or not, as many as it can ask for.
@@ -434,16 +458,13 @@ class Watcher:
             else:
                 self._failed(watch, answer, result, single=single)
             callers = watch.callers
-            if callers is not None and (callers.poll or callers.again):
-                self._serve(watch, callers)
-
-    def _serve(self, watch: Watch, callers: Callers) -> None:
-        """Wake what waits for a poll, or poll once more where it was asked for since."""
-        if callers.again and not watch.ended:
-            callers.again = False
-            self._push(watch, AT_ONCE)
-        else:
-            wake_all(callers.poll)
+            if callers is None:
+                continue
+            if callers.again and not watch.ended:  # asked for since: poll once more
+                callers.again = False
+                self._push(watch, AT_ONCE)
+            else:
+                wake_all(callers.poll)
 
     def _saw(
         self,
@@ -477,7 +498,7 @@ class Watcher:
         callers = watch.callers
         if callers is not None and callers.nudged:
             watch.nudged, callers.nudged = True, False
-            due = min(due, sent_at + self._pacer.policy.min_interval)
+            due = min(due, sent_at + self._policy.min_interval)
         self._push(watch, max(due, result.received_at))
         if snapshot.status not in RUNNING:
             self._log_unknown(snapshot.status)
@@ -523,7 +544,7 @@ class Watcher:
             logger.debug("polling task %s failed, %s: %s", watch.id, plan, error)
 
     def _retry(self, watch: Watch, failures: int) -> None:
-        wait = max(self._network.backoff(failures), self._pacer.policy.min_interval)
+        wait = max(self._network.backoff(failures), self._policy.min_interval)
         self._push(watch, self._clock.now() + wait)
 
     def _may_lag(self, watch: Watch) -> bool:
@@ -555,11 +576,11 @@ class Watcher:
     def _end(self, watch: Watch, reason: EvolinkError | None = None) -> None:
         watch.reason, watch.due = reason, NEVER
         watch.schedule.left()
-        if self._live.pop(watch.id, None) is not None:
-            self._canaries.running -= watch.kind is Kind.CANARY
-            if not self._live:
-                self._sweep_at = NEVER
-                self._timer.set(NEVER)
+        del self._live[watch.id]
+        self._pacer.callbacks.canaries -= watch.kind is Kind.CANARY
+        if not self._live:
+            self._sweep_at = NEVER
+            self._timer.set(NEVER)
         if reason is None:
             self._count_callback(watch)
             logger.debug("task %s ended", watch.id)
@@ -571,12 +592,13 @@ class Watcher:
             watch.on_end = None
 
     def _count_callback(self, watch: Watch) -> None:
-        """Learn whether callbacks come; where they stop, do not wait for those to come."""
+        """Learn whether callbacks come; once they stop, do not wait for the others."""
+        callbacks = self._pacer.callbacks
         if watch.nudged:
-            self._pacer.callbacks.saw_callback()
+            callbacks.saw_callback()
         elif watch.kind in {Kind.CALLBACK, Kind.CANARY}:
             now = self._clock.now()
-            if self._canaries.saw_missed(now, pause=self._pacer.policy.max_interval / 4):
+            if callbacks.saw_missed(now, pause=self._policy.max_interval / 4):
                 price = self._pacer.shared.price(len(self._live))
                 for other in self._live.values():
                     if other.kind is Kind.CALLBACK and other.failures is None:

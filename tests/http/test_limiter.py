@@ -99,7 +99,8 @@ class Requests:
         for task in self.tasks.values():
             task.cancel()
         await asyncio.gather(*self.tasks.values(), return_exceptions=True)
-        await self.limiter.aclose()
+        self.limiter.close()
+        await settle()
 
 
 MakeRequests = Callable[..., Requests]
@@ -640,8 +641,9 @@ async def test_closing_leaves_nothing_running(limited: MakeRequests) -> None:
     await requests.ask("r0")
     assert len(asyncio.all_tasks()) == 3  # this test, the waiter, the timer
     await requests.cancel("r0")
-    await requests.limiter.aclose()
-    await requests.limiter.aclose()
+    requests.limiter.close()
+    requests.limiter.close()
+    await settle()
     assert len(asyncio.all_tasks()) == 1
 
 
@@ -723,17 +725,19 @@ async def test_the_timer_is_the_limiters_own() -> None:
     loop.set_task_factory(lambda *_, **__: pytest.fail("asked for a task"))
     try:
         await settle()
-        timer = limiter._timer
+        timer = limiter._timer._sleeper
         assert timer is not None
         timer.cancel()  # while it sleeps
         for _ in range(2):
             await asyncio.sleep(0)
-        assert limiter._timer not in {timer, None}
-        limiter._timer.cancel()  # before its first step
+        replaced = limiter._timer._sleeper
+        assert replaced is not None
+        assert replaced is not timer
+        replaced.cancel()  # before its first step
         await clock.advance(1)
         assert [task.done() for task in waiting] == [True, False]
-        assert limiter._timer is not None
-        limiter._timer.cancel()
+        assert limiter._timer._sleeper is not None
+        limiter._timer._sleeper.cancel()
         await clock.advance(1)
         assert waiting[1].done()
     finally:

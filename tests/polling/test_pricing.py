@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evolink_async._polling.policy import PollPolicy
-from evolink_async._polling.pricing import BEAT, MODELS_KEPT, CallbackTrust, Pacer, SharedReads
+from evolink_async._polling.pricing import BEAT, MODELS_KEPT, Callbacks, Pacer, SharedReads
 
 
 def test_each_kind_has_its_own_model() -> None:
@@ -148,30 +148,30 @@ def test_a_read_of_one_teaches_nothing_about_sharing() -> None:
 
 def test_while_callbacks_come_polls_are_rare() -> None:
     """A poll of a task with a callback is a hundred times as dear at first."""
-    trust = CallbackTrust()
-    assert trust.price(0.5) == pytest.approx(50)
+    callbacks = Callbacks()
+    assert callbacks.price(0.5, 0.5) == pytest.approx(50)
     model = Pacer(PollPolicy()).model("kind", 25)
-    assert model.next_age(0.0, trust.price(0.5)) > model.next_age(0.0, 0.5) + 5
+    assert model.next_age(0.0, callbacks.price(0.5, 0.5)) > model.next_age(0.0, 0.5) + 5
 
 
 def test_missed_callbacks_turn_into_plain_polling() -> None:
     """The first one missed counts at once; after ten the price is nearly the plain one."""
-    trust = CallbackTrust()
-    trust.saw_missed()
-    assert trust.price(0.5) < 2
+    callbacks = Callbacks()
+    callbacks.saw_missed(0.0, pause=15.0)
+    assert callbacks.price(0.5, 0.5) < 2
     for _ in range(9):
-        trust.saw_missed()
-    assert 0.5 <= trust.price(0.5) < 0.52
+        callbacks.saw_missed(0.0, pause=15.0)
+    assert 0.5 <= callbacks.price(0.5, 0.5) < 0.52
 
 
 def test_trust_in_callbacks_comes_back() -> None:
     """A hundred callbacks after an outage, polls are rare again."""
-    trust = CallbackTrust()
+    callbacks = Callbacks()
     for _ in range(1000):
-        trust.saw_missed()
+        callbacks.saw_missed(0.0, pause=15.0)
     for _ in range(100):
-        trust.saw_callback()
-    assert trust.price(0.5) == pytest.approx(50)
+        callbacks.saw_callback()
+    assert callbacks.price(0.5, 0.5) == pytest.approx(50)
 
 
 def first_batch(truth: float, estimate: float) -> tuple[float, float]:
