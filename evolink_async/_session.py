@@ -10,7 +10,6 @@ import warnings
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from attrs import NOTHING, NothingType
@@ -26,7 +25,7 @@ from evolink_async._checks import instance
 from evolink_async._clock import Clock, LoopClock
 from evolink_async._http.limiter import Limiter
 from evolink_async._http.protocol import CREDITS_PATH, check_idempotency_key, new_idempotency_key
-from evolink_async._http.retry import RetryPolicy, Timeout
+from evolink_async._http.retry import Retries, RetryPolicy, Timeout
 from evolink_async._http.submit import Accepted, BeforeSend, Submitter
 from evolink_async._list import list_tasks
 from evolink_async._map import Outcome, map_requests
@@ -140,15 +139,11 @@ class Session:
             SessionClosedError: It is closed.
             ConfigurationError: It already belongs to another loop.
         """
-        loop = asyncio.get_running_loop()
         if self._closing:
             raise SessionClosedError("the session is closed; make a new one")
-        if self._loop is loop:
-            return
+        self.check_loop()
         if self._loop is not None:
-            raise ConfigurationError(
-                "this session belongs to another event loop; make one session per loop"
-            )
+            return
         # Here, not above: aiohttp takes long to import, and --help needs none of it.
         from evolink_async._http.transport import Transport  # noqa: PLC0415
         from evolink_async._results.fetch import ResultClient  # noqa: PLC0415
@@ -162,7 +157,7 @@ class Session:
             clock=clock,
             limiter=limiter,
             timeout=settings.timeout,
-            policy=settings.retry,
+            retries=Retries(settings.retry, clock),
             http=settings.http,
         )
         self._results = ResultClient(
@@ -188,18 +183,13 @@ class Session:
             resend_uncertain=settings.retry.resend_uncertain,
             notice_resume=self._watcher.notice_resume,
         )
-        self._loop = loop
+        self._loop = asyncio.get_running_loop()
 
     async def __aenter__(self) -> Self:
         self._open()
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def aclose(self, *, grace: float | None = None) -> None:
@@ -231,21 +221,18 @@ class Session:
         try:
             await self._submitter.finish(grace)
         finally:
-            await self._shut()
-
-    async def _shut(self) -> None:
-        running = await self._watcher.stop(
-            lambda task_id: SessionClosedError(
-                f"the session was closed while task {task_id} was running; it goes on, "
-                f"and session.task({task_id!r}) of a new session picks it up",
-                task_id=task_id,
+            running = await self._watcher.stop(
+                lambda task_id: SessionClosedError(
+                    f"the session was closed while task {task_id} was running; it goes on, "
+                    f"and session.task({task_id!r}) of a new session picks it up",
+                    task_id=task_id,
+                )
             )
-        )
-        for line in lines_of(running):
-            logger.warning("session closed with tasks still running: %s", line)
-            await asyncio.sleep(0)
-        await self._transport.aclose()
-        await self._results.aclose()
+            for line in lines_of(running):
+                logger.warning("session closed with tasks still running: %s", line)
+                await asyncio.sleep(0)
+            await self._transport.aclose()
+            await self._results.aclose()
 
     def __del__(self) -> None:
         if getattr(self, "_loop", None) is not None and not self._closing:
@@ -394,8 +381,8 @@ class Session:
             here = None
         if self._loop is not None and here is not self._loop:
             raise ConfigurationError(
-                "this session belongs to another event loop; hand the call over to that loop, "
-                "e.g. with asyncio.run_coroutine_threadsafe"
+                "this session belongs to another event loop; make one session per loop, "
+                "or hand the call over with asyncio.run_coroutine_threadsafe"
             )
 
     @property
@@ -464,11 +451,7 @@ class Session:
         return tuple(Task(watch.id, self, watch) for watch in self._watcher.watches)
 
     def _watcher_here(self) -> Watcher:
-        if self._loop is not asyncio.get_running_loop():
-            raise ConfigurationError(
-                "this task's session belongs to another event loop; "
-                "make a session here and pick it up by its id: session.task(id)"
-            )
+        self.check_loop()
         return self._watcher
 
     def _attach(self, task_id: str) -> Watch:
@@ -546,14 +529,14 @@ class Session:
         """What the session is doing and has done so far."""
         if self._loop is None:
             return Stats()
-        counters = self._transport.counters
+        transport = self._transport
         return Stats(
             running=self._watcher.running,
             waiting=self._submitter.waiting,
-            submits=counters.submits,
-            reads=counters.reads,
-            ids_read=counters.ids_read,
-            retries=counters.retries,
+            submits=transport.submits,
+            reads=transport.reads,
+            ids_read=transport.ids_read,
+            retries=transport.retries.count,
             cool_downs=self._limiter.cool_downs,
             cooling_down=self._limiter.cooling_down,
             typical=self._watcher.typical,

@@ -13,8 +13,8 @@ from evolink_async._checks import number
 from evolink_async._clock import Clock
 from evolink_async._model.requests import ImageRequest, RawRequest
 from evolink_async._model.snapshots import RESUBMITTABLE, GenerationResult, TaskSnapshot
-from evolink_async._polling.watch import Watch
-from evolink_async._polling.watcher import Watcher, differs
+from evolink_async._polling.watch import Watch, differs
+from evolink_async._polling.watcher import Watcher
 from evolink_async._text import printable
 from evolink_async.errors import (
     TaskCancelledError,

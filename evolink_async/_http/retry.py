@@ -5,6 +5,7 @@ The only module that runs tenacity's retry loop; no tenacity type leaves it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar, cast
 
@@ -22,8 +23,9 @@ from evolink_async._checks import number, valid
 from evolink_async._clock import Clock
 from evolink_async.errors import APITimeoutError, EvolinkError
 
-__all__ = ["MAX_RETRY_AFTER", "RetryBudget", "RetryPolicy", "Timeout", "run"]
+__all__ = ["MAX_RETRY_AFTER", "Retries", "RetryBudget", "RetryPolicy", "Timeout"]
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_RETRY_AFTER: Final = 300.0
@@ -127,68 +129,90 @@ def _price(error: EvolinkError) -> int:
     return 10 if isinstance(error, APITimeoutError) else 5
 
 
-async def run(
-    call: Callable[[], Awaitable[T]],
-    *,
-    policy: RetryPolicy,
-    budget: RetryBudget,
-    clock: Clock,
-    again: Callable[[EvolinkError], bool],
-    before_retry: Callable[[EvolinkError, float], None],
-    began_at: Callable[[], float] | None = None,
-) -> T:
-    """Await ``call()`` until it succeeds, *again* says no, or the policy ends it.
+@define
+class Retries:
+    """Tries the calls of one session again, as its policy and its budget allow.
 
-    The policy's time-out counts from now, or from what *began_at* says after a failure.
-
-    Raises:
-        EvolinkError: The last attempt's error, as it was.
+    Attributes:
+        policy: How often, and how soon.
+        budget: What retries and failed polls take from.
+        count: How many there have been.
     """
-    started = clock.now()
-    try:  # nearly all succeed, and tenacity is costly: benchmarks/submit_cost.py
-        return await call()
-    except EvolinkError as exc:
-        failure = exc
-    if began_at is not None:
-        started = began_at()
 
-    def wanted(error: BaseException) -> bool:
-        return isinstance(error, EvolinkError) and again(error)
+    policy: RetryPolicy
+    _clock: Clock
+    budget: RetryBudget = field(init=False)
+    count: int = field(default=0, init=False)
 
-    def wait(state: RetryCallState) -> float:
-        # After a throttle the limiter holds everybody back; waiting here as well would be twice.
-        return 0.0 if _error(state).is_throttle else policy.wait_after(state.attempt_number)
+    def __attrs_post_init__(self) -> None:
+        self.budget = RetryBudget(self.policy.budget)
 
-    def stop(state: RetryCallState) -> bool:
-        return (
-            state.attempt_number >= policy.attempts
-            or clock.now() - started + state.upcoming_sleep > policy.timeout
-            or not budget.covers(_error(state))
-        )
+    def wait_after(self, failures: int) -> float:
+        """Seconds to wait after that many failures in a row, the longest if the budget is spent."""
+        return self.policy.wait_max if self.budget.is_spent else self.policy.wait_after(failures)
 
-    def before_sleep(state: RetryCallState) -> None:
-        # Here it is certain that there will be another attempt, so here it is paid for.
-        budget.take(_error(state))
-        before_retry(_error(state), state.upcoming_sleep)
+    async def run(
+        self,
+        call: Callable[[], Awaitable[T]],
+        again: Callable[[EvolinkError], bool],
+        *,
+        began_at: Callable[[], float] | None = None,
+    ) -> T:
+        """Await ``call()`` until it succeeds, *again* says no, or the policy ends it.
 
-    async def sleep(seconds: float) -> None:
-        if seconds > 0:
-            await clock.sleep_until(clock.now() + seconds)
+        The policy's time-out counts from now, or from what *began_at* says after a failure.
 
-    retrying = AsyncRetrying(
-        retry=retry_if_exception(wanted),
-        wait=wait,
-        stop=stop,
-        before_sleep=before_sleep,
-        sleep=sleep,
-        reraise=True,
-    )
-    async for attempt in retrying:
-        with attempt:
-            if attempt.retry_state.attempt_number == 1:  # made above
-                raise failure
+        Raises:
+            EvolinkError: The last attempt's error, as it was.
+        """
+        policy, clock, budget = self.policy, self._clock, self.budget
+        started = clock.now()
+        try:  # nearly all succeed, and tenacity is costly: benchmarks/submit_cost.py
             return await call()
-    raise failure  # pragma: no cover - the loop ends with a result or an error
+        except EvolinkError as exc:
+            failure = exc
+        if began_at is not None:
+            started = began_at()
+
+        def wanted(error: BaseException) -> bool:
+            return isinstance(error, EvolinkError) and again(error)
+
+        def wait(state: RetryCallState) -> float:
+            # After a throttle the limiter holds all requests back: waiting here would be twice.
+            return 0.0 if _error(state).is_throttle else policy.wait_after(state.attempt_number)
+
+        def stop(state: RetryCallState) -> bool:
+            return (
+                state.attempt_number >= policy.attempts
+                or clock.now() - started + state.upcoming_sleep > policy.timeout
+                or not budget.covers(_error(state))
+            )
+
+        def before_sleep(state: RetryCallState) -> None:
+            # Here it is certain that there will be another attempt, so here it is paid for.
+            error = _error(state)
+            budget.take(error)
+            self.count += 1
+            logger.warning("trying again in %.1f s: %s", state.upcoming_sleep, error)
+
+        async def sleep(seconds: float) -> None:
+            if seconds > 0:
+                await clock.sleep_until(clock.now() + seconds)
+
+        retrying = AsyncRetrying(
+            retry=retry_if_exception(wanted),
+            wait=wait,
+            stop=stop,
+            before_sleep=before_sleep,
+            sleep=sleep,
+            reraise=True,
+        )
+        async for attempt in retrying:
+            with attempt:
+                if attempt.retry_state.attempt_number == 1:  # made above
+                    raise failure
+                return await call()
+        raise failure  # pragma: no cover - the loop ends with a result or an error
 
 
 def _error(state: RetryCallState) -> EvolinkError:

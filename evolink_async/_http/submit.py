@@ -2,8 +2,8 @@
 
 Once a POST may have left, it belongs to the session: it is sent by an asyncio task of the
 session's own, which goes on if the caller is cancelled. So every submit runs in such a task
-(`Submitter.submit`), and what happens there is told top to bottom: `_run`, `_send`, `_attempt`.
-Whether a submit is sent again is decided in one place, `_may_resend`.
+(`Submitter.submit`): `_run` makes attempts, `_attempt` is one of them. Whether a submit is sent
+again is decided in one place, `_may_resend`.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class _Submission:
         idempotency_key: The key its next POST carries.
         before_send: The caller's hook.
         ended: What its caller waits for: done once its asyncio task is.
-        began_at: When it got its first permit, on the session's clock: what it waited before,
-            with many others in a queue, is no reason to give up sooner.
+        began_at: When it got its first permit, on the session's clock. The wait for that permit
+            does not count towards the retry policy's time-out.
         may_have_left: True once a POST of it may have been accepted.
         awaits_answer: True while a POST of it waits for its answer.
         uncertain: Why a POST of it may have been accepted although no usable answer came.
@@ -98,8 +98,8 @@ class _Submission:
         if error.may_have_been_accepted:
             self.uncertain = self.uncertain or error
         elif error.resendable and getattr(error, "replayed", False):
-            # The stored answer to the first POST under this key: it was refused. The same
-            # key would get the same answer for ever.
+            # The stored answer to the first POST under this key, which was refused. The same
+            # key would always get the same answer.
             self.uncertain = None
             self.idempotency_key = protocol.new_idempotency_key()
         self.may_have_left = self.uncertain is not None
@@ -180,7 +180,13 @@ class Submitter:
             SessionClosedError: The session was closed; nothing was sent.
             EvolinkError: It was not accepted.
         """
-        await self._take_slot()
+        self.waiting += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self.waiting -= 1
+        if self._transport.closing:
+            raise SessionClosedError(NOT_SENT)
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         submission = _Submission(
             request, idempotency_key=idempotency_key, before_send=before_send, ended=ended
@@ -194,15 +200,6 @@ class Submitter:
         if task.cancelled() and self._transport.closing:
             raise SessionClosedError(NOT_SENT)
         return task.result()
-
-    async def _take_slot(self) -> None:
-        self.waiting += 1
-        try:
-            await self._slots.acquire()
-        finally:
-            self.waiting -= 1
-        if self._transport.closing:
-            raise SessionClosedError(NOT_SENT)
 
     def _start(self, submission: _Submission, register: Callable[[Accepted], T]) -> asyncio.Task[T]:
         """Run a submit in an asyncio task of the session's own, in the context of its caller."""
@@ -240,9 +237,13 @@ class Submitter:
     # -- the session's side ----------------------------------------------------------------
 
     async def _run(self, submission: _Submission, register: Callable[[Accepted], T]) -> T:
-        """Send a submit, and register the task it made."""
+        """Make attempts until one is accepted or the last error stands; register the task."""
         try:
-            accepted = await self._send(submission)
+            accepted = await self._transport.retries.run(
+                partial(self._attempt, submission),
+                partial(self._may_resend, submission),
+                began_at=lambda: submission.began_at,
+            )
         except asyncio.CancelledError:
             if not submission.may_have_left:
                 raise
@@ -252,29 +253,22 @@ class Submitter:
                 submission.idempotency_key,
             )
             raise submission.uncertain_error("it was cut off") from None
-        return register(accepted)
-
-    async def _send(self, submission: _Submission) -> Accepted:
-        """Make attempts until one is accepted, or the last error stands."""
-        try:
-            return await self._transport.retrying(
-                partial(self._attempt, submission),
-                partial(self._may_resend, submission),
-                began_at=lambda: submission.began_at,
-            )
         except Exception:  # also what before_send raised: an earlier POST stays uncertain
             if (why := submission.uncertain) is not None:
                 raise submission.uncertain_error(why) from why
             raise
+        return register(accepted)
 
     def _may_resend(self, submission: _Submission, error: EvolinkError) -> bool:
         """Whether a submit is sent again after an attempt that ended with *error*.
 
-        This decides it, for every submit. How soon and how often, the retry policy says.
+        How soon and how often is up to the retry policy.
         """
         if self._transport.closing or error is submission.hook_error:
             return False
-        if not (error.resendable or error.may_have_been_accepted) or _asks_for_too_much(error):
+        if not (error.resendable or error.may_have_been_accepted):
+            return False
+        if isinstance(error, APIStatusError) and (error.retry_after or 0) > MAX_RETRY_AFTER:
             return False
         return submission.uncertain is None or self._resend_uncertain
 
@@ -284,33 +278,29 @@ class Submitter:
             submission.began_at = min(submission.began_at, self._clock.now())
             self._check_wanted(submission)
             if submission.before_send is not None:
-                await self._ask_hook(submission, submission.before_send)
+                try:
+                    with hold(self._clock):
+                        await submission.before_send(submission.idempotency_key)
+                except Exception as exc:
+                    submission.hook_error = exc  # whatever its type, it is no answer of the API
+                    raise
                 self._check_wanted(submission)
             self._notice_resume()
             return await self._post(submission)
 
     def _check_wanted(self, submission: _Submission) -> None:
-        """Stop where the session was closed, or the hook kept a cancellation to itself."""
+        """Stop if the session was closed, or if the hook swallowed a cancellation."""
         if self._transport.closing:
             raise SessionClosedError(NOT_SENT)
         if submission.stopped:
             raise asyncio.CancelledError
-
-    async def _ask_hook(self, submission: _Submission, hook: BeforeSend) -> None:
-        try:
-            with hold(self._clock):
-                await hook(submission.idempotency_key)
-        except Exception as exc:
-            submission.hook_error = exc  # whatever its type, it says nothing about an answer
-            raise
 
     async def _post(self, submission: _Submission) -> Accepted:
         key = submission.idempotency_key
         submission.may_have_left = submission.awaits_answer = True
         try:
             answer = await self._transport.post(submission.request, idempotency_key=key)
-            value = protocol.decipher(answer.status, answer.headers, answer.body)
-            snapshot = TaskSnapshot.from_json(value, body=answer.body, status="pending")
+            snapshot = TaskSnapshot.from_json(answer.json(), body=answer.body, status="pending")
         except EvolinkError as exc:
             submission.failed(exc)
             raise
@@ -328,7 +318,7 @@ class Submitter:
 
     async def finish(self, grace: float | None) -> None:
         """Start no new POST; give POSTs in the air *grace* seconds, or their time-out if None."""
-        for _ in range(self.waiting):  # they wake, see that the session is closing, and say so
+        for _ in range(self.waiting):  # each raises SessionClosedError
             self._slots.release()
         for task, submission in self._running.items():
             if not submission.awaits_answer:
@@ -341,15 +331,9 @@ class Submitter:
             await asyncio.gather(*self._running, return_exceptions=True)
 
     def cut_off(self) -> None:
-        """Stop waiting for answers: their submits are uncertain."""
+        """Stop waiting for answers; those submits are uncertain."""
         for task in self._running:
             task.cancel()
-
-
-def _asks_for_too_much(error: EvolinkError) -> bool:
-    """True if the API asks a submit to wait longer than anybody should wait unawares."""
-    retry_after = error.retry_after if isinstance(error, APIStatusError) else None
-    return retry_after is not None and retry_after > MAX_RETRY_AFTER
 
 
 def _log_abandoned(submission: _Submission, task: asyncio.Task[Any]) -> None:

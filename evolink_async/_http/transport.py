@@ -8,20 +8,20 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import version
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final
 
 import aiohttp
 from attrs import define, field
 
 from evolink_async._clock import Clock, hold
-from evolink_async._http import protocol, retry
+from evolink_async._http import protocol
 from evolink_async._http.breaker import BatchBreaker
 from evolink_async._http.limiter import Limiter
 from evolink_async._http.proxy import environment_proxy
-from evolink_async._http.retry import Timeout
+from evolink_async._http.retry import Retries, Timeout
 from evolink_async._http.secret import Secret
 from evolink_async._model.requests import ImageRequest, RawRequest
 from evolink_async._model.snapshots import TaskSnapshot
@@ -35,10 +35,9 @@ from evolink_async.errors import (
     InvalidResponseError,
 )
 
-__all__ = ["Answer", "Counters", "PollResult", "Transport"]
+__all__ = ["Answer", "PollResult", "Transport"]
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 _USER_AGENT: Final = f"evolink-async/{version('evolink-async')}"
 _BODY_LIMIT: Final = 1024 * 1024
@@ -75,31 +74,29 @@ class Answer:
         """Whether it is the stored answer to an earlier request."""
         return protocol.is_replayed(self._headers)
 
+    def json(self) -> Any:
+        """Its JSON value.
+
+        Raises:
+            EvolinkError: It is an error, or not JSON.
+        """
+        return protocol.decipher(self.status, self.headers, self.body)
+
 
 @define(kw_only=True)
 class PollResult:
-    """One attempt to read some tasks.
+    """What came of one poll.
 
     Attributes:
         sent_at: When the request was sent.
         received_at: When its answer was complete.
         answers: By id: the task, the error, or None for an id a batch answer left out. Those
-            about which nothing was learned are absent: they are to be read again.
+            about which nothing was learned are absent: they are polled again.
     """
 
     sent_at: float
     received_at: float
     answers: Mapping[str, TaskSnapshot | EvolinkError | None]
-
-
-@define
-class Counters:
-    """What a transport has done so far."""
-
-    submits: int = 0
-    reads: int = 0
-    ids_read: int = 0
-    retries: int = 0
 
 
 class Transport:
@@ -113,7 +110,7 @@ class Transport:
         clock: Clock,
         limiter: Limiter,
         timeout: Timeout,
-        policy: retry.RetryPolicy,
+        retries: Retries,
         http: aiohttp.ClientSession | None,
     ) -> None:
         """A transport on the running loop; *http* stays the caller's."""
@@ -122,15 +119,14 @@ class Transport:
         self._clock = clock
         self._limiter = limiter
         self._timeout = timeout
-        self._policy = policy
-        self._budget = retry.RetryBudget(policy.budget)
+        self.retries = retries
         self._own: list[aiohttp.ClientSession] = []
         self._closing_clients: set[asyncio.Task[None]] = set()
         self._proxy = None if http is not None else environment_proxy(base_url)
         self._submit_http = http or self._client(_SUBMIT_KEEP_ALIVE)
         self._read_http = http or self._client(_READ_KEEP_ALIVE)
         self.closing = False
-        self.counters = Counters()
+        self.submits = self.reads = self.ids_read = 0
         self._breaker = BatchBreaker(clock)
 
     def _client(self, keep_alive: float) -> aiohttp.ClientSession:
@@ -138,8 +134,6 @@ class Transport:
         client = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=keep_alive),
             cookie_jar=aiohttp.DummyCookieJar(),
-            # Through a proxy they would go to the proxy, too, and with them the key.
-            headers=self._common_headers() if self._proxy is None else None,
         )
         self._own.append(client)
         return client
@@ -148,19 +142,19 @@ class Transport:
         """Use new connections from now on: the present ones may be dead."""
         if not self._own:
             return
-        self._retire(self._read_http, self._timeout.read)
-        self._retire(self._submit_http, self._timeout.submit)
+        loop = asyncio.get_running_loop()
+        for client, timeout in (
+            (self._read_http, self._timeout.read),
+            (self._submit_http, self._timeout.submit),
+        ):
+            # Not made by a task factory of the caller's: that may refuse.
+            closing = asyncio.Task(self._close_later(client, timeout), loop=loop)
+            self._closing_clients.add(closing)
+            closing.add_done_callback(self._closing_clients.discard)
         self._read_http = self._client(_READ_KEEP_ALIVE)
         self._submit_http = self._client(_SUBMIT_KEEP_ALIVE)
 
-    def _retire(self, client: aiohttp.ClientSession, timeout: float) -> None:
-        # No task factory of the caller's makes it: that may refuse.
-        loop = asyncio.get_running_loop()
-        closing = asyncio.Task(self._close_idle(client, timeout), loop=loop)
-        self._closing_clients.add(closing)
-        closing.add_done_callback(self._closing_clients.discard)
-
-    async def _close_idle(self, client: aiohttp.ClientSession, seconds: float) -> None:
+    async def _close_later(self, client: aiohttp.ClientSession, seconds: float) -> None:
         """Close *client* once every request in the air on it has had its time-out."""
         await asyncio.sleep(seconds)
         await client.close()
@@ -234,20 +228,15 @@ class Transport:
         raise failure
 
     def _headers(self, idempotency_key: str | None) -> dict[str, str]:
-        """What a request says beside what our own clients do by themselves."""
-        clients_have_them = self._own and self._proxy is None
-        headers = {} if clients_have_them else self._common_headers()
-        if idempotency_key is not None:
-            headers["Idempotency-Key"] = idempotency_key
-        return headers
-
-    def _common_headers(self) -> dict[str, str]:
-        return {
+        headers = {
             "Authorization": f"Bearer {self._key.reveal()}",
             "Accept": "application/json",
             "Content-Type": "application/json",
             "User-Agent": _USER_AGENT,
         }
+        if idempotency_key is not None:
+            headers["Idempotency-Key"] = idempotency_key
+        return headers
 
     def _translate(self, exc: BaseException) -> EvolinkError:
         if isinstance(exc, _TooLargeError):
@@ -270,15 +259,6 @@ class Transport:
         stage = "cannot connect to" if never_sent else "connection broken to"
         return APIConnectionError(f"{stage} {self._base_url} ({kind}): {why}", sent=not never_sent)
 
-    def _decipher(self, answer: Answer) -> Any:
-        """The JSON of a successful answer.
-
-        Raises:
-            EvolinkError: It is an error, or not JSON.
-        """
-        self._check_status(answer)
-        return protocol.decipher(answer.status, answer.headers, answer.body)
-
     def _check_status(self, answer: Answer, model: str | None = None) -> None:
         """Note what an answer says about the requests to come.
 
@@ -287,10 +267,10 @@ class Transport:
         """
         if 200 <= answer.status < 300:
             self._limiter.succeeded(sent_at=answer.sent_at, model=model)
-            self._budget.give()
+            self.retries.budget.give()
             return
         try:
-            protocol.decipher(answer.status, answer.headers, answer.body)
+            answer.json()
         except APIStatusError as exc:
             if exc.is_throttle:
                 self._limiter.cool_down(exc, sent_at=answer.sent_at, model=model)
@@ -306,7 +286,7 @@ class Transport:
         Raises:
             EvolinkError: It was not answered, or with an error.
         """
-        self.counters.submits += 1
+        self.submits += 1
         answer = await self._exchange(
             "POST",
             request.path,
@@ -348,9 +328,13 @@ class Transport:
         answers: Mapping[str, TaskSnapshot | EvolinkError | None]
         failure: EvolinkError | None = None
         try:
-            self.counters.reads += 1
-            self.counters.ids_read += len(ids)
-            answer = await (self._get_one(ids[0]) if single else self._get_many(ids))
+            self.reads += 1
+            self.ids_read += len(ids)
+            if single:
+                answer = await self._exchange("GET", protocol.task_path(ids[0]))
+            else:
+                body = protocol.encode_ids(ids)
+                answer = await self._exchange("POST", protocol.BATCH_PATH, body=body)
             sent_at = answer.sent_at
             self._check_status(answer)
             if single:
@@ -361,7 +345,7 @@ class Transport:
                     failure = InvalidResponseError("the batch answer has none of the tasks")
         except EvolinkError as exc:
             failure = exc
-            self._budget.take(exc)
+            self.retries.budget.take(exc)
             refused = not single and self._breaker.refuses(exc)
             answers = {} if refused else dict.fromkeys(ids, exc)
         finally:
@@ -372,59 +356,21 @@ class Transport:
             self._breaker.record(failure, sent_at=sent_at, probe=probe)
         return PollResult(sent_at=sent_at, received_at=self._clock.now(), answers=answers)
 
-    async def _get_one(self, task_id: str) -> Answer:
-        return await self._exchange("GET", protocol.task_path(task_id))
-
-    async def _get_many(self, ids: tuple[str, ...]) -> Answer:
-        return await self._exchange("POST", protocol.BATCH_PATH, body=protocol.encode_ids(ids))
-
     async def get(self, path: str, params: Mapping[str, str] | None = None) -> Any:
         """Read anything else, trying again as the policy says."""
 
         async def attempt() -> Any:
             with await self._limiter.acquire():
-                self.counters.reads += 1
-                return self._decipher(await self._exchange("GET", path, params=params))
+                self.reads += 1
+                answer = await self._exchange("GET", path, params=params)
+                self._check_status(answer)
+                return answer.json()
 
-        return await self.retrying(attempt, lambda exc: not self.closing and exc.retryable)
+        return await self.retries.run(attempt, lambda exc: not self.closing and exc.retryable)
 
     def backoff(self, failures: int) -> float:
         """Seconds until a task whose reads failed so often in a row is read again."""
-        return self._policy.wait_max if self._budget.is_spent else self._policy.wait_after(failures)
-
-    async def retrying(
-        self,
-        attempt: Callable[[], Awaitable[T]],
-        again: Callable[[EvolinkError], bool],
-        *,
-        began_at: Callable[[], float] | None = None,
-    ) -> T:
-        """Await ``attempt()`` until it succeeds, *again* says no, or the retry policy ends it.
-
-        Its time-out counts from now, or from what *began_at* says after a failure.
-
-        Raises:
-            EvolinkError: The last attempt's error, as it was.
-        """
-        return await retry.run(
-            attempt,
-            policy=self._policy,
-            budget=self._budget,
-            clock=self._clock,
-            again=again,
-            before_retry=self._log_retry,
-            began_at=began_at,
-        )
-
-    def _log_retry(self, error: EvolinkError, wait: float) -> None:
-        self.counters.retries += 1
-        logger.warning("trying again in %.1f s: %s", wait, error)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
+        return self.retries.wait_after(failures)
 
 
 @lru_cache(maxsize=8)

@@ -1,4 +1,4 @@
-"""What is watched: a `Watch` per running task, and the queue that says which is due first."""
+"""What the watcher works with: the network it polls, a `Watch` per task, the queue of due times."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import asyncio
 import heapq
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from enum import Enum
-from typing import Final
+from typing import Final, Protocol
 
 from attrs import define, field
 
@@ -19,7 +19,19 @@ from evolink_async._polling.failures import Failures
 from evolink_async._polling.policy import Schedule
 from evolink_async.errors import EvolinkError, TaskTimeoutError
 
-__all__ = ["IN_FLIGHT", "Callers", "DueQueue", "Futures", "Kind", "Watch", "wait_in", "wake_all"]
+__all__ = [
+    "IN_FLIGHT",
+    "Callers",
+    "DueQueue",
+    "Futures",
+    "Kind",
+    "Network",
+    "PollResult",
+    "Watch",
+    "differs",
+    "wait_in",
+    "wake_all",
+]
 
 IN_FLIGHT: Final = -math.inf
 """In place of a due time: a poll of the task is in flight."""
@@ -29,6 +41,41 @@ _COMPACT_FROM: Final = 60
 
 
 Futures = list["asyncio.Future[None]"]
+
+
+class PollResult(Protocol):
+    """What came of one poll: by id a task, an error, or None for an id that was left out.
+
+    An id that is absent from the answers is polled again at once.
+    """
+
+    @property
+    def sent_at(self) -> float: ...
+    @property
+    def received_at(self) -> float: ...
+    @property
+    def answers(self) -> Mapping[str, TaskSnapshot | EvolinkError | None]: ...
+
+
+class Network(Protocol):
+    """What the watcher needs of a transport."""
+
+    @property
+    def read_limit(self) -> int:
+        """Tasks one poll may ask for now."""
+        ...
+
+    def fetch(self, ids: tuple[str, ...]) -> Awaitable[PollResult]:
+        """Poll tasks once; never fails for an id. Changes `read_limit` at once, if at all."""
+        ...
+
+    def backoff(self, failures: int) -> float:
+        """Seconds until a task whose polls failed so often in a row is polled again."""
+        ...
+
+    def renew(self) -> None:
+        """Use new connections from now on."""
+        ...
 
 
 class Kind(Enum):
@@ -133,6 +180,11 @@ class Watch:
         )
         reason.__cause__ = crash
         return reason
+
+
+def differs(seen: TaskSnapshot | None, new: TaskSnapshot) -> bool:
+    """True if status or progress of *new* are not those of the one *seen* before."""
+    return seen is None or (seen.status, seen.progress) != (new.status, new.progress)
 
 
 _Heap = list[tuple[float, int, Watch]]

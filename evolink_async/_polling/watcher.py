@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Final, Protocol
+from typing import Final
 
 from evolink_async._clock import AT_ONCE, NEVER, Clock, SuspendWatch, Timer
 from evolink_async._model.requests import ImageRequest, RawRequest
@@ -24,14 +24,17 @@ from evolink_async._polling.watch import (
     IN_FLIGHT,
     DueQueue,
     Kind,
+    Network,
+    PollResult,
     Watch,
+    differs,
     wait_in,
     wake_all,
 )
 from evolink_async._text import lines_of, printable
 from evolink_async.errors import APIConnectionError, EvolinkError
 
-__all__ = ["Watcher", "differs"]
+__all__ = ["Watcher"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,42 +46,8 @@ _ENDS_AT_ONCE: Final = 500
 """Tasks that closing ends before others may run."""
 _SWEEP: Final = 0.25
 """Least seconds from one pass through all deadlines to the next."""
-_WORDS_LOGGED: Final = 100
-
-
-class PollResult(Protocol):
-    """What came of one poll: by id a task, an error, or None for an id that was left out.
-
-    An id that is absent from the answers is polled again at once.
-    """
-
-    @property
-    def sent_at(self) -> float: ...
-    @property
-    def received_at(self) -> float: ...
-    @property
-    def answers(self) -> Mapping[str, TaskSnapshot | EvolinkError | None]: ...
-
-
-class Network(Protocol):
-    """What the watcher needs of a transport."""
-
-    @property
-    def read_limit(self) -> int:
-        """Tasks one poll may ask for now."""
-        ...
-
-    def fetch(self, ids: tuple[str, ...]) -> Awaitable[PollResult]:
-        """Poll tasks once; never fails for an id. Changes `read_limit` at once, if at all."""
-        ...
-
-    def backoff(self, failures: int) -> float:
-        """Seconds until a task whose polls failed so often in a row is polled again."""
-        ...
-
-    def renew(self) -> None:
-        """Use new connections from now on."""
-        ...
+_STATUSES_LOGGED: Final = 100
+"""Unknown statuses that are logged, each once."""
 
 
 class Watcher:
@@ -123,7 +92,7 @@ class Watcher:
         self._batch_polls = BatchPolls()
         # No deadline passes before this.
         self._sweep_at = NEVER
-        self._unknown_words: set[str] = set()
+        self._unknown_statuses: set[str] = set()
 
     # -- what sessions and tasks ask -------------------------------------------------------
 
@@ -500,8 +469,10 @@ class Watcher:
             watch.nudged, callers.nudged = True, False
             due = min(due, sent_at + self._policy.min_interval)
         self._push(watch, max(due, result.received_at))
-        if snapshot.status not in RUNNING:
-            self._log_unknown(snapshot.status)
+        status, unknown = snapshot.status, self._unknown_statuses
+        if status not in RUNNING and status not in unknown and len(unknown) < _STATUSES_LOGGED:
+            unknown.add(status)
+            logger.warning("unknown task status %s: treated as running", printable(status, 60))
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug(
                 "task %s is %s at %s %%, %s",
@@ -557,11 +528,6 @@ class Watcher:
             return f"next poll in {max(watch.due, ready_at) - now:.2f} s"
         return f"no poll before its deadline in {self._deadline(watch) - now:.2f} s"
 
-    def _log_unknown(self, status: str) -> None:
-        if status not in self._unknown_words and len(self._unknown_words) < _WORDS_LOGGED:
-            self._unknown_words.add(status)
-            logger.warning("unknown task status %s: treated as running", printable(status, 60))
-
     def notice_resume(self) -> None:
         """Notice that the machine was suspended; then poll all tasks on new connections."""
         if slept := self._suspended.seconds():
@@ -616,8 +582,3 @@ class Watcher:
             logger.warning("tasks still running: %s", line)
         for watch in self.watches:
             self._end(watch, watch.crashed(crash))
-
-
-def differs(seen: TaskSnapshot | None, new: TaskSnapshot) -> bool:
-    """True if status or progress of *new* are not those of the one *seen* before."""
-    return seen is None or (seen.status, seen.progress) != (new.status, new.progress)

@@ -23,7 +23,7 @@ from evolink_async import (
     ServerError,
     Timeout,
 )
-from evolink_async._http.retry import MAX_RETRY_AFTER, RetryBudget, run
+from evolink_async._http.retry import MAX_RETRY_AFTER, Retries, RetryBudget
 
 PLAIN = RetryPolicy(wait_jitter=0)
 BROKEN = APIConnectionError("broken", sent=True)
@@ -68,17 +68,10 @@ async def tried(
     *,
     budget: RetryBudget | None = None,
     again: Callable[[EvolinkError], bool] = lambda _: True,
-    said: list[tuple[EvolinkError, float]] | None = None,
 ) -> int:
-    notes = [] if said is None else said
-    return await run(
-        call,
-        policy=policy,
-        budget=RetryBudget(500) if budget is None else budget,
-        clock=call.clock,
-        again=again,
-        before_retry=lambda error, wait: notes.append((error, wait)),
-    )
+    retries = Retries(policy, call.clock)
+    retries.budget = RetryBudget(500) if budget is None else budget
+    return await retries.run(call, again)
 
 
 # -- the policy --------------------------------------------------------------------------------
@@ -191,13 +184,12 @@ async def test_a_success_is_returned_at_once() -> None:
     assert budget.level == 7
 
 
-async def test_failures_are_waited_out() -> None:
+async def test_failures_are_waited_out(caplog: pytest.LogCaptureFixture) -> None:
     """Between attempts the growing wait passes on the session's clock; each is announced."""
     call = Call([BROKEN, BROKEN, BROKEN])
-    said: list[tuple[EvolinkError, float]] = []
-    assert await tried(call, said=said) == 4
+    assert await tried(call) == 4
     assert call.clock.slept == [0.5, 1.0, 2.0]
-    assert said == [(BROKEN, 0.5), (BROKEN, 1.0), (BROKEN, 2.0)]
+    assert caplog.messages == [f"trying again in {wait} s: broken" for wait in (0.5, 1.0, 2.0)]
 
 
 async def test_the_last_error_is_raised_as_it_was() -> None:

@@ -629,7 +629,7 @@ async def test_a_failed_read_of_many_is_paid_once(many: Emulator) -> None:
         ids = tuple(task.id for task in tasks)
         many.faults.add(faults.Reset(route="batch", times=2))
         await session._transport.fetch(ids)
-        assert session._transport._budget.level == 4
+        assert session._transport.retries.budget.level == 4
         assert session._transport.backoff(1) < 1.5
         await session._transport.fetch(ids)
         assert session._transport.backoff(1) == RetryPolicy().wait_max
