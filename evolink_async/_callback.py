@@ -1,9 +1,9 @@
-"""Where a submit's ``callback_url`` comes from, and how its source learns the task's id."""
+"""The source of a submit's ``callback_url``, and how it learns the task's id."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any, Protocol
+from typing import Protocol
 
 from attrs import evolve
 
@@ -11,13 +11,13 @@ from evolink_async._checks import refuse
 from evolink_async._hosts import check_callback_url
 from evolink_async._model.requests import ImageRequest, RawRequest
 
-__all__ = ["Callback", "CallbackSource", "check_callback", "tell_registered", "with_callback"]
+__all__ = ["Callback", "CallbackSource", "check_callback", "report_registered", "with_callback"]
 
 logger = logging.getLogger(__name__)
 
 
 class CallbackSource(Protocol):
-    """What makes a callback URL for each submit, such as a `webhook.CallbackReceiver`."""
+    """Makes a callback URL for each submit, such as a `webhook.CallbackReceiver`."""
 
     def url_for(self, idempotency_key: str) -> str:
         """The ``callback_url`` of the submit with that key."""
@@ -69,12 +69,11 @@ def with_callback(
     return evolve(request, callback_url=url)
 
 
-def tell_registered(callback: Callback, task_id: str, callback_url: str | None) -> None:
-    """Tell what made the callback URL which task it is about."""
+def report_registered(callback: Callback, task_id: str, callback_url: str | None) -> None:
+    """Report a watched task to the source of its callback URL."""
     if callback is None or isinstance(callback, str) or callback_url is None:
         return
     try:
         callback.registered(task_id, callback_url)
     except Exception:  # other people's code must not lose a paid task
-        made_by: Any = type(callback)
-        logger.exception("callback=%r failed to register task %s", made_by, task_id)
+        logger.exception("callback=%r failed to register task %s", type(callback), task_id)

@@ -11,14 +11,24 @@ from typing import Final, Protocol, runtime_checkable
 
 from attrs import define, field
 
-__all__ = ["AT_ONCE", "NEVER", "Clock", "LoopClock", "SuspendWatch", "Timer", "default", "hold"]
+__all__ = [
+    "AT_ONCE",
+    "NEVER",
+    "Clock",
+    "LoopClock",
+    "SuspendWatch",
+    "Timer",
+    "default",
+    "hold",
+    "sleep",
+]
 
 AT_ONCE: Final = math.nextafter(-math.inf, 0.0)
-"""A time before all that has been due for a while."""
+"""A due time before all others."""
 NEVER: Final = math.inf
 
 _SUSPENDED: Final = 30.0
-"""Seconds the time of day must run ahead of the clock to mean that the machine slept."""
+"""Seconds by which the time of day runs ahead of the clock if the machine was suspended."""
 
 
 @runtime_checkable
@@ -50,6 +60,12 @@ class LoopClock:
 
 default: Callable[[], Clock] = LoopClock
 """Makes the clock of a session that is given none; the pytest plugin puts its own here."""
+
+
+async def sleep(clock: Clock, seconds: float) -> None:
+    """Sleep on *clock*."""
+    if seconds > 0:
+        await clock.sleep_until(clock.now() + seconds)
 
 
 def hold(clock: Clock) -> AbstractContextManager[object]:
@@ -89,7 +105,7 @@ class Timer:
             self._sleeper = loop.call_soon(self._is_time)
         elif isinstance(self._clock, LoopClock):  # the same as to sleep, cheaper
             self._sleeper = loop.call_later(at - self._clock.now(), self._is_time)
-        else:  # no task factory of the caller's makes it: one may refuse
+        else:  # not made by a task factory of the caller's: that may refuse
             self._sleeper = asyncio.Task(self._sleep(at), loop=loop)
             self._sleeper.add_done_callback(self._woke)
 
@@ -125,9 +141,9 @@ class SuspendWatch:
     """Notices that the machine was suspended: the time of day ran ahead of the clock.
 
     Attributes:
-        resumed_at: When it last went on, on the session's clock.
-        retry: True until the first poll after that is answered: it may have gone out on a
-            connection that is dead.
+        resumed_at: When it last resumed, on the session's clock.
+        retry: True until the first poll after that is answered, which may have gone out on a
+            dead connection.
     """
 
     _clock: Clock

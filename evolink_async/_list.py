@@ -23,7 +23,7 @@ async def list_tasks(
     filters: Mapping[str, str | None],
     limit: int | None,
 ) -> AsyncGenerator[TaskSummary, None]:
-    """What `Session.list` promises; *get* sends one request."""
+    """Implements `Session.list`; *get* sends one request."""
     if limit is not None:
         whole("limit", limit)
     given = {name: value for name, value in filters.items() if value is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import (
     AsyncGenerator,
@@ -10,7 +11,7 @@ from collections.abc import (
     Iterable,
     Mapping,
 )
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from attrs import field, frozen
 
@@ -27,6 +28,9 @@ from evolink_async.errors import (
 __all__ = ["Outcome", "map_requests"]
 
 logger = logging.getLogger(__name__)
+
+_END: Final = object()
+"""Comes after the last item."""
 
 
 @frozen
@@ -60,11 +64,12 @@ class _Generator(Protocol):
 
 
 async def map_requests(session: _Generator, requests: Any) -> AsyncGenerator[Outcome, None]:
-    """What `Session.map` promises."""
+    """Implements `Session.map`."""
     session.check_loop()
     source = _pull(requests)
-    pull: asyncio.Task[tuple[int, Any] | None] | None = None
+    pull: asyncio.Task[Any] | None = None
     items: dict[asyncio.Task[Outcome], list[Task]] = {}
+    count = itertools.count()
     exhausted = False
     loop = asyncio.get_running_loop()
     try:
@@ -73,18 +78,19 @@ async def map_requests(session: _Generator, requests: Any) -> AsyncGenerator[Out
                 raise SessionClosedError("the session was closed; map pulls no further")
             open_for_more = not (exhausted or session.closed)
             if pull is None and open_for_more and len(items) < session.max_in_flight:
-                pull = loop.create_task(_next_of(source))
+                pull = loop.create_task(anext(source, _END))
             waiting: set[asyncio.Task[Any]] = {*items, pull} if pull else {*items}
             if not waiting:
                 return
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if pull is not None and pull.done():
                 pulled, pull = pull.result(), None
-                if pulled is None:
+                if pulled is _END:
                     exhausted = True
                 else:
                     tasks: list[Task] = []
-                    items[loop.create_task(_generate(session, *pulled, tasks))] = tasks
+                    index = next(count)
+                    items[loop.create_task(_generate(session, index, pulled, tasks))] = tasks
             for item in [item for item in items if item.done()]:
                 del items[item]
                 yield item.result()
@@ -109,18 +115,12 @@ async def _generate(session: _Generator, index: int, item: Any, tasks: list[Task
         return Outcome(index, request=request, task=tasks[0] if tasks else None, error=exc)
 
 
-async def _next_of(source: AsyncGenerator[tuple[int, Any], None]) -> tuple[int, Any] | None:
-    return await anext(source, None)
-
-
-async def _pull(requests: Any) -> AsyncGenerator[tuple[int, Any], None]:
-    """Number the items of a sync or async iterable."""
-    index = 0
+async def _pull(requests: Any) -> AsyncGenerator[Any, None]:
+    """The items of a sync or async iterable."""
     if isinstance(requests, AsyncIterable):
         try:
             async for item in requests:
-                yield index, item
-                index += 1
+                yield item
         finally:
             if isinstance(requests, AsyncGenerator):
                 await requests.aclose()
@@ -131,5 +131,4 @@ async def _pull(requests: Any) -> AsyncGenerator[tuple[int, Any], None]:
             "for one request use generate"
         )
     for item in requests:
-        yield index, item
-        index += 1
+        yield item

@@ -18,15 +18,15 @@ from evolink_async._callback import (
     Callback,
     CallbackSource,
     check_callback,
-    tell_registered,
+    report_registered,
     with_callback,
 )
 from evolink_async._checks import instance
-from evolink_async._clock import Clock, LoopClock
+from evolink_async._clock import Clock, LoopClock, sleep
 from evolink_async._http.limiter import Limiter
 from evolink_async._http.protocol import CREDITS_PATH, check_idempotency_key, new_idempotency_key
 from evolink_async._http.retry import Retries, RetryPolicy, Timeout
-from evolink_async._http.submit import Accepted, BeforeSend, Submitter
+from evolink_async._http.submit import BeforeSend, Submitter
 from evolink_async._list import list_tasks
 from evolink_async._map import Outcome, map_requests
 from evolink_async._model.requests import ImageRequest, RawRequest, as_request, check_task_id
@@ -48,7 +48,7 @@ from evolink_async.errors import (
 if TYPE_CHECKING:
     import aiohttp
 
-    from evolink_async._http.transport import Transport
+    from evolink_async._http.transport import Answer, Transport
     from evolink_async._results.fetch import ResultClient
 
 __all__ = ["Session", "read_once", "save_result"]
@@ -98,8 +98,8 @@ class Session:
             timeout: How long one HTTP exchange may take.
             http: An aiohttp session to send API requests with, for tracing or special
                 connectors; it stays yours to close. Results are never fetched with it.
-            callback: ``callback_url`` for every request that has none, or what makes one
-                for each submit, such as a `webhook.CallbackReceiver`.
+            callback: ``callback_url`` for every request that has none, or a source that makes
+                one for each submit, such as a `webhook.CallbackReceiver`.
             clock: Where the session takes its time from; default the event loop.
 
         Raises:
@@ -172,7 +172,7 @@ class Session:
             policy=settings.poll,
             ready_at=limiter.ready_at,
             max_reads=permits,
-            contended=None if rate is None else lambda: limiter.is_contended,
+            contended=None if rate is None else limiter.is_contended,
             wall=time.time if isinstance(clock, LoopClock) else None,
         )
         self._submitter = Submitter(
@@ -266,11 +266,10 @@ class Session:
         Args:
             request: A prompt, a mapping of fields, an `ImageRequest` or a `RawRequest`.
             idempotency_key: Key of an earlier submit to ask for again; default a new one.
-            before_send: Awaited with the idempotency key when nothing is left to wait for,
-                right before each POST; if it raises, nothing is sent. It holds a connection:
-                it must not wait for other requests of this session.
-            callback: What gives a request without ``callback_url`` one, as for the session;
-                None for nothing. Default the session's.
+            before_send: Awaited with the idempotency key right before each POST; if it raises,
+                nothing is sent. It holds a connection meanwhile: it must not wait for other
+                requests of this session.
+            callback: Replaces the session's *callback* for this submit; None for none.
             **fields: Fields of `ImageRequest`, beside a prompt or mapping.
 
         Raises:
@@ -292,21 +291,28 @@ class Session:
             asked,
             idempotency_key=key,
             before_send=before_send,
-            register=partial(self._register, source),
+            register=partial(self._register, source, asked),
         )
         return Task(watch.id, self, watch)
 
-    def _register(self, callback: Callback, accepted: Accepted) -> Watch:
+    def _register(
+        self,
+        callback: Callback,
+        request: ImageRequest | RawRequest,
+        snapshot: TaskSnapshot,
+        idempotency_key: str,
+        answer: Answer,
+    ) -> Watch:
         """Watch the task that a submit made."""
         watch = self._watcher.submitted(
-            accepted.snapshot,
-            started=accepted.sent_at,
-            request=accepted.request,
-            idempotency_key=accepted.idempotency_key,
+            snapshot,
+            started=answer.sent_at,
+            request=request,
+            idempotency_key=idempotency_key,
             on_end=self._submitter.free_slot,
-            replayed=accepted.replayed,
+            replayed=answer.is_replayed,
         )
-        tell_registered(callback, watch.id, accepted.request.callback_url)
+        report_registered(callback, watch.id, request.callback_url)
         return watch
 
     async def generate(
@@ -339,7 +345,7 @@ class Session:
 
     @property
     def callback(self) -> str | CallbackSource | None:
-        """What gives each request without ``callback_url`` one; may be set at any time."""
+        """The *callback* of the session; may be set at any time."""
         return self._callback
 
     @callback.setter
@@ -355,8 +361,8 @@ class Session:
     def unsent(self) -> frozenset[str]:
         """Idempotency keys of the submits that cost nothing yet.
 
-        They wait for a permit, a cool-down or another attempt: no POST of theirs has left, or
-        each that has was surely refused.
+        They wait for a permit, a cool-down or another attempt: no POST was sent, or each was
+        surely refused.
         """
         return self._submitter.unsent if self._loop is not None else frozenset()
 
@@ -366,11 +372,11 @@ class Session:
         return self._settings.base_url
 
     def fingerprint(self, salt: bytes) -> bytes:
-        """A salted hash of the API key: tells whether two sessions have the same, no more."""
+        """A salted hash of the API key, to compare the keys of two sessions."""
         return self._settings.api_key.fingerprint(salt)
 
     def check_loop(self) -> None:
-        """Refuse to be touched from another event loop or thread than the session's own.
+        """Check that the running event loop is the session's, if it has one.
 
         Raises:
             ConfigurationError: Called from elsewhere.
@@ -436,10 +442,10 @@ class Session:
         return Task(task_id, self, live)
 
     def nudge(self, task_id: str) -> bool:
-        """Poll a watched task now, because something else told that it has ended.
+        """Poll a watched task now, e.g. because a message reported its end.
 
-        It is read at once, or its ``min_interval`` after its last read; nudges that come
-        before that read count as one. Returns False, and does nothing, if it is not watched.
+        It is polled at once, or ``min_interval`` after its last poll; further nudges before
+        that poll change nothing. Returns False, and does nothing, if it is not watched.
         """
         return self._loop is not None and self._watcher.nudge(task_id)
 
@@ -546,11 +552,8 @@ class Session:
 async def save_result(
     session: Session, result: GenerationResult, folder: Path, **how: Any
 ) -> tuple[Path, ...]:
-    """`Session.download`, with all that `save_all` can be told."""
+    """`Session.download`, with every option of `save_all`."""
     from evolink_async._results.save import save_all  # noqa: PLC0415 - see _open
-
-    async def sleep(seconds: float) -> None:
-        await session.clock.sleep_until(session.clock.now() + seconds)
 
     session._open()
     return await save_all(
@@ -562,12 +565,12 @@ async def save_result(
         max_bytes=_LARGEST.get(result.snapshot.type or "", _LARGEST["image"]),
         attempts=session._settings.retry.attempts,
         wait_after=session._settings.retry.wait_after,
-        sleep=sleep,
+        sleep=partial(sleep, session.clock),
     )
 
 
 async def read_once(session: Session, task_id: str) -> TaskSnapshot:
-    """One read of a task that nobody watches.
+    """Poll a task once without watching it.
 
     Raises:
         EvolinkError: The read failed.

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from evolink_async._checks import number
-from evolink_async._clock import Clock
+from evolink_async._clock import Clock, sleep
 from evolink_async._model.requests import ImageRequest, RawRequest
 from evolink_async._model.snapshots import RESUBMITTABLE, GenerationResult, TaskSnapshot
 from evolink_async._polling.watch import Watch, differs
 from evolink_async._polling.watcher import Watcher
 from evolink_async._text import printable
 from evolink_async.errors import (
+    EvolinkError,
     TaskCancelledError,
     TaskError,
     TaskFailedError,
@@ -62,10 +63,9 @@ class Task:
 
     def __repr__(self) -> str:
         progress = "" if self.progress is None else f" {self.progress} %"
-        given_up = self._watch is not None and self._watch.reason is not None
-        return f"<Task {self._id} {self._shown_status}{progress}" + (
-            f", given up: {type(self._watch.reason).__name__}>" if given_up and self._watch else ">"
-        )
+        reason = None if self._watch is None else self._watch.reason
+        given_up = "" if reason is None else f", given up: {type(reason).__name__}"
+        return f"<Task {self._id} {self._shown_status}{progress}{given_up}>"
 
     @property
     def id(self) -> str:
@@ -138,7 +138,7 @@ class Task:
         loop = asyncio.get_running_loop()
         racers = {
             loop.create_task(self._session._watcher_here().until_ended(watch)),
-            loop.create_task(self._session.clock.sleep_until(self._session.clock.now() + timeout)),
+            loop.create_task(sleep(self._session.clock, timeout)),
         }
         try:
             await asyncio.wait(racers, return_when=asyncio.FIRST_COMPLETED)
@@ -170,11 +170,10 @@ class Task:
                 break
             else:
                 await self._session._watcher_here().until_changed(watch)
-        if watch.reason is not None:
-            raise copy.copy(watch.reason) from watch.reason.__cause__
+        _raise_again(watch.reason)
 
     async def refresh(self) -> TaskSnapshot:
-        """Poll now, and return the answer. Once it has ended nothing is sent.
+        """Poll now, and return the answer. Nothing is sent for a task that has ended.
 
         A task given up after its deadline is watched again.
 
@@ -185,9 +184,7 @@ class Task:
             self._watch = None
         watch = self._watched()
         await self._session._watcher_here().poll(watch)
-        error = watch.reason or watch.last_error
-        if error is not None:
-            raise copy.copy(error) from error.__cause__
+        _raise_again(watch.reason or watch.last_error)
         if watch.snapshot is None:  # pragma: no cover - an answer is a snapshot or an error
             raise AssertionError(self._id)
         return watch.snapshot
@@ -204,10 +201,15 @@ class Task:
         return self._watch
 
 
+def _raise_again(error: EvolinkError | None) -> None:
+    """Raise a copy of *error*, if there is one: several awaiters share no object."""
+    if error is not None:
+        raise copy.copy(error) from error.__cause__
+
+
 def _outcome(watch: Watch) -> GenerationResult:
-    """The result of an ended watch, or its error made afresh: several awaiters share no object."""
-    if watch.reason is not None:
-        raise copy.copy(watch.reason) from watch.reason.__cause__
+    """The result of an ended watch, or its error."""
+    _raise_again(watch.reason)
     snapshot = watch.snapshot
     if snapshot is None:  # pragma: no cover - a watch ends with a snapshot or a reason
         raise AssertionError(watch.id)

@@ -28,7 +28,7 @@ def decipher_gives_a_value_or_our_error(
 ) -> None:
     """`decipher` of anything: JSON for a success, else an error the table has a row for."""
     try:
-        decipher(status, lambda: headers, body)
+        decipher(status, headers, body)
     except EvolinkError as error:
         _assert_one_fate(error)
         _assert_presentable(error)

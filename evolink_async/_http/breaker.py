@@ -20,17 +20,17 @@ logger = logging.getLogger(__name__)
 _REFUSALS: Final = 3
 """Refused batch reads in a row that open it; the first is enough if none has ever worked."""
 _FAILURES: Final = 3
-"""Failed batch reads in a row after which a single read tells whether only batch reads fail."""
+"""Failed batch reads in a row after which a single read shows whether only batch reads fail."""
 _THROTTLES: Final = 2
 """429s on batch reads alone, in a row, that open it: any request may meet one by chance."""
 _LONG_RETRY_AFTER: Final = 10.0
-"""Seconds of ``Retry-After`` from which one such failure counts like all of the above."""
+"""Seconds of ``Retry-After`` from which one failure is enough."""
 _OPEN_FIRST: Final = 30.0
 """Seconds it is open at first; twice as long after each probe that fails."""
 _OPEN_MOST: Final = 300.0
-"""Seconds it is open at most, a ``Retry-After`` apart, and at once where it was refused."""
+"""Seconds it is open at most (longer only after a ``Retry-After``), and at once if refused."""
 _OPEN_PER_RETRY_AFTER: Final = 10.0
-"""It is open at least so many times the ``Retry-After`` that another try may cost."""
+"""It is open for at least so many times the ``Retry-After`` of the failure."""
 
 
 class State(Enum):
@@ -54,17 +54,17 @@ class BatchBreaker:
         half-open - the probe works ------------------------------------------> closed
         half-open - the probe fails ------------------------------------------> open twice as long
 
-    For each read, call `begin`; if it was a test, `test_ended` once it is over; and
-    `record` or `record_single` with what became of it.
+    For each read, call `begin`; if it is a test, `test_ended` once it is over; and `record` or
+    `record_single` with its outcome. A test is a probe or the single read shown above.
 
     Attributes:
         stops: How often it has stopped batch reads so far. One that waited for its permit
-            meanwhile is not to be sent.
+            meanwhile must not be sent.
     """
 
     _clock: Clock
     stops: int = field(default=0, init=False)
-    # Open until then, half-open afterwards; how long it was opened for, 0 while it is closed.
+    # When it becomes half-open; how long it was opened for, 0 while it is closed.
     _open_until: float = field(default=-math.inf, init=False)
     _open_for: float = field(default=0.0, init=False)
     # Whether a single read must be answered before the next batch read.
@@ -74,7 +74,7 @@ class BatchBreaker:
     # When that single read was sent and answered, if it worked.
     _single_sent_at: float = field(default=math.inf, init=False)
     _single_worked_at: float = field(default=math.inf, init=False)
-    # Batch reads in a row that failed, that were refused, that were throttled by themselves.
+    # Batch reads in a row that failed, that were refused, that alone were throttled.
     _failures: int = field(default=0, init=False)
     _refusals: int = field(default=0, init=False)
     _throttles: int = field(default=0, init=False)
@@ -105,14 +105,13 @@ class BatchBreaker:
         return test
 
     def test_ended(self) -> None:
-        """A test is over, whatever became of it."""
+        """A test is over, whatever its outcome."""
         self._testing = False
 
     def refuses(self, error: EvolinkError) -> bool:
-        """Note why a batch read failed; True if that says nothing of its tasks.
+        """Note why a batch read failed; True if the endpoint, not its tasks, is the reason.
 
-        A single refusal counts for less where the endpoint has worked: one of the tasks may
-        be what it cannot deal with.
+        Where the endpoint has worked, one refusal is not enough: a task may be the reason.
         """
         absent = isinstance(error, APIStatusError) and error.status in {404, 405, 501}
         if absent and not (self._has_worked and not getattr(error, "from_api", True)):
@@ -127,7 +126,7 @@ class BatchBreaker:
         return True
 
     def record(self, failure: EvolinkError | None, *, sent_at: float, probe: bool) -> None:
-        """Note what became of a batch read; *probe* is what `begin` said of it."""
+        """Note the outcome of a batch read; *probe* is what `begin` returned for it."""
         if failure is None:
             self._has_worked = True
             self._needs_single = False
@@ -135,7 +134,7 @@ class BatchBreaker:
             self._failures = self._refusals = self._throttles = 0
             self._single_sent_at = self._single_worked_at = math.inf
         elif probe:
-            if self.state is State.HALF_OPEN:  # else another probe has told already
+            if self.state is State.HALF_OPEN:  # else another probe has already decided
                 longer = self._open_for if failure.is_throttle else 2 * self._open_for
                 self._open(min(longer, _OPEN_MOST), failure)
         elif self._only_batch_fails(failure, sent_at):
@@ -151,16 +150,16 @@ class BatchBreaker:
                 self._ask_single()
 
     def _only_batch_fails(self, failure: EvolinkError, sent_at: float) -> bool:
-        """Whether a single read has just worked that might have failed alike.
+        """Whether a single read has worked under the same conditions.
 
-        A 429 right beside it says nothing: it may have taken what the limit allows.
+        For a 429 it must have been answered before: it may have used up what the limit allows.
         """
         if _may_be_chance(failure):
             return sent_at > self._single_worked_at
         return sent_at >= self._single_sent_at
 
     def record_single(self, failure: EvolinkError | None, *, sent_at: float) -> None:
-        """Note what became of a single read, which may say that only batch reads fail."""
+        """Note the outcome of a single read, which may show that only batch reads fail."""
         if not self._needs_single:
             return
         self._needs_single = False
@@ -181,7 +180,7 @@ class BatchBreaker:
     def _open(self, seconds: float, why: EvolinkError) -> None:
         """Open for *seconds*, counted anew from the first single read that is answered.
 
-        A cool-down of the session may hold back all reads for as long.
+        It may be late: a cool-down holds back all reads.
         """
         seconds = max(seconds, _OPEN_PER_RETRY_AFTER * _retry_after(why))
         if seconds > self._open_for or self.state is not State.OPEN:
@@ -191,12 +190,12 @@ class BatchBreaker:
 
 
 def _may_be_chance(error: EvolinkError) -> bool:
-    """Whether any request might have met it: a 429 that asks for a short wait at most."""
+    """True for a 429 or 503 that asks for a short wait at most: any request may meet one."""
     return error.is_throttle and _retry_after(error) < _LONG_RETRY_AFTER
 
 
 def _retry_after(error: EvolinkError) -> float:
-    """Seconds for which a failed read holds everybody back."""
+    """Seconds for which a failed read holds back all requests."""
     if not error.is_throttle:
         return 0.0
     return min(getattr(error, "retry_after", None) or 0.0, MAX_RETRY_AFTER)

@@ -1,4 +1,4 @@
-"""Who may send a request now: permits, cool-downs with a slow start, the request rate."""
+"""When a request may be sent: permits, cool-downs with a slow start, the request rate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Limiter", "Permit"]
 logger = logging.getLogger(__name__)
 
 _LONGEST_BACKOFF: Final = 60.0
-"""Seconds of a cool-down whose answers do not say how long; the first is one second."""
+"""Seconds of a cool-down without ``Retry-After`` at most; the first takes one second."""
 
 
 @define(eq=False)
@@ -47,7 +47,7 @@ class _CoolDown:
         """Obey an answer that asks to wait; True if it begins anew.
 
         An answer to a request that was sent before it began only counts if it comes with a
-        ``retry_after``. "At once" is no answer to how long: the wait grows as without one.
+        ``retry_after``. A ``retry_after`` of 0 counts as none.
         """
         begins = sent_at > self.since
         if begins:
@@ -78,7 +78,7 @@ class _CoolDown:
         return True
 
     def has_room(self) -> bool:
-        """Whether its window has room for one more permit."""
+        """Whether it allows one more permit."""
         return len(self.permits) < self.window
 
 
@@ -124,14 +124,14 @@ class Permit:
 class Limiter:
     """Gives out permits for requests to the API, in order of arrival.
 
-    aiohttp's own pool never queues behind it: a time-out that starts with a permit says
+    Requests wait here, never in aiohttp's pool: a time-out that starts with a permit then shows
     whether a request was sent.
 
     - *Permits.* At most *permits* requests in the air; two of them are for reads only (of
       four or more; one of two or three), so that a burst of submits cannot starve polling.
     - *Cool-down.* After a 429 or 503 nothing gets a permit for a while, then one request at a
       time may be in the air, and one more with each success, until all permits may be used.
-      If only a model is away (``no_available_channel``), only its submits are held back.
+      If only a model is unavailable (``no_available_channel``), only its submits wait.
     - *Rate.* At most *rate* requests a second, evenly spaced; idle time is not saved up.
       While reads and submits both wait, they take turns.
     """
@@ -160,12 +160,10 @@ class Limiter:
         """When cool-down and rate allow the next request; in the past if they do now."""
         return max(self._cool_down.until, self._next_at)
 
-    @property
     def is_contended(self) -> bool:
-        """Whether submits that wait use the request rate up before a read can ask for it.
+        """Whether submits that wait would use up the request rate, and no read waits yet.
 
-        Such a read has to wait its turn among them. Where one waits already, a second would
-        only wait behind it.
+        Then a read must queue for its turn; a second one would only wait behind it.
         """
         now = self._clock.now()
         if not self._spacing or self._cool_down.until > now:
@@ -185,11 +183,11 @@ class Limiter:
             return await future
         except BaseException:
             if not (future.cancel() or future.cancelled() or future.exception()):
-                future.result().release(unused=True)  # it came, but too late
+                future.result().release(unused=True)  # cancelled as it came
             raise
 
     def try_acquire(self, model: str | None = None) -> Permit | None:
-        """A permit, if there is one now that is no other request's turn."""
+        """A permit, if there is one now and it is not another request's turn."""
         now, queue = self._clock.now(), self._queue(model)
         if self.ready_at() > now or not self._has_room() or not self._may_go(queue, now):
             return None
@@ -253,27 +251,22 @@ class Limiter:
                 return
             queue.waiting.popleft()[1].set_result(self._give(queue, now))
 
-    # -- what answers say ------------------------------------------------------------------
+    # -- answers ---------------------------------------------------------------------------
 
     def succeeded(self, *, sent_at: float, model: str | None = None) -> None:
-        """Note an answer that does not ask to wait.
+        """Note an answer that does not ask to wait, to a request that was sent at *sent_at*.
 
-        Args:
-            sent_at: When its request was sent; from before a cool-down it says nothing.
-            model: The model of the submit it answers.
+        It is ignored if that was before the cool-down began. *model* is that of a submit.
         """
         for cool_down in (self._cool_down, self._queue(model).cool_down):
             if cool_down.succeeded(sent_at=sent_at, enough=self._permits):
                 self._serve()
 
     def cool_down(self, error: APIStatusError, *, sent_at: float, model: str | None = None) -> None:
-        """Obey an answer that asks to wait.
+        """Obey a 429 or 503, the answer to a request that was sent at *sent_at*.
 
-        Args:
-            error: The 429 or 503.
-            sent_at: When its request was sent: answers to requests that were in the air when
-                a cool-down began do not lengthen its back-off.
-            model: The model of the submit it answers.
+        Requests that were in the air when a cool-down began do not lengthen its back-off.
+        *model* is that of a submit.
         """
         now = self._clock.now()
         if model and error.code == "no_available_channel":
@@ -286,7 +279,7 @@ class Limiter:
     # -- the timer -------------------------------------------------------------------------
 
     def _clock_failed(self, failure: BaseException) -> None:
-        """Fail what waits: without a clock nobody can say when to go on."""
+        """Fail all that wait: without a clock there is no time to go on at."""
         if isinstance(failure, asyncio.CancelledError):
             return  # others cancelled the timer; it is set again
         for queue in self._queues.values():

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from email.utils import formatdate, parsedate_to_datetime
 from enum import Enum
 from typing import Any, Final
@@ -39,7 +39,6 @@ __all__ = [
     "check_idempotency_key",
     "decipher",
     "encode",
-    "encode_ids",
     "is_quota",
     "is_replayed",
     "new_idempotency_key",
@@ -99,11 +98,6 @@ def encode(value: Mapping[str, Any]) -> bytes:
     return _encoder.encode(value).encode()
 
 
-def encode_ids(ids: Sequence[str]) -> bytes:
-    """The body of a batch read. Ids hold no character that JSON would escape."""
-    return b'{"task_ids":["%b"]}' % '","'.join(ids).encode()
-
-
 _encoder: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
@@ -112,7 +106,7 @@ _encoder: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 class Submit(Enum):
-    """What an answer says of the submit it answers."""
+    """What an answer means for the submit it answers."""
 
     REFUSED = "not accepted, and would be refused again"
     RESEND = "surely not accepted: the same submit may be sent again"
@@ -121,9 +115,13 @@ class Submit(Enum):
 
 @frozen
 class Rule:
-    """One row: the error, whether a read may be tried again, what became of a submit.
+    """One row of the table.
 
-    And whether it asks the whole session to wait.
+    Attributes:
+        error: The error to raise.
+        read: Whether a read may be tried again.
+        submit: What it means for a submit.
+        throttle: Whether it asks the whole session to wait.
     """
 
     error: type[APIStatusError]
@@ -182,13 +180,12 @@ def is_quota(*words: str | None) -> bool:
 # Answers
 
 
-def decipher(status: int, headers: Callable[[], Mapping[str, str]], body: bytes) -> Any:
+def decipher(status: int, headers: Mapping[str, str], body: bytes) -> Any:
     """The JSON value of a successful answer.
 
     Args:
         status: HTTP status code.
-        headers: Gives the response headers, looked up as ``Retry-After``, ``Date``,
-            ``X-Request-Id``; called only if the answer is no good.
+        headers: The response headers, looked up by the names in `ANSWER_HEADERS`.
         body: The decompressed body.
 
     Raises:
@@ -200,9 +197,9 @@ def decipher(status: int, headers: Callable[[], Mapping[str, str]], body: bytes)
             return parse_json(body)
         except InvalidResponseError as exc:
             raise InvalidResponseError(
-                f"HTTP {status}, but {exc}", status=status, head=exc.head, request_id=_id(headers())
+                f"HTTP {status}, but {exc}", status=status, head=exc.head, request_id=_id(headers)
             ) from exc
-    raise _status_error(status, headers(), body)
+    raise _status_error(status, headers, body)
 
 
 def read_task(body: bytes, task_id: str) -> TaskSnapshot:
@@ -222,8 +219,8 @@ def read_tasks(
 ) -> dict[str, TaskSnapshot | InvalidResponseError | None]:
     """What a batch read's answer says of each of *ids*: None for one that it left out.
 
-    Order, duplicates (the first counts) and tasks nobody asked for do no harm; a broken
-    task is an error of its own.
+    Order, duplicates (the first counts) and other tasks do no harm; a broken task is an error
+    of its own.
 
     Raises:
         InvalidResponseError: There is no list of tasks named ``data``.
@@ -231,41 +228,35 @@ def read_tasks(
     asked = dict(zip(ids, ids, strict=True))
     answers: dict[str, TaskSnapshot | InvalidResponseError | None] = dict.fromkeys(ids)
     for task, text in parse_items(body, "data"):
-        said = task.get("id") if type(task) is dict else None
-        task_id = asked.get(said) if type(said) is str else None
+        found = task.get("id") if type(task) is dict else None
+        task_id = asked.get(found) if type(found) is str else None
         if task_id is not None and answers[task_id] is None:
-            answers[task_id] = _read_one(task, text, task_id)
+            try:
+                if text is not None:
+                    check_depth(task, text)
+                answers[task_id] = TaskSnapshot.from_json(task, body=text, known_id=task_id)
+            except InvalidResponseError as exc:
+                answers[task_id] = exc
     return answers
 
 
-def _read_one(
-    task: dict[str, Any], text: bytes | None, task_id: str
-) -> TaskSnapshot | InvalidResponseError:
-    try:
-        if text is not None:
-            check_depth(task, text)
-        return TaskSnapshot.from_json(task, body=text, known_id=task_id)
-    except InvalidResponseError as exc:
-        return exc
-
-
 def _status_error(status: int, headers: Mapping[str, str], body: bytes) -> APIStatusError:
-    told = _error_object(body)
-    code = _word(told.get("code"))
-    message = _word(told.get("message"), 500)
-    suggestion = _word(told.get("fallback_suggestion")) or _word(told.get("suggestion"))
-    kind = _word(told.get("type"))
-    rule = rule_for(status, from_api=bool(told), quota=is_quota(code, kind))
+    error = _error_object(body)
+    code = _word(error.get("code"))
+    message = _word(error.get("message"), 500)
+    suggestion = _word(error.get("fallback_suggestion")) or _word(error.get("suggestion"))
+    kind = _word(error.get("type"))
+    rule = rule_for(status, from_api=bool(error), quota=is_quota(code, kind))
     return rule.error(
         _sentence(status, code, message, suggestion, body),
         status=status,
         code=code,
         type=kind,
-        param=_word(told.get("param")),
+        param=_word(error.get("param")),
         suggestion=suggestion,
         request_id=_id(headers),
         retry_after=_retry_after(headers),
-        from_api=bool(told),
+        from_api=bool(error),
         replayed=is_replayed(headers),
         retryable=rule.read,
         resendable=rule.submit is Submit.RESEND,
@@ -280,10 +271,10 @@ def _error_object(body: bytes) -> Mapping[str, Any]:
         value = parse_json(body)
     except InvalidResponseError:
         return {}
-    told = value.get("error") if isinstance(value, dict) else None
-    if not isinstance(told, dict):
-        return {}
-    return told if _word(told.get("code")) or _word(told.get("message")) else {}
+    error = value.get("error") if isinstance(value, dict) else None
+    if isinstance(error, dict) and (_word(error.get("code")) or _word(error.get("message"))):
+        return error
+    return {}
 
 
 def _word(value: object, limit: int = 200) -> str | None:
@@ -323,8 +314,8 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         seconds = float(given)
     except ValueError:
         dates = (headers.get("Date", ""), formatdate(usegmt=True))
-        told = (_seconds_until(given, date) for date in dates)
-        seconds = next(filter(math.isfinite, told), math.nan)
+        found = (_seconds_until(given, date) for date in dates)
+        seconds = next(filter(math.isfinite, found), math.nan)
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
 

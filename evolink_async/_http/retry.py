@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Final, TypeVar, cast
 
 from attrs import define, field, frozen
@@ -20,7 +21,7 @@ from tenacity import (
 from tenacity.wait import wait_base
 
 from evolink_async._checks import number, valid
-from evolink_async._clock import Clock
+from evolink_async._clock import Clock, sleep
 from evolink_async.errors import APITimeoutError, EvolinkError
 
 __all__ = ["MAX_RETRY_AFTER", "Retries", "RetryBudget", "RetryPolicy", "Timeout"]
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_RETRY_AFTER: Final = 300.0
-"""Seconds: the longest ``Retry-After`` a session obeys; a submit told to wait longer gives up."""
+"""Seconds: the longest ``Retry-After`` a session obeys; a submit asked to wait longer fails."""
 
 
 def _from(least: float) -> Callable[[object, Any, object], None]:
@@ -44,9 +45,8 @@ class RetryPolicy:
     """When and how often a failed exchange is tried again.
 
     The wait before attempt k+1 is ``min(wait_max, wait_initial * wait_exp_base**(k-1)) +
-    uniform(0, wait_jitter)`` seconds. An answer that asks to wait (429, 503) is not waited
-    out by each request: it cools the whole session down. A submit is only ever
-    resent where it surely was not accepted.
+    uniform(0, wait_jitter)`` seconds. After an answer that asks to wait (429, 503) the whole
+    session cools down instead. A submit is only resent if it surely was not accepted.
 
     Attributes:
         attempts: How often one submit, download or other single call is tried in all.
@@ -83,7 +83,7 @@ class RetryPolicy:
     def _backoff(self) -> wait_base:
         growing = wait_exponential(
             multiplier=self.wait_initial,
-            max=self.wait_max if self.wait_initial else 0,  # what it returns on an overflow
+            max=self.wait_max if self.wait_initial else 0,  # it returns max on an overflow
             exp_base=self.wait_exp_base,
         )
         return growing + wait_random(0, self.wait_jitter)
@@ -110,12 +110,11 @@ class RetryBudget:
         """Whether there is enough left for one retry after *error*."""
         return self.level >= _price(error)
 
-    def take(self, error: EvolinkError) -> bool:
-        """Pay for one retry after *error*; False if there is not enough left."""
+    def take(self, error: EvolinkError) -> None:
+        """Pay for one retry after *error*, if there is enough left."""
         self.is_spent = not self.covers(error)
         if not self.is_spent:
             self.level -= _price(error)
-        return not self.is_spent
 
     def give(self) -> None:
         """One exchange succeeded."""
@@ -195,16 +194,12 @@ class Retries:
             self.count += 1
             logger.warning("trying again in %.1f s: %s", state.upcoming_sleep, error)
 
-        async def sleep(seconds: float) -> None:
-            if seconds > 0:
-                await clock.sleep_until(clock.now() + seconds)
-
         retrying = AsyncRetrying(
             retry=retry_if_exception(wanted),
             wait=wait,
             stop=stop,
             before_sleep=before_sleep,
-            sleep=sleep,
+            sleep=partial(sleep, clock),
             reraise=True,
         )
         async for attempt in retrying:

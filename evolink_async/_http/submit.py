@@ -15,7 +15,7 @@ from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from attrs import define, field, frozen
+from attrs import define, field
 
 from evolink_async._clock import Clock, hold
 from evolink_async._http import protocol
@@ -31,35 +31,18 @@ from evolink_async.errors import (
 )
 
 if TYPE_CHECKING:  # it imports aiohttp
-    from evolink_async._http.transport import Transport
+    from evolink_async._http.transport import Answer, Transport
 
-__all__ = ["Accepted", "BeforeSend", "Submitter"]
+__all__ = ["BeforeSend", "Submitter"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BeforeSend = Callable[[str], Awaitable[object]]
+_Accepted = tuple[TaskSnapshot, str, "Answer"]  # the key is that of the accepted POST
+Register = Callable[[TaskSnapshot, str, "Answer"], T]
 
 NOT_SENT: Final = "the session was closed before this submit; nothing was sent"
-
-
-@frozen(kw_only=True)
-class Accepted:
-    """A submit that was accepted.
-
-    Attributes:
-        snapshot: The task, as the answer shows it.
-        request: What was asked for.
-        idempotency_key: The key it was accepted under.
-        sent_at: When its POST was sent, on the session's clock.
-        replayed: True if the answer is the stored one of an earlier POST, maybe long ago.
-    """
-
-    snapshot: TaskSnapshot
-    request: ImageRequest | RawRequest
-    idempotency_key: str
-    sent_at: float
-    replayed: bool
 
 
 @define(eq=False)
@@ -136,8 +119,8 @@ class Submitter:
         """A submitter with so many slots.
 
         Args:
-            transport: What sends a POST.
-            limiter: What gives the permit for it.
+            transport: Sends the POSTs.
+            limiter: Gives the permits.
             clock: The session's.
             slots: Generations running at once.
             resend_uncertain: Whether a submit of unknown outcome is resent with the same key.
@@ -169,9 +152,9 @@ class Submitter:
         *,
         idempotency_key: str,
         before_send: BeforeSend | None,
-        register: Callable[[Accepted], T],
+        register: Register[T],
     ) -> T:
-        """Submit *request* once there is a slot; returns what *register* makes of the answer.
+        """Submit *request* once there is a slot; returns what *register* makes of its task.
 
         *register* is called even if the caller was cancelled after its POST may have left.
 
@@ -195,13 +178,19 @@ class Submitter:
         try:
             await ended
         except BaseException:  # the caller was cancelled; the task was not
-            self._abandon(submission, task)
+            if task.done():
+                _log_abandoned(submission, task)
+                raise
+            submission.abandoned = True
+            if not submission.may_have_left:
+                submission.stopped = True
+                task.cancel()
             raise
         if task.cancelled() and self._transport.closing:
             raise SessionClosedError(NOT_SENT)
         return task.result()
 
-    def _start(self, submission: _Submission, register: Callable[[Accepted], T]) -> asyncio.Task[T]:
+    def _start(self, submission: _Submission, register: Register[T]) -> asyncio.Task[T]:
         """Run a submit in an asyncio task of the session's own, in the context of its caller."""
         running = self._run(submission, register)
         try:
@@ -213,16 +202,6 @@ class Submitter:
         self._running[task] = submission
         task.add_done_callback(self._ended)
         return task
-
-    def _abandon(self, submission: _Submission, task: asyncio.Task[Any]) -> None:
-        """Stop a submit after its caller was cancelled, unless a POST of it may have left."""
-        if task.done():
-            _log_abandoned(submission, task)
-            return
-        submission.abandoned = True
-        if not submission.may_have_left:
-            submission.stopped = True
-            task.cancel()
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         """Wake the caller; give the slot of a failed submit back, even if its task never began."""
@@ -236,7 +215,7 @@ class Submitter:
 
     # -- the session's side ----------------------------------------------------------------
 
-    async def _run(self, submission: _Submission, register: Callable[[Accepted], T]) -> T:
+    async def _run(self, submission: _Submission, register: Register[T]) -> T:
         """Make attempts until one is accepted or the last error stands; register the task."""
         try:
             accepted = await self._transport.retries.run(
@@ -257,7 +236,7 @@ class Submitter:
             if (why := submission.uncertain) is not None:
                 raise submission.uncertain_error(why) from why
             raise
-        return register(accepted)
+        return register(*accepted)
 
     def _may_resend(self, submission: _Submission, error: EvolinkError) -> bool:
         """Whether a submit is sent again after an attempt that ended with *error*.
@@ -272,7 +251,7 @@ class Submitter:
             return False
         return submission.uncertain is None or self._resend_uncertain
 
-    async def _attempt(self, submission: _Submission) -> Accepted:
+    async def _attempt(self, submission: _Submission) -> _Accepted:
         """Wait for a permit, ask the hook, send one POST and read its answer."""
         with await self._limiter.acquire(submission.request.model):
             submission.began_at = min(submission.began_at, self._clock.now())
@@ -295,7 +274,7 @@ class Submitter:
         if submission.stopped:
             raise asyncio.CancelledError
 
-    async def _post(self, submission: _Submission) -> Accepted:
+    async def _post(self, submission: _Submission) -> _Accepted:
         key = submission.idempotency_key
         submission.may_have_left = submission.awaits_answer = True
         try:
@@ -306,13 +285,7 @@ class Submitter:
             raise
         finally:
             submission.awaits_answer = False
-        return Accepted(
-            snapshot=snapshot,
-            request=submission.request,
-            idempotency_key=key,
-            sent_at=answer.sent_at,
-            replayed=answer.is_replayed,
-        )
+        return snapshot, key, answer
 
     # -- the end ---------------------------------------------------------------------------
 

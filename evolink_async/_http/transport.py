@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import Any, Final
 
 import aiohttp
-from attrs import define, field
+from attrs import define
 
 from evolink_async._clock import Clock, hold
 from evolink_async._http import protocol
@@ -56,23 +56,18 @@ class Answer:
         status: Its status code.
         body: Its decompressed body.
         sent_at: When its request was sent, on the session's clock.
+        headers: Those that its meaning depends on.
     """
 
     status: int
     body: bytes
     sent_at: float
-    _headers: Mapping[str, str] = field(repr=False)
-    _key: Secret = field(repr=False)
-
-    def headers(self) -> dict[str, str]:
-        """Those that its meaning depends on, without our key: a server may echo that in any."""
-        given = self._headers
-        return {k: self._key.redact(given[k]) for k in protocol.ANSWER_HEADERS if k in given}
+    headers: Mapping[str, str]
 
     @property
     def is_replayed(self) -> bool:
         """Whether it is the stored answer to an earlier request."""
-        return protocol.is_replayed(self._headers)
+        return protocol.is_replayed(self.headers)
 
     def json(self) -> Any:
         """Its JSON value.
@@ -183,7 +178,7 @@ class Transport:
         """Send one request and read its answer whole; with a key it is a submit.
 
         Raises:
-            APIConnectionError: No answer, with ``sent`` saying whether one was earned.
+            APIConnectionError: No answer; ``sent`` says whether the request may have arrived.
             InvalidResponseError: The answer is larger than any the API gives.
         """
         submit = idempotency_key is not None
@@ -209,21 +204,21 @@ class Transport:
                 ) as response:
                     limit = _BATCH_BODY_LIMIT if path == protocol.BATCH_PATH else _BODY_LIMIT
                     content = await _read(response, limit)
-                    return Answer(
-                        response.status,
-                        self._key.redact_bytes(_unescaped(content)),
-                        sent_at,
-                        response.headers,
-                        self._key,
-                    )
+                    # The server may echo our key.
+                    content = self._key.redact_bytes(_unescaped(content))
+                    headers = {
+                        name: self._key.redact(response.headers[name])
+                        for name in protocol.ANSWER_HEADERS
+                        if name in response.headers
+                    }
+                    return Answer(response.status, content, sent_at, headers)
             except asyncio.CancelledError as exc:
                 if (task := asyncio.current_task()) is None or task.cancelling():
                     raise
-                failure = self._translate(exc)  # a tracer of the caller raised it
-            except Exception as exc:  # noqa: BLE001 - as may anything else
+                failure = self._translate(exc)  # raised by the caller's tracer, not by a cancel
+            except Exception as exc:  # noqa: BLE001 - the tracer may raise anything
                 failure = self._translate(exc)
-        # Raised out here: aiohttp's frames and request objects hold the headers, and with
-        # them the key, so neither its traceback nor the exception itself goes further.
+        # Raised out here: the traceback of aiohttp's exception holds the headers, and so the key.
         response = None
         raise failure
 
@@ -241,10 +236,10 @@ class Transport:
     def _translate(self, exc: BaseException) -> EvolinkError:
         if isinstance(exc, _TooLargeError):
             return InvalidResponseError("the answer is larger than any the API gives")
-        said = (
-            f"{exc.status} {exc.message}" if isinstance(exc, aiohttp.ClientResponseError) else exc
-        )
-        why = printable(self._key.redact(str(said) or type(exc).__name__), 200)
+        text = str(exc)
+        if isinstance(exc, aiohttp.ClientResponseError):
+            text = f"{exc.status} {exc.message}"
+        why = printable(self._key.redact(text or type(exc).__name__), 200)
         kind = type(exc).__name__
         never_sent = isinstance(
             exc,
@@ -260,7 +255,7 @@ class Transport:
         return APIConnectionError(f"{stage} {self._base_url} ({kind}): {why}", sent=not never_sent)
 
     def _check_status(self, answer: Answer, model: str | None = None) -> None:
-        """Note what an answer says about the requests to come.
+        """Note what an answer means for the requests to come.
 
         Raises:
             APIStatusError: It is an error.
@@ -274,7 +269,7 @@ class Transport:
         except APIStatusError as exc:
             if exc.is_throttle:
                 self._limiter.cool_down(exc, sent_at=answer.sent_at, model=model)
-            else:  # no success, but it does not ask to wait either
+            else:
                 self._limiter.succeeded(sent_at=answer.sent_at)
             raise
 
@@ -300,17 +295,16 @@ class Transport:
 
     @property
     def read_limit(self) -> int:
-        """Tasks one read may ask for: one where the batch endpoint cannot be used."""
+        """Tasks one read may ask for: one if the batch endpoint cannot be used."""
         return protocol.BATCH_LIMIT if self._breaker.allows_batch() else 1
 
     def fetch(self, ids: tuple[str, ...]) -> asyncio.Task[PollResult]:
-        """Read tasks once; a read that fails is the answer of each id, nothing is raised.
+        """Read tasks once. Nothing is raised: the error of a failed read is the answer of each id.
 
-        The breaker knows of the read when this returns, and that it is over even if it is
-        cancelled before it starts.
+        When this returns, `read_limit` already takes this read into account.
         """
         probe, stops = self._breaker.begin(single=len(ids) == 1), self._breaker.stops
-        # No task factory of the caller's makes it: one may refuse.
+        # Not made by a task factory of the caller's: that may refuse.
         read = asyncio.Task(
             self._fetch(ids, probe=probe, stops=stops), loop=asyncio.get_running_loop()
         )
@@ -333,7 +327,7 @@ class Transport:
             if single:
                 answer = await self._exchange("GET", protocol.task_path(ids[0]))
             else:
-                body = protocol.encode_ids(ids)
+                body = protocol.encode({"task_ids": ids})
                 answer = await self._exchange("POST", protocol.BATCH_PATH, body=body)
             sent_at = answer.sent_at
             self._check_status(answer)
@@ -396,8 +390,8 @@ async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
 
 
 def _unescaped(body: bytes) -> bytes:
-    """*body* with its JSON escapes spelled our way, so that a key cannot hide behind them."""
-    if b"\0" in body:  # nor in UTF-16 or UTF-32; JSON is UTF-8, and what is none stays none
+    """*body* with uniform JSON escapes, so that the key is found in it even if it was escaped."""
+    if b"\0" in body:  # UTF-16 or UTF-32 could hide the key, too: made invalid, and readable
         return b"\xff" + body.replace(b"\0", b"")
     if b"\\" not in body:
         return body

@@ -23,7 +23,7 @@ from typing import Final
 from attrs import define, field
 
 from evolink_async._checks import is_number
-from evolink_async._polling.policy import PollPolicy
+from evolink_async._polling.policy import PollPolicy, Schedule
 
 __all__ = ["DurationModel"]
 
@@ -51,8 +51,8 @@ PRIOR_TASKS: Final = 4.0
 PRIOR_SIGMA: Final = (0.6, 1.0)
 """Width of the prior around the server's estimate, and where the server gave none."""
 
-DOUBT: Final = 0.1
-"""Chance, before anything was seen, that the estimate is of no use."""
+UNUSABLE: Final = 0.1
+"""Chance, before any end was seen, that the estimate is of no use."""
 
 REACH: Final = 3.0
 """Durations are expected up to this many estimates if the estimate is of no use."""
@@ -67,13 +67,13 @@ LEARN_EVERY: Final = 8
 class Prior:
     """Where tasks are expected to end before any was seen, as chances per bin of age.
 
-    Either the server's estimate is about right, a lognormal law around it; or it is of no
-    use, and any age up to a few estimates is as likely, on a logarithmic scale. Each end
-    that is seen shifts the belief between the two.
+    A mixture of two laws: lognormal around the server's estimate; and, for an estimate that is
+    of no use, uniform on a logarithmic scale up to a few estimates. Each end that is seen
+    shifts the weights of the two.
 
     Attributes:
         tasks: How many tasks it counts for.
-        trust: Chance that the estimate is about right.
+        trust: Weight of the first.
     """
 
     def __init__(self, estimate: object, policy: PollPolicy, edges: list[float]) -> None:
@@ -85,10 +85,10 @@ class Prior:
         scale, octaves = sigma * math.sqrt(2), math.log2(REACH * median / shortest)
         self._right = _chances(edges, lambda t: math.erfc(math.log(median / t) / scale) / 2)
         self._wrong = _chances(edges, lambda t: min(1.0, math.log2(t / shortest) / octaves))
-        self.tasks, self.trust = PRIOR_TASKS, 1 - DOUBT
+        self.tasks, self.trust = PRIOR_TASKS, 1 - UNUSABLE
 
     def saw_end(self, first: int, last: int) -> None:
-        """Weigh the two beliefs by an end somewhere in these bins."""
+        """Shift the weights after an end somewhere in these bins."""
         thin = SMOOTHING / len(self._right)
         right = self.trust * (thin + sum(self._right[first : last + 1]))
         wrong = (1 - self.trust) * (thin + sum(self._wrong[first : last + 1]))
@@ -107,8 +107,8 @@ class Prior:
 
 
 @define(eq=False, repr=False)
-class DurationModel:
-    """The law of durations of one kind of task, as far as it has shown itself.
+class DurationModel(Schedule):
+    """The law of durations of one kind of task, as learned so far.
 
     Ages are sorted into bins, 16 to each doubling from the shortest interval on. Per bin the
     model counts the tasks that ended in it and the tasks that were at risk to, for as much
@@ -130,7 +130,7 @@ class DurationModel:
     _intervals: dict[tuple[int, int], float] = field(init=False, factory=dict)
     _running: int = field(default=0, init=False)
     _ended: int = field(default=0, init=False)
-    # Since the hazard was computed: ends, and polls with each end counted as several.
+    # Since the hazard was computed: ends; and polls, each end counted as several.
     _new_ends: int = field(default=0, init=False)
     _news: int = field(default=0, init=False)
 
@@ -147,7 +147,6 @@ class DurationModel:
 
     @property
     def typical(self) -> float | None:
-        """Learned median duration in seconds, None before the first end."""
         if not self._ended:
             return None
         if self._news:
@@ -160,25 +159,18 @@ class DurationModel:
         return self._edges[-1]
 
     def started(self) -> None:
-        """One more task of this kind is being watched."""
         self._running += 1
 
     def left(self) -> None:
-        """One less, for whatever reason."""
         self._running = max(0, self._running - 1)
 
     def saw_running(self, last_age: float, age: float) -> None:
-        """A poll sent at *age* found the task running, the one before was at *last_age*."""
         if 0 <= last_age < age:
             self._count_running(last_age, age)
             self._note(1)
 
     def saw_end(self, last_age: float, age: float, duration: float | None = None) -> None:
-        """The task ended after *last_age* and was known to have at *age*.
-
-        *duration*, where the server gave one, is taken for the age of the end if it lies
-        between the two polls; elsewhere it measures something else and is not used.
-        """
+        # A duration that does not lie between the two polls measures something else.
         if not 0 <= last_age <= age:
             return
         if is_number(duration) and last_age < duration <= age:
@@ -191,10 +183,6 @@ class DurationModel:
         self._note(LEARN_EVERY * (2 if self._ended > FIRST_ENDS else self._running + 1))
 
     def next_age(self, age: float, price: float, polls: int = 0) -> float:
-        """Age at which to poll next, the last poll was sent at *age*, 0 right after submit.
-
-        *price* is in seconds per poll; *polls* has no say.
-        """
         del polls
         if not 1e-9 < price < 1e12:
             price = self.policy.price
@@ -245,7 +233,7 @@ class DurationModel:
             self._risk[k] += tasks * (position - k)
 
     def _spread_end(self, first: float, last: float) -> None:
-        """Count one end between two positions, spread over them as is believed now."""
+        """Count one end between two positions, spread over them by the present hazard."""
         self._prior.saw_end(int(first), int(last))
         parts = [(k, min(k + 1, last) - max(k, first)) for k in range(int(first), int(last) + 1)]
         alive, chances = 1.0, []

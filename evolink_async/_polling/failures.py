@@ -1,8 +1,7 @@
 """What failed polls mean for a task: go on, poll it alone, or give it up.
 
-A failed poll is no information and by itself ends no wait. Two things are told apart from
-failures that pass: a refusal that single polls confirm, which ends the watch; and a task
-that batch polls fail on, or leave out, which is polled singly from then on.
+A failed poll by itself ends no watch. A refusal that single polls confirm does. A task that
+batch polls fail on, or leave out, is polled singly from then on.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _LEFT_OUT: Final = 5
 """Batch answers in a row that leave a new task out before it is polled singly."""
 _BATCH_FAILURES: Final = (3, 6)
 """Batch polls in a row that fail with a task, while others work, before it is polled singly:
-where they seldom fail, and where they often do, so that chance alone would suspect many."""
+where batch polls seldom fail, and where they often do."""
 _OFTEN: Final = 0.15
 """Share of failed batch polls from which they fail often."""
 _SHARE_RATE: Final = 0.05
@@ -114,7 +113,7 @@ class Failures:
     def suspect(self, batches: BatchPolls) -> bool:
         """After a failed batch poll: True if the task must now be polled singly.
 
-        Batch polls with it fail while others work: it may be what they fail on.
+        It must where batch polls with it keep failing while others work.
         """
         failed = self.count - self.throttles + self.suspected
         needed = _BATCH_FAILURES[batches.failing > _OFTEN]
@@ -126,9 +125,8 @@ class Failures:
     def most_together(self, limit: int) -> int:
         """How many tasks of *limit* to poll together next, this one first.
 
-        After an answer that refuses them, or makes no sense, half as many each time: one of
-        them may be the reason, and the others soon do without it. A failure that says
-        nothing about the tasks, such as a 502, is simply repeated.
+        After a refusal or an unreadable answer, half as many each time: one of them may be
+        the reason. A failure that says nothing about the tasks, such as a 502, changes nothing.
         """
         error = self.error
         if error is None or (error.retryable and not isinstance(error, InvalidResponseError)):
@@ -138,16 +136,16 @@ class Failures:
     def miss(self, *, may_lag: bool) -> bool:
         """Note that a batch answer left it out; True if it must now be polled singly.
 
-        That proves nothing: with *may_lag* a replica may only be behind, for a while.
+        With *may_lag* a replica may only be behind, so it takes several such answers.
         """
         self.left_out += 1
         self.single = self.left_out >= _LEFT_OUT or not may_lag
         return self.single
 
     def after_answer(self, *, single: bool) -> Failures | None:
-        """What is left to remember once a poll was answered, a *single* one or a batch poll.
+        """What remains after a poll was answered; None for nothing.
 
-        A single answer does not say that batch polls work with the task again.
+        An answer to a *single* poll does not show that batch polls work with the task again.
         """
         if not single or not (self.left_out or self.suspected):
             return None

@@ -6,7 +6,7 @@ Time is passed in, nothing here reads a clock. Ages are seconds since the submit
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from attrs import Attribute, define, field, frozen
 
@@ -53,7 +53,7 @@ class PollPolicy:
 
     Attributes:
         price: Seconds of delay that one read is worth. More means fewer reads and later
-            news; 0.5 is about five reads and two seconds of delay for a single generation
+            results; 0.5 is about five reads and two seconds of delay for a single generation
             of 27 s. Tasks that are polled by one read share its price.
         min_interval: Least time between two polls of one task. Where more tasks run than one
             read can ask for, reads go out in bursts, 2.5 of it apart, unless *wait* is given.
@@ -89,55 +89,43 @@ class PollPolicy:
         return when if when > age else math.nextafter(age, math.inf)
 
 
-class Schedule(Protocol):
-    """When to poll tasks of one kind, and what their polls have shown."""
+class Schedule:
+    """When to poll tasks of one kind. What their polls show is ignored unless a method learns."""
+
+    __slots__ = ()
 
     @property
     def typical(self) -> float | None:
         """Learned median duration in seconds, None while nothing was learned."""
-        ...
+        return None
 
     def next_age(self, age: float, price: float, polls: int = 0) -> float:
-        """Age at which to poll next, after *polls* polls, the last one sent at *age*."""
-        ...
+        """Age at which to poll next, after *polls* polls, the last one sent at *age*.
+
+        *price* is the seconds of delay that one poll is worth; *age* is 0 after the submit.
+        """
+        raise NotImplementedError
 
     def saw_running(self, last_age: float, age: float) -> None:
         """A poll sent at *age* found the task running, the one before was at *last_age*."""
-        ...
 
     def saw_end(self, last_age: float, age: float, duration: float | None = None) -> None:
         """A task ended after *last_age* and by *age*, at *duration* if the server gave one."""
-        ...
 
     def started(self) -> None:
         """One more task of this kind is being watched."""
-        ...
 
     def left(self) -> None:
         """One less, for whatever reason."""
-        ...
 
 
 @define(eq=False)
-class Backoff:
+class Backoff(Schedule):
     """The schedule of ``PollPolicy(wait=...)``: it counts polls and learns nothing."""
 
     policy: PollPolicy
-    typical: None = field(default=None, init=False)
 
     def next_age(self, age: float, price: float, polls: int = 0) -> float:
         """By the number of polls alone."""
         del price
         return self.policy.clamp(age, age + _ask(self.policy.wait, polls + 1))
-
-    def saw_running(self, last_age: float, age: float) -> None:
-        """Nothing to learn."""
-
-    def saw_end(self, last_age: float, age: float, duration: float | None = None) -> None:
-        """Nothing to learn."""
-
-    def started(self) -> None:
-        """Nothing to count."""
-
-    def left(self) -> None:
-        """Nothing to count."""

@@ -47,24 +47,18 @@ class SharedReads:
     request, is the number of tasks that share its price.
 
     Attributes:
-        base_price: Seconds of delay that one read is worth.
-        limit: Most tasks in one read; 1 where reads cannot be shared.
-        min_interval: Least seconds between two polls of one task.
-        max_interval: Most seconds between two polls of one task.
-        beats: False where polls keep to the times they are due.
-        usefulness: Mean usefulness of a place in a read, from 0 to 1.
+        policy: The session's settings. Its price is that of one request.
+        limit: Most tasks in one request; 1 if requests cannot be shared.
+        usefulness: Mean usefulness of a place in a request, from 0 to 1.
     """
 
-    base_price: float
+    policy: PollPolicy
     limit: int = 50
-    min_interval: float = 0.25
-    max_interval: float = math.inf
-    beats: bool = True
     usefulness: float = field(default=0.5, init=False)
 
     def price(self, running: int) -> float:
         """Seconds of delay that one poll is worth while *running* tasks are watched."""
-        return self.base_price / max(1.0, self.usefulness * min(self.limit, running))
+        return self.policy.price / max(1.0, self.usefulness * min(self.limit, running))
 
     def on_beat(self, due: float, polled: float, running: int) -> float:
         """When to poll a task due at *due*: then, or together with others due about then.
@@ -74,13 +68,13 @@ class SharedReads:
         in bursts. A beat is no sooner than the shortest interval after the task was last
         *polled*, and *due* stands where a beat would exceed the longest interval.
         """
-        if running <= self.limit or self.limit == 1 or not self.beats:
+        if running <= self.limit or self.limit == 1 or self.policy.wait is not None:
             return due
-        tempo = BEAT * self.min_interval
+        tempo = BEAT * self.policy.min_interval
         beat = math.floor(due / tempo + 0.5) * tempo
-        if beat < polled + self.min_interval:
+        if beat < polled + self.policy.min_interval:
             beat += tempo
-        return beat if beat <= polled + self.max_interval else due
+        return beat if beat <= polled + self.policy.max_interval else due
 
     def saw_read(self, now: float, tasks: Sequence[tuple[float, float]]) -> None:
         """A read is sent *now* for *tasks*, each given as (last poll, due)."""
@@ -171,13 +165,7 @@ class Pacer:
     _models: dict[Hashable, Schedule] = field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
-        policy = self.policy
-        self.shared = SharedReads(
-            policy.price,
-            min_interval=policy.min_interval,
-            max_interval=policy.max_interval,
-            beats=policy.wait is None,
-        )
+        self.shared = SharedReads(self.policy)
 
     def model(self, key: Hashable, estimate: object = None) -> Schedule:
         """The schedule of tasks of kind *key*, such as (endpoint, model).

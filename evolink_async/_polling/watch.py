@@ -34,10 +34,10 @@ __all__ = [
 ]
 
 IN_FLIGHT: Final = -math.inf
-"""In place of a due time: a poll of the task is in flight."""
+"""The due time of a task while a poll of it is in flight."""
 
 _COMPACT_FROM: Final = 60
-"""Entries that no longer count which a queue may hold, beside as many as there are watches."""
+"""Entries from which a queue drops its outdated ones."""
 
 
 Futures = list["asyncio.Future[None]"]
@@ -79,7 +79,7 @@ class Network(Protocol):
 
 
 class Kind(Enum):
-    """What is known of a task, and how its end will be known."""
+    """How a task came to be watched, and how its end will be known."""
 
     POLLED = "submitted here: polls alone say when it has ended"
     CALLBACK = "submitted here: a callback should say when it has ended"
@@ -89,14 +89,14 @@ class Kind(Enum):
 
 @define(eq=False)
 class Callers:
-    """Who waits for what of one task, and what was asked for while a poll of it is in flight.
+    """The callers that wait for one task.
 
     Attributes:
-        end: Wait for its end.
-        change: Wait for another status or progress.
-        poll: Wait for the next answer.
-        again: True to poll once more as soon as the poll in flight is answered.
-        nudged: True if a nudge came meanwhile, to which that poll is no answer.
+        end: Those that wait for its end.
+        change: Those that wait for another status or progress.
+        poll: Those that wait for the next answer.
+        again: True if a poll was asked for while one was in flight: poll again after it.
+        nudged: True if a nudge came while a poll was in flight: poll again soon after it.
     """
 
     end: Futures = field(factory=list)
@@ -113,19 +113,19 @@ class Watch:
     Attributes:
         id: The task's id.
         started: When it was submitted, or picked up by its id.
-        kind: What is known of it.
+        kind: How it came to be watched, and how its end will be known.
         schedule: When to poll tasks like it.
         request: What was submitted, None if this session did not submit it.
         idempotency_key: The key it was submitted with.
         on_end: Called once it has ended.
-        snapshot: What was last read, None before the first answer.
+        snapshot: The newest one, None before the first answer.
         reason: Why it was given up before a terminal state; None if it was not.
         polled: When the last answered poll was sent; before the first one, *started*.
         polls: How many were answered.
         due: When to poll it next, `IN_FLIGHT` or `NEVER`.
-        nudged: True if something said that it has ended, since it was last seen running.
-        failures: Its failed polls, None while it is well.
-        callers: Who waits for it, None before anybody does.
+        nudged: True if a nudge came since it was last seen running.
+        failures: Its failed polls in a row, None if there are none.
+        callers: The callers that wait for it, None before the first.
     """
 
     id: str
@@ -149,7 +149,7 @@ class Watch:
 
     @property
     def ended(self) -> bool:
-        """True once it is polled no more."""
+        """True once it is no longer polled."""
         return self.reason is not None or (self.snapshot is not None and self.snapshot.is_terminal)
 
     @property
@@ -157,8 +157,8 @@ class Watch:
         """Why the last poll failed, None if it did not."""
         return self.failures.error if self.failures is not None else None
 
-    def asked(self) -> Callers:
-        """Its callers, a place for them if it has none yet."""
+    def make_callers(self) -> Callers:
+        """`callers`, made at the first call."""
         self.callers = self.callers or Callers()
         return self.callers
 
@@ -191,10 +191,9 @@ _Heap = list[tuple[float, int, Watch]]
 
 
 class DueQueue:
-    """Watches by when they are due: those that share a poll, and those polled alone.
+    """Watches by when they are due: one heap of those that share a poll, one of single polls.
 
-    A watch is due once: pushed anew, or with another `Watch.due`, its older entries no
-    longer count and are dropped when they come to the top.
+    An entry is outdated if `Watch.due` has changed since; it is dropped when it comes to the top.
     """
 
     def __init__(self) -> None:
@@ -204,11 +203,11 @@ class DueQueue:
         self._compact_at = _COMPACT_FROM
 
     def __len__(self) -> int:
-        """How many entries are kept, those that no longer count among them."""
+        """How many entries are kept, outdated ones included."""
         return sum(map(len, self._heaps))
 
     def push(self, watch: Watch, due: float) -> None:
-        """*watch* is due at *due*, no more at any other time."""
+        """Make *watch* due at *due*, and at no other time."""
         watch.due = due
         heap = self._heaps[watch.failures is not None and watch.failures.single]
         heapq.heappush(heap, (due, next(self._order), watch))
@@ -216,7 +215,7 @@ class DueQueue:
             self._compact()
 
     def first(self, *, single: bool = False) -> Watch | None:
-        """The one that is due first, None if there is none."""
+        """The watch that is due first, None if there is none."""
         heap = self._heaps[single]
         while heap:
             due, _, watch = heap[0]
@@ -226,18 +225,18 @@ class DueQueue:
         return None
 
     def first_due(self, *, single: bool = False) -> float:
-        """When that one is due."""
+        """When the first watch is due."""
         watch = self.first(single=single)
         return NEVER if watch is None else watch.due
 
     def pop(self, *, single: bool = False) -> Watch:
-        """Take off what `first` has just returned: a poll of it is in flight."""
+        """Remove what `first` has just returned: a poll of it is in flight."""
         watch = heapq.heappop(self._heaps[single])[2]
         watch.due = IN_FLIGHT
         return watch
 
     def _compact(self) -> None:
-        """Drop what no longer counts: it would keep ended watches in memory."""
+        """Drop outdated entries: they would keep ended watches in memory."""
         for heap in self._heaps:
             heap[:] = [entry for entry in heap if entry[2].due == entry[0]]
             heapq.heapify(heap)

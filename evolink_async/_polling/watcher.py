@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 _REPLICA_LAG: Final = 60.0
 """Seconds after our own submit in which a 404 may only mean that a replica is behind."""
 _ATTACHED: Final = "attached"
-"""The schedule of tasks about which nothing but their id is known."""
+"""The schedule of tasks picked up by their id."""
 _ENDS_AT_ONCE: Final = 500
 """Tasks that closing ends before others may run."""
 _SWEEP: Final = 0.25
@@ -94,7 +94,7 @@ class Watcher:
         self._sweep_at = NEVER
         self._unknown_statuses: set[str] = set()
 
-    # -- what sessions and tasks ask -------------------------------------------------------
+    # -- what sessions and tasks call ------------------------------------------------------
 
     @property
     def watches(self) -> tuple[Watch, ...]:
@@ -123,8 +123,8 @@ class Watcher:
     ) -> Watch:
         """Watch a task this session has just submitted.
 
-        *on_end* is called once it has ended. A *replayed* answer may be of long ago: such a
-        task is polled like one found by its id.
+        *on_end* is called once it has ended. A *replayed* answer may be old: such a task is
+        polled like one found by its id.
         """
         watch = self._live.get(snapshot.id)
         if watch is not None:  # an idempotent repeat of a submit whose task is watched already
@@ -132,15 +132,13 @@ class Watcher:
                 watch.request, watch.idempotency_key = request, idempotency_key
             on_end()
             return watch
-        kind, schedule = Kind.ATTACHED, self._pacer.model(_ATTACHED)
-        if not replayed:
-            key = f"{request.path} {request.model}"
-            schedule = self._pacer.model(key, snapshot.estimated_time)
-            if request.callback_url is None:
-                kind = Kind.POLLED
-            else:
-                canary = self._pacer.callbacks.choose_canary(len(self._live))
-                kind = Kind.CANARY if canary else Kind.CALLBACK
+        kind, key = Kind.POLLED, f"{request.path} {request.model}"
+        if replayed:
+            kind, key = Kind.ATTACHED, _ATTACHED
+        elif request.callback_url is not None:
+            canary = self._pacer.callbacks.choose_canary(len(self._live))
+            kind = Kind.CANARY if canary else Kind.CALLBACK
+        schedule = self._pacer.model(key, None if replayed else snapshot.estimated_time)
         watch = Watch(
             snapshot.id,
             started=started,
@@ -177,10 +175,10 @@ class Watcher:
         return self._live.get(task_id)
 
     def nudge(self, task_id: str) -> bool:
-        """Poll a task now, or its shortest interval after its last poll.
+        """Poll a task now, or ``min_interval`` after its last poll; False if it is not watched.
 
-        Nudges of a task that come before that poll are one, and a task whose polls fail
-        keeps to the pace of their retries. False if it is not watched.
+        Further nudges before that poll change nothing. A task whose polls fail keeps to the
+        pace of the retries.
         """
         watch = self._live.get(task_id)
         if watch is None:
@@ -188,7 +186,7 @@ class Watcher:
         logger.debug("task %s: nudged, it is said to have ended", watch.id)
         watch.nudged = True
         if watch.due == IN_FLIGHT:
-            watch.asked().nudged = True
+            watch.make_callers().nudged = True
         elif watch.last_error is None:
             soonest = watch.polled + self._policy.min_interval if watch.polls else AT_ONCE
             self._hurry(watch, soonest)
@@ -197,19 +195,19 @@ class Watcher:
     async def until_ended(self, watch: Watch) -> None:
         """Return once *watch* has ended."""
         if not watch.ended:
-            await wait_in(watch.asked().end)
+            await wait_in(watch.make_callers().end)
 
     async def until_changed(self, watch: Watch) -> None:
         """Return at the next change of status or progress, or the end."""
         if not watch.ended:
-            await wait_in(watch.asked().change)
+            await wait_in(watch.make_callers().change)
 
     async def poll(self, watch: Watch) -> None:
         """Poll *watch* now and return once an answer to this poll is in."""
         if watch.ended:
             return
         logger.debug("task %s: a poll was asked for", watch.id)
-        callers = watch.asked()
+        callers = watch.make_callers()
         if watch.due == IN_FLIGHT:
             callers.again = True
         else:
@@ -224,7 +222,7 @@ class Watcher:
             poll.cancel()
         await asyncio.gather(*polls, return_exceptions=True)
         running: list[str] = []
-        # So that each watch is freed as it ends, not all of them in one go.
+        # So that each watch is freed as it ends, not all of them at once.
         self._queue = DueQueue()
         for number, task_id in enumerate(tuple(self._live)):
             if (watch := self._live.get(task_id)) is not None:
@@ -278,7 +276,7 @@ class Watcher:
             due = deadline - self._policy.min_interval
             polled = watch.polls or watch.failures is not None
             if due <= self._clock.now() + (self._policy.min_interval if polled else 0.0):
-                watch.due = NEVER  # that poll has been
+                watch.due = NEVER  # the last poll before the deadline was already sent
                 return
         self._queue.push(watch, due)
         if due < self._timer.at:
@@ -309,7 +307,7 @@ class Watcher:
         while self._may_poll(now) and (watches := self._take(now)):
             self._send(watches)
             if self._contended is not None:
-                return AT_ONCE  # it takes a token of the rate when it begins
+                return AT_ONCE  # sending it changes what the rate allows
         if logger.isEnabledFor(logging.DEBUG):
             self._log_wait(now)
         if len(self._in_flight) >= self._max_reads:
@@ -344,8 +342,8 @@ class Watcher:
     def _take(self, now: float) -> list[Watch]:
         """The watches of the next poll: those due first, due or not, as many as it can ask for.
 
-        One that was nudged, and a canary, does not take along what is not due: the others
-        wait for callbacks of their own.
+        If the first was nudged or is a canary, only those that are due: the others wait for
+        callbacks of their own.
         """
         queue = self._queue
         first = queue.first()
@@ -376,9 +374,9 @@ class Watcher:
         poll.add_done_callback(partial(self._answered, watches))
 
     def _answered(self, watches: list[Watch], poll: asyncio.Future[PollResult]) -> None:
-        """Take in what came of a poll."""
+        """Handle the result of a poll."""
         if len(self._in_flight) >= self._max_reads:
-            self._timer.set(AT_ONCE)  # others waited for this one
+            self._timer.set(AT_ONCE)  # other polls waited for it to end
         self._in_flight.discard(poll)
         if poll.cancelled():
             if not self._timer.closed:
@@ -534,7 +532,7 @@ class Watcher:
             logger.warning("the machine was suspended for about %.0f s", slept)
             self._network.renew()
             now = self._clock.now()
-            for watch in self._live.values():  # nobody knows how old they are now
+            for watch in self._live.values():
                 self._hurry(watch, now)
 
     # -- ends ------------------------------------------------------------------------------

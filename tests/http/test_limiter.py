@@ -654,9 +654,9 @@ async def test_reads_and_submits_take_turns_at_a_rate(limited: MakeRequests) -> 
     """However many submits wait for their tokens, every second one is a read's if one waits."""
     requests = limited(16, rate=1.0)
     await requests.ask(*names("s", 6))
-    alone = requests.limiter.is_contended
+    alone = requests.limiter.is_contended()
     await requests.ask("r0")
-    assert (alone, requests.limiter.is_contended) == (True, False)
+    assert (alone, requests.limiter.is_contended()) == (True, False)
     await requests.clock.advance(1)
     await requests.ask("r1")
     await requests.clock.advance(4)
@@ -667,7 +667,7 @@ async def test_without_a_rate_nobody_has_to_queue(limited: MakeRequests) -> None
     """Reads have permits of their own there."""
     requests = limited(4)
     await requests.ask(*names("s", 6))
-    assert not requests.limiter.is_contended
+    assert not requests.limiter.is_contended()
 
 
 @define

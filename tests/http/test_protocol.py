@@ -71,7 +71,7 @@ def error_of(
 ) -> APIStatusError:
     """The error an answer is deciphered to."""
     with pytest.raises(APIStatusError) as caught:
-        decipher(status, lambda: headers or {}, body)
+        decipher(status, headers or {}, body)
     return caught.value
 
 
@@ -164,7 +164,7 @@ def test_a_rate_limit_page_of_a_proxy_is_retried_by_reads_only() -> None:
 def test_a_success_without_json_is_uncertain(status: int, body: bytes, text: str) -> None:
     """A 2xx whose body cannot be used: a read is retried, a submit was probably paid for."""
     with pytest.raises(InvalidResponseError, match=text) as caught:
-        decipher(status, lambda: {"X-Request-Id": "req-1"}, body)
+        decipher(status, {"X-Request-Id": "req-1"}, body)
     assert meaning(caught.value) == (YES, UNCERTAIN)
     assert (caught.value.status, caught.value.request_id) == (status, "req-1")
     assert str(caught.value).startswith(f"HTTP {status}, but ")
@@ -172,9 +172,9 @@ def test_a_success_without_json_is_uncertain(status: int, body: bytes, text: str
 
 def test_a_success_is_its_json() -> None:
     """A 2xx gives the body's JSON, whatever it is; its reader decides whether it will do."""
-    assert decipher(200, dict, b'{"id": "task-1"}') == {"id": "task-1"}
-    assert decipher(201, dict, b"null") is None
-    assert decipher(200, dict, error_body(500))["error"]["code"] == 500
+    assert decipher(200, {}, b'{"id": "task-1"}') == {"id": "task-1"}
+    assert decipher(201, {}, b"null") is None
+    assert decipher(200, {}, error_body(500))["error"]["code"] == 500
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_what_asks_the_session_to_wait(
     """429 and 503 do, whoever says so, unless the API's code is that the quota is used up."""
     body = json.dumps({"error": {"message": "no", **told}}) if from_api else "no"
     with pytest.raises(APIStatusError) as caught:
-        decipher(status, dict, body.encode())
+        decipher(status, {}, body.encode())
     assert caught.value.is_throttle is (throttle or (status == 429 and not from_api))
 
 
