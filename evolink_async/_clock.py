@@ -36,7 +36,7 @@ class Clock(Protocol):
     """Where a session takes its time from (HTTP time-outs excepted).
 
     A clock may also have ``hold()``, a context manager during which its time
-    stands still: the session enters it while an exchange with the API is in the air.
+    stands still: the session enters it while an exchange with the API is in flight.
     """
 
     def now(self) -> float:

@@ -52,6 +52,6 @@ def _read_page(answer: Any) -> tuple[list[TaskSummary], int, int]:
     for row in data:
         try:
             rows.append(TaskSummary.from_json(row))
-        except InvalidResponseError as exc:  # the others may be what somebody is looking for
+        except InvalidResponseError as exc:  # the other rows are still of use
             logger.warning("a row of the task list was left out: %s", exc)
     return rows, len(data), total if isinstance(total, int) else 10**9

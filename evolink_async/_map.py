@@ -40,7 +40,7 @@ class Outcome:
     Attributes:
         index: The item's position in the input, from 0.
         request: The request made of it; the item itself if it made none.
-        task: Its task; None if it was not submitted, or nobody knows.
+        task: Its task; None if it was not submitted, or that is unknown.
         result: The result; None if there is an error.
         error: The error; None if there is a result.
     """

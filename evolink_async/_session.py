@@ -89,8 +89,8 @@ class Session:
             api_key: Key of the API; default the environment's ``EVOLINK_API_KEY``.
             base_url: Origin of the API, https unless it is loopback; default the
                 environment's ``EVOLINK_BASE_URL``, else the public one.
-            max_in_flight: Generations running at once, whoever asks for them.
-            max_connections: HTTP requests in the air at once; of four or more, two
+            max_in_flight: Generations running at once, however many callers there are.
+            max_connections: HTTP requests in flight at once; of four or more, two
                 of them are kept for reads.
             max_requests_per_second: Most requests a second, None for no limit.
             poll: When running tasks are polled.
@@ -195,12 +195,12 @@ class Session:
     async def aclose(self, *, grace: float | None = None) -> None:
         """Stop watching and close the connections; may be called again.
 
-        No new POST starts. Those in the air are given their time-out, then their callers
-        get `SubmitUncertainError`. Whoever waits for a task gets `SessionClosedError` with
+        No new POST starts. Those in flight are given their time-out, then their callers
+        get `SubmitUncertainError`. Callers that wait for a task get `SessionClosedError` with
         its ``task_id``; the ids of what still runs are logged as a warning.
 
         Args:
-            grace: Seconds POSTs in the air are given; None for their own time-out,
+            grace: Seconds POSTs in flight are given; None for their own time-out,
                 0 to leave at once.
         """
         self._closing = True
@@ -398,7 +398,7 @@ class Session:
 
     @property
     def max_connections(self) -> int:
-        """HTTP requests in the air at once."""
+        """HTTP requests in flight at once."""
         return self._settings.max_connections
 
     @property

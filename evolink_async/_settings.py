@@ -83,7 +83,7 @@ class Settings:
         instance("timeout", self.timeout, Timeout)
 
     def permits(self) -> int:
-        """HTTP requests in the air at once.
+        """HTTP requests in flight at once.
 
         Never more than a connector handed in has connections: its pool must not queue.
         """

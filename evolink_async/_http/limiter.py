@@ -34,7 +34,7 @@ class _CoolDown:
         streak: How often it began in a row without a number of seconds.
         window: How many *permits* there may be after it; each success allows one more.
         permits: Those given since it began, while their number is limited. Requests that were
-            in the air before do not count: they may hang.
+            in flight before do not count: they may hang.
     """
 
     until: float = -inf
@@ -105,7 +105,7 @@ class _Queue:
 
 @define(eq=False)
 class Permit:
-    """The right to have one request in the air; released at the end of its ``with`` block."""
+    """The right to have one request in flight; released at the end of its ``with`` block."""
 
     _limiter: Limiter
     queue: _Queue
@@ -127,10 +127,10 @@ class Limiter:
     Requests wait here, never in aiohttp's pool: a time-out that starts with a permit then shows
     whether a request was sent.
 
-    - *Permits.* At most *permits* requests in the air; two of them are for reads only (of
+    - *Permits.* At most *permits* requests in flight; two of them are for reads only (of
       four or more; one of two or three), so that a burst of submits cannot starve polling.
     - *Cool-down.* After a 429 or 503 nothing gets a permit for a while, then one request at a
-      time may be in the air, and one more with each success, until all permits may be used.
+      time may be in flight, and one more with each success, until all permits may be used.
       If only a model is unavailable (``no_available_channel``), only its submits wait.
     - *Rate.* At most *rate* requests a second, evenly spaced; idle time is not saved up.
       While reads and submits both wait, they take turns.
@@ -141,7 +141,7 @@ class Limiter:
         self._clock = clock
         self._permits = permits
         self._submit_permits = permits - (2 if permits >= 4 else 1 if permits >= 2 else 0)
-        self._in_air = self._submits = 0  # requests, and how many of them are submits
+        self._in_flight = self._submits = 0  # requests, and how many of them are submits
         self._spacing = 0.0 if rate is None else 1 / rate
         self._next_at = -inf  # when the rate allows the next request
         self._after_submit = False
@@ -195,7 +195,7 @@ class Limiter:
 
     def take_back(self, permit: Permit, *, unused: bool) -> None:
         """What `Permit.release` does."""
-        self._in_air -= 1
+        self._in_flight -= 1
         self._submits -= permit.queue.submits
         if unused:
             self._next_at -= self._spacing
@@ -207,8 +207,8 @@ class Limiter:
         return self._queues.get(model) or self._queues.setdefault(model, _Queue(model is not None))
 
     def _has_room(self) -> bool:
-        """Whether one more request may be in the air."""
-        return self._in_air < self._permits and self._cool_down.has_room()
+        """Whether one more request may be in flight."""
+        return self._in_flight < self._permits and self._cool_down.has_room()
 
     def _may_go(self, queue: _Queue, now: float) -> bool:
         """Whether it may be one of *queue*."""
@@ -225,7 +225,7 @@ class Limiter:
 
     def _give(self, queue: _Queue, now: float) -> Permit:
         permit = Permit(self, queue)
-        self._in_air += 1
+        self._in_flight += 1
         self._submits += queue.submits
         self._next_at = now + self._spacing
         self._after_submit = queue.submits
@@ -265,7 +265,7 @@ class Limiter:
     def cool_down(self, error: APIStatusError, *, sent_at: float, model: str | None = None) -> None:
         """Obey a 429 or 503, the answer to a request that was sent at *sent_at*.
 
-        Requests that were in the air when a cool-down began do not lengthen its back-off.
+        Requests that were in flight when a cool-down began do not lengthen its back-off.
         *model* is that of a submit.
         """
         now = self._clock.now()
@@ -287,5 +287,5 @@ class Limiter:
                 queue.waiting.popleft()[1].set_exception(failure)
 
     def close(self) -> None:
-        """Stop the timer; nobody may be waiting any more."""
+        """Stop the timer; no request may be waiting any more."""
         self._timer.close()

@@ -102,8 +102,8 @@ class _Submission:
 class Submitter:
     """Sends the submits of a session, never more than it has slots for.
 
-    A slot belongs to the generation: `submit` takes it, and whoever watches the accepted
-    task gives it back with `free_slot`. A submit that fails gives its slot back itself.
+    A slot belongs to the generation: `submit` takes it, and `free_slot` must be called when the
+    accepted task has ended. A submit that fails gives its slot back itself.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Submitter:
 
     @property
     def unsent(self) -> frozenset[str]:
-        """Idempotency keys of the submits of which no POST may have been accepted."""
+        """Idempotency keys of the submits without a POST that may have been accepted."""
         running = self._running.values()
         sent = {each.idempotency_key for each in running if each.may_have_left}
         return frozenset(each.idempotency_key for each in running) - sent
@@ -290,7 +290,7 @@ class Submitter:
     # -- the end ---------------------------------------------------------------------------
 
     async def finish(self, grace: float | None) -> None:
-        """Start no new POST; give POSTs in the air *grace* seconds, or their time-out if None."""
+        """Start no new POST; give POSTs in flight *grace* seconds, or their time-out if None."""
         for _ in range(self.waiting):  # each raises SessionClosedError
             self._slots.release()
         for task, submission in self._running.items():

@@ -150,7 +150,7 @@ class Transport:
         self._submit_http = self._client(_SUBMIT_KEEP_ALIVE)
 
     async def _close_later(self, client: aiohttp.ClientSession, seconds: float) -> None:
-        """Close *client* once every request in the air on it has had its time-out."""
+        """Close *client* once every request in flight on it has had its time-out."""
         await asyncio.sleep(seconds)
         await client.close()
         self._own.remove(client)

@@ -28,10 +28,10 @@ from evolink_async._polling.policy import PollPolicy, Schedule
 __all__ = ["DurationModel"]
 
 BINS_PER_OCTAVE: Final = 16
-"""How finely ages are told apart."""
+"""Bins of age to each doubling."""
 
 HORIZON: Final = 64
-"""Ages are told apart up to this many longest intervals."""
+"""The last bin begins at this many longest intervals."""
 
 FIRST_ENDS: Final = 20
 """Ends that are learned from at once, one by one, and pooled with more of their neighbours."""
@@ -40,7 +40,7 @@ NEIGHBOURS: Final = (6, 3)
 """Bins pooled with each bin on either side, during and after the first ends."""
 
 PRICES_PER_OCTAVE: Final = 4
-"""How finely prices are told apart in the table of intervals."""
+"""Classes of prices to each doubling, in the table of intervals."""
 
 MEMORY: Final = 50
 """Tasks after which what was seen counts for a third; at least twice as many as run."""

@@ -185,6 +185,6 @@ class Pacer:
 
     @property
     def typical(self) -> dict[Hashable, float]:
-        """Learned median seconds of each kind of which a task has ended."""
+        """Learned median seconds of each kind, once a task of it has ended."""
         learned = ((key, model.typical) for key, model in self._models.items())
         return {key: seconds for key, seconds in learned if seconds is not None}

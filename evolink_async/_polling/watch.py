@@ -84,7 +84,7 @@ class Kind(Enum):
     POLLED = "submitted here: polls alone say when it has ended"
     CALLBACK = "submitted here: a callback should say when it has ended"
     CANARY = "the same, but polled like others to notice when callbacks stop coming"
-    ATTACHED = "picked up at an unknown age: it says nothing about how long tasks take"
+    ATTACHED = "picked up at an unknown age: nothing is learned from its duration"
 
 
 @define(eq=False)

@@ -127,7 +127,7 @@ class Watcher:
         polled like one found by its id.
         """
         watch = self._live.get(snapshot.id)
-        if watch is not None:  # an idempotent repeat of a submit whose task is watched already
+        if watch is not None:  # a repeated submit, answered with a task that is watched already
             if watch.request is None:
                 watch.request, watch.idempotency_key = request, idempotency_key
             on_end()
@@ -291,8 +291,6 @@ class Watcher:
 
     def _go_on(self) -> None:
         """Do what there is to do now, and set the timer for what comes next."""
-        if self._timer.closed:
-            return
         try:
             self._timer.set(self._do_what_is_due())
         except Exception as exc:  # noqa: BLE001 - it must not die silently
@@ -517,7 +515,7 @@ class Watcher:
         self._push(watch, self._clock.now() + wait)
 
     def _may_lag(self, watch: Watch) -> bool:
-        """True if a task of ours that is said not to exist may only be too new."""
+        """True if a task may only be too new for a replica that does not know it."""
         return watch.request is not None and self._clock.now() - watch.started < _REPLICA_LAG
 
     def _plan(self, watch: Watch, now: float, ready_at: float = -math.inf) -> str:

@@ -310,7 +310,7 @@ async def test_without_seconds_cool_downs_grow(
 async def test_one_burst_is_one_cool_down(
     limited: MakeRequests, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Sixteen refusals of requests that were in the air together neither add up nor repeat."""
+    """Sixteen refusals of requests that were in flight together neither add up nor repeat."""
     requests = limited()
     with caplog.at_level(logging.WARNING):
         for k in range(16):
@@ -484,7 +484,7 @@ async def test_no_channel_without_a_model_cools_the_session(limited: MakeRequest
 
 
 async def test_a_burst_without_a_channel_is_one_hold(limited: MakeRequests) -> None:
-    """Fourteen refusals that were in the air together hold the model for 1 s, not for 60."""
+    """Fourteen refusals that were in flight together hold the model for 1 s, not for 60."""
     requests = limited()
     for _ in range(14):
         requests.limiter.cool_down(throttle(code=NO_CHANNEL), sent_at=START, model="busy")

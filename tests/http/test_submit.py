@@ -673,7 +673,7 @@ async def test_a_cancelled_callers_failure_is_logged(
 async def test_closing_in_the_middle_of_a_submit(
     server: HostileServer, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Closing gives a POST in the air its time-out, then its caller hears it is uncertain."""
+    """Closing gives a POST in flight its time-out, then its caller hears it is uncertain."""
     arrived = asyncio.Event()
     server.script = [hang]
     server.on_request = lambda _: arrived.set()
@@ -877,7 +877,7 @@ async def test_closing_starts_no_new_post() -> None:
 async def test_a_cancelled_close_leaves_nothing_running(
     server: HostileServer, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Cancelling aclose cuts the POSTs in the air off, with their keys in the log."""
+    """Cancelling aclose cuts the POSTs in flight off, with their keys in the log."""
     arrived = asyncio.Event()
     server.script = [hang]
     server.on_request = lambda _: arrived.set()
