@@ -90,13 +90,9 @@ class BatchBreaker:
 
     def allows_batch(self) -> bool:
         """Whether the next read may be one of many tasks."""
-        match self.state:
-            case State.CLOSED:  # while the single read is in flight, the others go on as before
-                return self._testing or not self._needs_single
-            case State.HALF_OPEN:
-                return not self._testing
-            case _:
-                return False
+        if self.state is State.CLOSED:  # while the single read is in flight, batch reads go on
+            return self._testing or not self._needs_single
+        return self.state is State.HALF_OPEN and not self._testing
 
     def begin(self, *, single: bool) -> bool:
         """A read begins; True if it is a test, so that `test_ended` must follow."""

@@ -1,6 +1,6 @@
 """HTTP without I/O: what is sent where, and what an answer means.
 
-One table (`rule_for`) says, for every answer, which error it is, whether a read may be
+One table (`_rule_for`) says, for every answer, which error it is, whether a read may be
 tried again, and whether a submit was refused, may be sent again, or is uncertain.
 Facts: the API's pages on errors and on each endpoint (https://docs.evolink.ai); what is
 marked "observed" comes from the vendor's own open-source clients.
@@ -44,7 +44,6 @@ __all__ = [
     "new_idempotency_key",
     "read_task",
     "read_tasks",
-    "rule_for",
     "task_path",
 ]
 
@@ -159,7 +158,7 @@ _OTHER_4XX: Final = Rule(errors.InvalidRequestError, False, _REFUSED)
 _OTHER: Final = Rule(errors.ServerError, True, _UNCERTAIN)
 
 
-def rule_for(status: int, *, from_api: bool, quota: bool) -> Rule:
+def _rule_for(status: int, *, from_api: bool, quota: bool) -> Rule:
     """The row of the table for an answer that is not a success."""
     if status == 429 and quota:
         return _QUOTA
@@ -246,7 +245,7 @@ def _status_error(status: int, headers: Mapping[str, str], body: bytes) -> APISt
     message = _word(error.get("message"), 500)
     suggestion = _word(error.get("fallback_suggestion")) or _word(error.get("suggestion"))
     kind = _word(error.get("type"))
-    rule = rule_for(status, from_api=bool(error), quota=is_quota(code, kind))
+    rule = _rule_for(status, from_api=bool(error), quota=is_quota(code, kind))
     return rule.error(
         _sentence(status, code, message, suggestion, body),
         status=status,

@@ -11,7 +11,7 @@ from evolink_async._polling.durations import DurationModel
 from evolink_async._polling.policy import Backoff, PollPolicy, Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Sequence
 
 
 __all__ = ["Callbacks", "Pacer", "SharedReads"]
@@ -162,13 +162,13 @@ class Pacer:
     policy: PollPolicy
     shared: SharedReads = field(init=False)
     callbacks: Callbacks = field(init=False, factory=Callbacks)
-    _models: dict[Hashable, Schedule] = field(init=False, factory=dict)
+    _models: dict[str, Schedule] = field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
         self.shared = SharedReads(self.policy)
 
-    def model(self, key: Hashable, estimate: object = None) -> Schedule:
-        """The schedule of tasks of kind *key*, such as (endpoint, model).
+    def model(self, key: str, estimate: object = None) -> Schedule:
+        """The schedule of tasks of kind *key*, such as an endpoint and a model.
 
         *estimate* is the server's ``estimated_time`` as it came, junk included; it only
         counts where the kind is new. The schedules of the `MODELS_KEPT` kinds used last
@@ -184,7 +184,7 @@ class Pacer:
         return schedule
 
     @property
-    def typical(self) -> dict[Hashable, float]:
+    def typical(self) -> dict[str, float]:
         """Learned median seconds of each kind, once a task of it has ended."""
         learned = ((key, model.typical) for key, model in self._models.items())
         return {key: seconds for key, seconds in learned if seconds is not None}

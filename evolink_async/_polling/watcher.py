@@ -109,7 +109,7 @@ class Watcher:
     @property
     def typical(self) -> dict[str, float]:
         """Learned median duration in seconds, by endpoint and model."""
-        return {str(key): seconds for key, seconds in self._pacer.typical.items()}
+        return self._pacer.typical
 
     def submitted(
         self,

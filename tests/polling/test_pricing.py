@@ -17,13 +17,13 @@ from evolink_async._polling.pricing import BEAT, MODELS_KEPT, Callbacks, Pacer, 
 def test_each_kind_has_its_own_model() -> None:
     """What one kind of task teaches says nothing about another."""
     pacer = Pacer(PollPolicy())
-    images, videos = pacer.model(("images", "wan"), 25), pacer.model(("videos", "wan"), 25)
-    assert pacer.model(("images", "wan"), 99) is images
+    images, videos = pacer.model("images wan", 25), pacer.model("videos wan", 25)
+    assert pacer.model("images wan", 99) is images
     for _ in range(50):
         images.saw_running(0.0, 10.0)
         images.saw_end(10.0, 10.5)
     assert videos.typical is None
-    assert pacer.typical == {("images", "wan"): pytest.approx(10, rel=0.1)}
+    assert pacer.typical == {"images wan": pytest.approx(10, rel=0.1)}
 
 
 def test_the_number_of_kinds_is_bounded() -> None:
@@ -32,7 +32,7 @@ def test_the_number_of_kinds_is_bounded() -> None:
     kept, lost = pacer.model("kept"), pacer.model("lost")
     for k in range(MODELS_KEPT - 1):
         pacer.model("kept")
-        pacer.model(k)
+        pacer.model(str(k))
     assert pacer.model("kept") is kept
     assert pacer.model("lost") is not lost
     assert len(pacer._models) == MODELS_KEPT
