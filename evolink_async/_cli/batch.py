@@ -6,23 +6,29 @@ import asyncio
 import math
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import click
-from attrs import asdict, define, field, frozen
+from attrs import asdict, define, field
 
-from evolink_async._cli.console import EMULATED, Console, _first_interrupt, is_terminal
+from evolink_async._cli.console import (
+    first_interrupt,
+    is_terminal,
+    open_session,
+    print_error,
+    print_json,
+    print_result,
+    rich_console,
+    run_cancellable,
+)
 from evolink_async._http.retry import RetryPolicy
-from evolink_async._session import Session
 from evolink_async._text import printable
 from evolink_async.batch import BatchProgress, BatchReport, Problem, run_batch
-from evolink_async.batch._input import Source
 from evolink_async.errors import RequestValidationError
 
-__all__ = ["batch_command"]
-
+__all__ = ["batch"]
 
 _READING: Final = "reading the prompts"
 _LINE_INTERVAL: Final = 5.0
@@ -33,153 +39,113 @@ _MAX_PROBLEMS: Final = 20
 """Failed items that are printed one by one; the manifest has them all."""
 
 
-@frozen(kw_only=True)
-class _Arguments:
-    """Arguments and options of one batch."""
-
-    source: Source
-    out: str
-    max_in_flight: int
-    emulated: bool
-    as_json: bool
-    options: dict[str, Any]
-
-
-def batch_command(console: Console) -> click.Command:
-    """The command ``batch``, which prints through *console*."""
-
-    @click.command("batch")
-    @click.argument("source", metavar="FILE")
-    @click.option(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help="Folder of this batch: pictures, ledger, manifest and gallery; made if missing.",
-    )
-    @click.option(
-        "--max-in-flight",
-        type=click.IntRange(min=1),
-        default=32,
-        show_default=True,
-        help="Generations running at once.",
-    )
-    @click.option(
-        "--max-credits",
-        type=click.FloatRange(0, 1e15, max_open=True),
-        callback=_number,
-        metavar="CREDITS",
-        help="Most credits all runs may cost together. The first submit of a model, "
-        "whose price is not known yet, may cost more.",
-    )
-    @click.option(
-        "--resend-uncertain",
-        is_flag=True,
-        help="Submit again, with the same key, what may have been accepted.",
-    )
-    @click.option("--retry-failed", is_flag=True, help="Submit failed items again, if that helps.")
-    @click.option(
-        "--resubmit-expired",
-        is_flag=True,
-        help="Pay again for results whose links expired before they were saved.",
-    )
-    @click.option("--skip-invalid", is_flag=True, help="Go on without the bad lines.")
-    @click.option(
-        "--new-key",
-        is_flag=True,
-        help="Go on with another API key of the same account.",
-    )
-    @click.option("--gallery/--no-gallery", default=True, help="Write gallery.html.")
-    @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-    @click.option("--emulator", "emulated", is_flag=True, help="Use an emulator: no key, no money.")
-    def batch(
-        *,
-        source: str,
-        out: str,
-        max_in_flight: int,
-        as_json: bool,
-        emulated: bool,
-        **options: Any,
-    ) -> int:
-        """Generate all of FILE, one prompt a line, or JSON Lines; - is standard input.
-
-        Run the same command again to go on where it ended: nothing is submitted twice.
-        The first Ctrl-C stops submitting and waits up to 30 s for what runs, the second
-        leaves at once.
-
-        Exit codes: 0 all saved, 1 not all, 2 usage or bad lines, 3 API, network or disk,
-        130 interrupted.
-        """
-        arguments = _Arguments(
-            source=source,
-            out=out,
-            max_in_flight=max_in_flight,
-            emulated=emulated,
-            as_json=as_json,
-            options=options,
-        )
-        return console.run_cancellable(_run(arguments, console))
-
-    return batch
-
-
 def _number(_context: click.Context, _option: click.Parameter, value: float | None) -> float | None:
     if value is not None and math.isnan(value):
         raise click.BadParameter("nan is no number of credits")
     return value
 
 
-async def _run(arguments: _Arguments, console: Console) -> int:
+@click.command("batch")
+@click.argument("source", metavar="FILE")
+@click.option(
+    "--out",
+    required=True,
+    metavar="DIR",
+    help="Folder of this batch: pictures, ledger, manifest and gallery; made if missing.",
+)
+@click.option(
+    "--max-in-flight",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Generations running at once.",
+)
+@click.option(
+    "--max-credits",
+    type=click.FloatRange(0, 1e15, max_open=True),
+    callback=_number,
+    metavar="CREDITS",
+    help="Most credits all runs may cost together. The first submit of a model, "
+    "whose price is not known yet, may cost more.",
+)
+@click.option(
+    "--resend-uncertain",
+    is_flag=True,
+    help="Submit again, with the same key, what may have been accepted.",
+)
+@click.option("--retry-failed", is_flag=True, help="Submit failed items again, if that helps.")
+@click.option(
+    "--resubmit-expired",
+    is_flag=True,
+    help="Pay again for results whose links expired before they were saved.",
+)
+@click.option("--skip-invalid", is_flag=True, help="Go on without the bad lines.")
+@click.option(
+    "--new-key",
+    is_flag=True,
+    help="Go on with another API key of the same account.",
+)
+@click.option("--gallery/--no-gallery", default=True, help="Write gallery.html.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--emulator", "emulated", is_flag=True, help="Use an emulator: no key, no money.")
+def batch(**arguments: Any) -> int:
+    """Generate all of FILE, one prompt a line, or JSON Lines; - is standard input.
+
+    Run the same command again to go on where it ended: nothing is submitted twice.
+    The first Ctrl-C stops submitting and waits up to 30 s for what runs, the second
+    leaves at once.
+
+    Exit codes: 0 all saved, 1 not all, 2 usage or bad lines, 3 API, network or disk,
+    130 interrupted.
+    """
+    return run_cancellable(_run(**arguments))
+
+
+async def _run(
+    *,
+    source: str,
+    out: str,
+    max_in_flight: int,
+    as_json: bool,
+    emulated: bool,
+    **options: Any,
+) -> int:
     stop = asyncio.Event()
     running = asyncio.Event()
+    settings: dict[str, Any] = {"max_in_flight": max_in_flight}
+    if options["resend_uncertain"]:
+        settings["retry"] = RetryPolicy(resend_uncertain=True)
 
     def follow(now: BatchProgress) -> None:
         running.set()
         show(now)
 
-    with _first_interrupt(stop, running, console):
+    with first_interrupt(stop, running):
         try:
-            async with _progress(console) as show, _session(arguments, console) as session:
+            async with _progress() as show, open_session(emulated=emulated, **settings) as session:
                 report = await run_batch(
                     session,
-                    arguments.source,
-                    arguments.out,
+                    source,
+                    out,
                     stop=stop,
-                    emulated=arguments.emulated,
+                    emulated=emulated,
                     progress=follow,
-                    on_invalid=lambda bad: console.print_error(f"line {bad.line}: {bad.reason}"),
-                    **arguments.options,
+                    on_invalid=lambda bad: print_error(f"line {bad.line}: {bad.reason}"),
+                    **options,
                 )
         except asyncio.CancelledError:
-            console.print_error("left at once; run the same command again to go on")
+            print_error("left at once; run the same command again to go on")
             raise
         except RequestValidationError as exc:
-            if not arguments.options["skip_invalid"]:
+            if not options["skip_invalid"]:
                 exc.add_note("--skip-invalid goes on without bad lines")
             raise
-    _print_problems(report, console, emulated=arguments.emulated)
-    if arguments.as_json:
-        console.print_json(_as_json(report))
+    _print_problems(report, emulated=emulated)
+    if as_json:
+        print_json(_as_json(report))
     else:
-        _print_summary(report, console)
+        _print_summary(report)
     return report.exit_code
-
-
-@asynccontextmanager
-async def _session(arguments: _Arguments, console: Console) -> AsyncIterator[Session]:
-    settings: dict[str, Any] = {"max_in_flight": arguments.max_in_flight}
-    if arguments.options["resend_uncertain"]:
-        settings["retry"] = RetryPolicy(resend_uncertain=True)
-    async with AsyncExitStack() as stack:
-        if arguments.emulated:
-            emulator = await stack.enter_async_context(console.emulator(EMULATED))
-            settings |= {
-                "api_key": emulator.api_key,
-                "base_url": emulator.base_url,
-                "clock": emulator.clock,
-            }
-        session = Session(**settings)
-        stack.push_async_callback(session.aclose, grace=0)
-        yield session
 
 
 # ---------------------------------------------------------------------------------------------
@@ -187,13 +153,13 @@ async def _session(arguments: _Arguments, console: Console) -> AsyncIterator[Ses
 
 
 @asynccontextmanager
-async def _progress(console: Console) -> AsyncIterator[Callable[[BatchProgress], None]]:
+async def _progress() -> AsyncIterator[Callable[[BatchProgress], None]]:
     """Shows progress on stderr: a bar on a terminal, otherwise a line every few seconds."""
     if is_terminal(sys.stderr):
         with _bar() as show:
             yield show
         return
-    lines = _Lines(console.print_error)
+    lines = _Lines()
     repeating = asyncio.create_task(lines.repeat())
     try:
         yield lines.show
@@ -209,7 +175,6 @@ class _Lines:
     A line is printed even if nothing has changed, to show that the process is alive.
     """
 
-    _print_line: Callable[[str], None]
     _words: str = field(default=_READING, init=False)
     _printed: str | None = field(default=None, init=False)
 
@@ -230,19 +195,18 @@ class _Lines:
 
     def _print(self) -> None:
         self._printed = self._words
-        self._print_line(self._words)
+        print_error(self._words)
 
 
 @contextmanager
 def _bar() -> Iterator[Callable[[BatchProgress], None]]:
     # Imported here, because rich takes long to import and --help does not need it.
-    from rich.console import Console as RichConsole  # noqa: PLC0415
     from rich.progress import BarColumn, Progress, TextColumn  # noqa: PLC0415
 
     progress = Progress(
         BarColumn(bar_width=_BAR),
         TextColumn("{task.description}", markup=False),
-        console=RichConsole(stderr=True, markup=False, emoji=False, highlight=False),
+        console=rich_console(stderr=True),
         transient=True,
     )
     with progress:
@@ -295,33 +259,33 @@ def _span(seconds: float) -> str:
 # The end
 
 
-def _print_problems(report: BatchReport, console: Console, *, emulated: bool) -> None:
+def _print_problems(report: BatchReport, *, emulated: bool) -> None:
     """Print what went wrong and what can be done about it."""
     failed = [problem for problem in report.problems if problem.state != "uncertain"]
     for problem in failed[:_MAX_PROBLEMS]:
-        console.print_error(_problem(problem))
+        print_error(_problem(problem))
     unlisted = report.total - report.saved - report.queued - report.uncertain - _MAX_PROBLEMS
     if unlisted > 0:
-        console.print_error(f"... and {unlisted} more items: see the manifest")
+        print_error(f"... and {unlisted} more items: see the manifest")
     for problem in report.problems:
         if problem.state == "uncertain":
-            console.print_error(_problem(problem))
+            print_error(_problem(problem))
     for path in report.kept:
-        console.print_error(
+        print_error(
             f"kept as {_name(path)}: what had the name of that picture was changed since it was "
             "saved, or is not of this batch"
         )
     for hint in _hints(report):
-        console.print_error(hint)
+        print_error(hint)
     if emulated and report.expired:
-        console.print_error(
+        print_error(
             "each run with --emulator has an emulator of its own, which knows nothing of those "
             "before: --resubmit-expired makes again what was left running there"
         )
     if report.stop is not None and report.stop.kind != "interrupted":
-        console.print_error(f"error: {report.stop.message}")
+        print_error(f"error: {report.stop.message}")
     for why in report.unwritten:
-        console.print_error(f"error: {why}")
+        print_error(f"error: {why}")
 
 
 def _problem(problem: Problem) -> str:
@@ -394,14 +358,13 @@ def _name(path: Path) -> str:
     return printable(str(path), 1000)
 
 
-def _print_summary(report: BatchReport, console: Console) -> None:
+def _print_summary(report: BatchReport) -> None:
     """Print a table on stdout: with lines on a terminal, otherwise without."""
     rows = _rows(report)
     if not is_terminal(sys.stdout):
         for name, value in rows:
-            console.print_result(f"{name:<17} {value}")
+            print_result(f"{name:<17} {value}")
         return
-    from rich.console import Console as RichConsole  # noqa: PLC0415 - see _bar
     from rich.table import Table  # noqa: PLC0415 - see _bar
     from rich.text import Text  # noqa: PLC0415 - see _bar
 
@@ -410,13 +373,11 @@ def _print_summary(report: BatchReport, console: Console) -> None:
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, Text(value))
-    RichConsole(markup=False, emoji=False, highlight=False).print(table)
+    rich_console().print(table)
 
 
 def _as_json(report: BatchReport) -> dict[str, Any]:
-    values = asdict(report, value_serializer=lambda *each: _as_text(each[2]))
-    return {**values, "exit_code": report.exit_code}
+    def plain(_report: object, _attribute: object, value: object) -> object:
+        return str(value) if isinstance(value, Path) else value
 
-
-def _as_text(value: object) -> object:
-    return str(value) if isinstance(value, Path) else value
+    return {**asdict(report, value_serializer=plain), "exit_code": report.exit_code}

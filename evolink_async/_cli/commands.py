@@ -7,45 +7,42 @@ through `printable` before it is printed.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import shlex
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import (
-    AbstractContextManager,
-    AsyncExitStack,
-    asynccontextmanager,
-    contextmanager,
-    nullcontext,
-)
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ParamSpec
 
 import click
 from attrs import frozen
 
-from evolink_async._cli.batch import batch_command
+from evolink_async._cli.batch import batch
 from evolink_async._cli.console import (
     DONE,
-    EMULATED,
     ERROR,
     FAILED,
     INTERRUPTED,
     PROGRAM,
     USAGE,
-    Console,
     fail,
+    is_terminal,
+    make_emulator,
+    open_session,
     print_error,
     print_json,
     print_line,
     print_result,
+    rich_console,
     run_cancellable,
     state,
 )
 from evolink_async._model.requests import DEFAULT_MODEL, ImageRequest
-from evolink_async._model.snapshots import Credits, GenerationResult, TaskSnapshot, TaskSummary
+from evolink_async._model.snapshots import GenerationResult, TaskSnapshot
 from evolink_async._polling.policy import PollPolicy
 from evolink_async._session import Session
 from evolink_async._task import Task
@@ -62,12 +59,10 @@ from evolink_async.errors import (
     TaskFailedError,
 )
 
-if TYPE_CHECKING:
-    from evolink_async.emulator import Emulator
-
 __all__ = ["cli", "run"]
 
 
+P = ParamSpec("P")
 Show = Callable[[TaskSnapshot], None]
 
 
@@ -104,7 +99,7 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 def _progress(first: str) -> AbstractContextManager[Show]:
     """Shows snapshots on stderr: a bar on a terminal, otherwise a line per change."""
-    if sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+    if is_terminal(sys.stderr):
         return _bar(first)
     return nullcontext(lambda snapshot: print_error(state(snapshot)))
 
@@ -112,7 +107,6 @@ def _progress(first: str) -> AbstractContextManager[Show]:
 @contextmanager
 def _bar(first: str) -> Iterator[Show]:
     # Imported here, because rich takes long to import and --help does not need it.
-    from rich.console import Console  # noqa: PLC0415
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
 
     progress = Progress(
@@ -120,7 +114,7 @@ def _bar(first: str) -> Iterator[Show]:
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %", markup=False),
         TimeElapsedColumn(),
-        console=Console(stderr=True, markup=False, emoji=False, highlight=False),
+        console=rich_console(stderr=True),
         transient=True,
     )
     with progress:
@@ -131,34 +125,6 @@ def _bar(first: str) -> Iterator[Show]:
             progress.update(bar, description=words, completed=snapshot.progress or 0)
 
         yield show
-
-
-# ---------------------------------------------------------------------------------------------
-# Sessions
-
-
-@asynccontextmanager
-async def _session(
-    *, deadline: float | None = None, emulated: bool = False
-) -> AsyncIterator[Session]:
-    """A session with the API, or with an emulator made for it."""
-    settings: dict[str, Any] = {} if deadline is None else {"poll": PollPolicy(deadline=deadline)}
-    async with AsyncExitStack() as stack:
-        if emulated:
-            emulator = await stack.enter_async_context(_emulator(EMULATED))
-            settings["api_key"] = emulator.api_key
-            settings["base_url"] = emulator.base_url
-            settings["clock"] = emulator.clock
-        yield await stack.enter_async_context(Session(**settings))
-
-
-def _emulator(settings: dict[str, Any]) -> Emulator:
-    from evolink_async.emulator import Emulator  # noqa: PLC0415 - loads aiohttp
-
-    try:
-        return Emulator(**settings)
-    except (ImportError, ValueError) as exc:
-        raise ConfigurationError(str(exc)) from exc
 
 
 # ---------------------------------------------------------------------------------------------
@@ -295,90 +261,16 @@ def _documented(options: _Options) -> Iterator[None]:
         raise
 
 
-async def _generate(
-    request: ImageRequest, options: _Options, *, key: str | None, deadline: float | None
-) -> int:
-    async with _session(deadline=deadline, emulated=options.emulated) as session:
-        folder = Path(options.folder or os.curdir)  # before anything is paid for
-        await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
-        with _documented(options), _progress("submitting") as show:
-            task = await _submit(session, request, key, options)
-            result = await _follow(task, options, show)
-        return await _deliver(session, result, options)
+def _waiting(deadline: float | None) -> dict[str, Any]:
+    return {} if deadline is None else {"poll": PollPolicy(deadline=deadline)}
 
 
 async def _resume(task_id: str, options: _Options, *, deadline: float | None) -> int:
-    async with _session(deadline=deadline) as session:
+    async with open_session(**_waiting(deadline)) as session:
         task = session.task(task_id)
         with _documented(options), _progress(task_id) as show:
             result = await _follow(task, options, show)
         return await _deliver(session, result, options)
-
-
-# ---------------------------------------------------------------------------------------------
-# Looking
-
-
-async def _show_status(task_id: str, *, as_json: bool) -> int:
-    async with _session() as session:
-        snapshot = await session.task(task_id).refresh()
-    if as_json:
-        print_json(snapshot.raw)
-    else:
-        print_result(state(snapshot))
-    return DONE
-
-
-async def _show_list(*, as_json: bool, **filters: Any) -> int:
-    async with _session() as session:
-        rows = [row async for row in session.list(**filters)]
-    if as_json:
-        print_json([row.to_json() for row in rows])
-    else:
-        for row in rows:
-            print_result(_row(row))
-    return DONE
-
-
-def _row(row: TaskSummary) -> str:
-    return f"{row.id:<34} {row.status:<10} {_when(row.created)} {row.model or '-'}"
-
-
-def _when(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    try:
-        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-    except (ValueError, OverflowError, OSError):  # out of range
-        return "-"
-
-
-async def _show_credits(*, as_json: bool) -> int:
-    async with _session() as session:
-        found = await session.credits()
-    if as_json:
-        print_json(found.to_json())
-    else:
-        for line in _credit_lines(found):
-            print_result(line)
-    return DONE
-
-
-def _credit_lines(found: Credits) -> Iterator[str]:
-    yield f"account: {_amount(found.remaining)} left, {_amount(found.used)} used"
-    limit = "no limit" if found.token_unlimited else f"{_amount(found.token_remaining)} left"
-    yield f"this key: {limit}, {_amount(found.token_used)} used"
-
-
-def _amount(number: float | None) -> str:
-    return "?" if number is None else f"{number:.10g}"
-
-
-async def _serve(settings: dict[str, Any]) -> int:
-    from evolink_async.emulator import serve  # noqa: PLC0415 - loads aiohttp
-
-    await serve(_emulator(settings))
-    return DONE  # pragma: no cover - serves until cancelled
 
 
 # ---------------------------------------------------------------------------------------------
@@ -397,10 +289,21 @@ _out = click.option(
 )
 _timeout = click.option(
     "--timeout",
+    "deadline",
     metavar="SECONDS",
     type=click.FloatRange(min=0, min_open=True),
     help="Stop waiting after so long; the task goes on. Default: an hour.",
 )
+
+
+def _cancellable(command: Callable[P, Coroutine[Any, Any, int]]) -> Callable[P, int]:
+    """Runs *command* until a signal cancels it; its options are declared above."""
+
+    @functools.wraps(command)
+    def run_command(*args: P.args, **kwargs: P.kwargs) -> int:
+        return run_cancellable(command(*args, **kwargs))
+
+    return run_command
 
 
 @click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
@@ -429,7 +332,8 @@ def cli() -> None:
 @_timeout
 @_json
 @click.option("--emulator", "emulated", is_flag=True, help="Use an emulator: no key, no money.")
-def generate(
+@_cancellable
+async def generate(
     *,
     prompt: str,
     size: str | None,
@@ -440,7 +344,7 @@ def generate(
     key: str | None,
     folder: str,
     overwrite: bool,
-    timeout: float | None,
+    deadline: float | None,
     as_json: bool,
     emulated: bool,
 ) -> int:
@@ -454,26 +358,38 @@ def generate(
         validate=not no_validate,
     )
     options = _Options(folder=folder, overwrite=overwrite, as_json=as_json, emulated=emulated)
-    return run_cancellable(_generate(request, options, key=key, deadline=timeout))
+    async with open_session(emulated=emulated, **_waiting(deadline)) as session:
+        path = Path(folder)  # before anything is paid for
+        await asyncio.to_thread(path.mkdir, parents=True, exist_ok=True)
+        with _documented(options), _progress("submitting") as show:
+            task = await _submit(session, request, key, options)
+            result = await _follow(task, options, show)
+        return await _deliver(session, result, options)
 
 
 @cli.command()
 @click.argument("task_id", metavar="ID")
 @_json
-def status(*, task_id: str, as_json: bool) -> int:
+@_cancellable
+async def status(*, task_id: str, as_json: bool) -> int:
     """Print how the task ID is doing."""
-    return run_cancellable(_show_status(task_id, as_json=as_json))
+    async with open_session() as session:
+        snapshot = await session.task(task_id).refresh()
+    if as_json:
+        print_json(snapshot.raw)
+    else:
+        print_result(state(snapshot))
+    return DONE
 
 
 @cli.command()
 @click.argument("task_id", metavar="ID")
 @_timeout
 @_json
-def wait(*, task_id: str, timeout: float | None, as_json: bool) -> int:
+@_cancellable
+async def wait(*, task_id: str, deadline: float | None, as_json: bool) -> int:
     """Wait for the task ID and print the links to its results."""
-    return run_cancellable(
-        _resume(task_id, _Options(folder=None, as_json=as_json), deadline=timeout)
-    )
+    return await _resume(task_id, _Options(folder=None, as_json=as_json), deadline=deadline)
 
 
 @cli.command()
@@ -482,12 +398,13 @@ def wait(*, task_id: str, timeout: float | None, as_json: bool) -> int:
 @_overwrite
 @_timeout
 @_json
-def download(
-    *, task_id: str, folder: str, overwrite: bool, timeout: float | None, as_json: bool
+@_cancellable
+async def download(
+    *, task_id: str, folder: str, overwrite: bool, deadline: float | None, as_json: bool
 ) -> int:
     """Wait for the task ID, save its results, print their paths."""
     options = _Options(folder=folder, overwrite=overwrite, as_json=as_json)
-    return run_cancellable(_resume(task_id, options, deadline=timeout))
+    return await _resume(task_id, options, deadline=deadline)
 
 
 @cli.command("list")
@@ -501,16 +418,47 @@ def download(
     "--limit", type=click.IntRange(min=1), default=20, show_default=True, help="At most so many."
 )
 @_json
-def list_tasks(*, status: str | None, model: str | None, limit: int, as_json: bool) -> int:
+@_cancellable
+async def list_tasks(*, as_json: bool, **filters: Any) -> int:
     """Print the account's recent tasks, newest first."""
-    return run_cancellable(_show_list(as_json=as_json, status=status, model=model, limit=limit))
+    async with open_session() as session:
+        rows = [row async for row in session.list(**filters)]
+    if as_json:
+        print_json([row.to_json() for row in rows])
+    else:
+        for row in rows:
+            when, model = _when(row.created), row.model or "-"
+            print_result(f"{row.id:<34} {row.status:<10} {when} {model}")
+    return DONE
+
+
+def _when(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    try:
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+    except (ValueError, OverflowError, OSError):  # out of range
+        return "-"
 
 
 @cli.command("credits")
 @_json
-def show_credits(*, as_json: bool) -> int:
+@_cancellable
+async def show_credits(*, as_json: bool) -> int:
     """Print how many credits are left."""
-    return run_cancellable(_show_credits(as_json=as_json))
+    async with open_session() as session:
+        found = await session.credits()
+    if as_json:
+        print_json(found.to_json())
+    else:
+        limit = "no limit" if found.token_unlimited else f"{_amount(found.token_remaining)} left"
+        print_result(f"account: {_amount(found.remaining)} left, {_amount(found.used)} used")
+        print_result(f"this key: {limit}, {_amount(found.token_used)} used")
+    return DONE
+
+
+def _amount(number: float | None) -> str:
+    return "?" if number is None else f"{number:.10g}"
 
 
 @cli.command("emulator")
@@ -527,21 +475,12 @@ def show_credits(*, as_json: bool) -> int:
 @click.option("--seed", type=int, help="Of everything drawn by chance.")
 def serve_emulator(**settings: Any) -> int:
     """Serve an emulated API on this machine until interrupted."""
+    from evolink_async.emulator import serve  # noqa: PLC0415 - loads aiohttp
+
     given = {name: value for name, value in settings.items() if value is not None}
-    try:
-        return run_cancellable(_serve(given))
-    except asyncio.CancelledError:
-        return DONE
+    with suppress(asyncio.CancelledError):
+        run_cancellable(serve(make_emulator(given)))
+    return DONE
 
 
-cli.add_command(
-    batch_command(
-        Console(
-            run_cancellable=run_cancellable,
-            print_result=print_result,
-            print_json=print_json,
-            print_error=print_error,
-            emulator=_emulator,
-        )
-    )
-)
+cli.add_command(batch)

@@ -10,24 +10,27 @@ import os
 import signal
 import stat
 import sys
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
 
 import click
-from attrs import frozen
 
 from evolink_async._http.secret import Secret
 from evolink_async._model.snapshots import TaskSnapshot
+from evolink_async._session import Session
 from evolink_async._text import printable
 from evolink_async.errors import (
+    ConfigurationError,
     EvolinkError,
     SubmitUncertainError,
     TaskTimeoutError,
 )
 
 if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+
     from evolink_async.emulator import Emulator
 
 __all__ = [
@@ -38,39 +41,52 @@ __all__ = [
     "INTERRUPTED",
     "PROGRAM",
     "USAGE",
-    "Console",
     "fail",
+    "first_interrupt",
     "is_terminal",
+    "make_emulator",
+    "open_session",
     "print_error",
     "print_json",
     "print_line",
     "print_result",
+    "rich_console",
     "run_cancellable",
-    "signals",
     "state",
 ]
+
+T = TypeVar("T")
 
 EMULATED: Final[dict[str, Any]] = {"duration": (20.0, 40.0), "time_scale": 10.0, "credits": 1e9}
 """Settings of ``--emulator``: the API page's example durations, ten times as fast."""
 
 
-@frozen(kw_only=True)
-class Console:
-    """Functions of the command line that a command in another module uses.
+@asynccontextmanager
+async def open_session(*, emulated: bool = False, **settings: Any) -> AsyncIterator[Session]:
+    """A session with the API, or with an emulator made for it; left at once in the end."""
+    async with AsyncExitStack() as stack:
+        if emulated:
+            emulator = await stack.enter_async_context(make_emulator(EMULATED))
+            settings["api_key"] = emulator.api_key
+            settings["base_url"] = emulator.base_url
+            settings["clock"] = emulator.clock
+        session = Session(**settings)
+        stack.push_async_callback(session.aclose, grace=0)
+        yield session
 
-    Attributes:
-        run_cancellable: Runs a coroutine to its exit code; the first signal cancels it.
-        print_result: Prints a line of the result on stdout.
-        print_json: Prints the result as JSON on stdout.
-        print_error: Prints a line on stderr.
-        emulator: Makes an emulator with these settings.
+
+def make_emulator(settings: dict[str, Any]) -> Emulator:
+    """An emulator with these settings.
+
+    Raises:
+        ConfigurationError: It cannot have them, or its extra is not installed.
     """
+    from evolink_async.emulator import Emulator  # noqa: PLC0415 - loads aiohttp
 
-    run_cancellable: Callable[[Coroutine[Any, Any, int]], int]
-    print_result: Callable[[str], None]
-    print_json: Callable[[object], None]
-    print_error: Callable[[str], None]
-    emulator: Callable[[dict[str, Any]], Emulator]
+    try:
+        return Emulator(**settings)
+    except (ImportError, ValueError) as exc:
+        raise ConfigurationError(str(exc)) from exc
 
 
 def signals() -> tuple[int, ...]:
@@ -84,9 +100,7 @@ def signals() -> tuple[int, ...]:
 
 
 @contextmanager
-def _first_interrupt(
-    stop: asyncio.Event, running: asyncio.Event, console: Console
-) -> Iterator[None]:
+def first_interrupt(stop: asyncio.Event, running: asyncio.Event) -> Iterator[None]:
     """The first signal after *running* is set sets *stop*; all others have their usual effect.
 
     While the prompts are still being read there is nothing to finish.
@@ -100,7 +114,7 @@ def _first_interrupt(
 
     def announce() -> None:
         stop.set()
-        console.print_error(
+        print_error(
             "stopping: no more is submitted, what runs has 30 s to finish; interrupt again to "
             "leave at once"
         )
@@ -123,6 +137,14 @@ def _first_interrupt(
 
 def is_terminal(stream: Any) -> bool:
     return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def rich_console(*, stderr: bool = False) -> RichConsole:
+    """A console of rich that prints text as it is."""
+    # Imported here, because rich takes long to import and --help does not need it.
+    from rich.console import Console as RichConsole  # noqa: PLC0415
+
+    return RichConsole(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 DONE: Final = 0
@@ -228,7 +250,7 @@ class _WarningHandler(logging.Handler):
         print_error(record.getMessage())
 
 
-def run_cancellable(work: Coroutine[Any, Any, int]) -> int:
+def run_cancellable(work: Coroutine[Any, Any, T]) -> T:
     """Run *work*; one of `signals` cancels it, a second one ends the process at once.
 
     Raises:

@@ -11,7 +11,7 @@ from command_line import KEY, Ended, Run, in_thread
 from hostile import HostileServer, answer, snapshot
 
 from evolink_async.__main__ import main
-from evolink_async._cli import commands
+from evolink_async._cli import console
 from evolink_async.emulator import Emulator, ManualClock
 
 
@@ -32,7 +32,7 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
 def fast(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Settings of the emulator behind ``--emulator``: virtual time and small pictures."""
     settings: dict[str, Any] = {"clock": ManualClock(), "pictures": "tiny"}
-    monkeypatch.setattr(commands, "EMULATED", settings)
+    monkeypatch.setattr(console, "EMULATED", settings)
     return settings
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -206,27 +205,25 @@ def test_the_command_does_not_end_with_0_if_the_manifest_is_missing(
 
 
 async def test_a_log_gets_a_line_of_progress_even_while_nothing_changes(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A line every few seconds while prompts are read and later; the last state once."""
     monkeypatch.setattr(batch_cli, "_LINE_INTERVAL", 0.005)
-    printed: list[str] = []
-    console = console_module.Console(
-        run_cancellable=asyncio.run,
-        print_result=printed.append,
-        print_json=lambda value: printed.append(str(value)),
-        print_error=printed.append,
-        emulator=lambda settings: Emulator(**settings),
-    )
+    lines: list[str] = []
+
+    def printed() -> list[str]:
+        lines.extend(capsys.readouterr().err.splitlines())
+        return lines
+
     running, done = BatchProgress(total=1, running=1), BatchProgress(total=1, saved=1)
-    async with batch_cli._progress(console) as show:
-        await until(lambda: printed.count("reading the prompts") >= 3)
-        before = len(printed)
+    async with batch_cli._progress() as show:
+        await until(lambda: printed().count("reading the prompts") >= 3)
+        before = len(printed())
         show(running)
-        assert printed[before:] == [batch_cli._words(running)]
-        await until(lambda: printed.count(batch_cli._words(running)) >= 3)
+        assert printed()[before:] == [batch_cli._words(running)]
+        await until(lambda: printed().count(batch_cli._words(running)) >= 3)
         show(done)
-    assert printed.count(batch_cli._words(done)) == 1
+    assert printed().count(batch_cli._words(done)) == 1
 
 
 @pytest.mark.parametrize(
