@@ -1,7 +1,7 @@
 """File names that are safe on every system, and renames that replace nothing by accident.
 
 A picture is named in two steps: `safe_name` makes a name of the task's id (or of ``name=``),
-and `_results.save.save_all` adds the number and the extension: ``<name>-<k>.<ext>``. In a
+and `_results.save.Saving` adds the number and the extension: ``<name>-<k>.<ext>``. In a
 batch the name comes from `batch._files.stems`.
 """
 

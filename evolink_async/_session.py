@@ -552,14 +552,13 @@ class Session:
 async def save_result(
     session: Session, result: GenerationResult, folder: Path, **how: Any
 ) -> tuple[Path, ...]:
-    """`Session.download`, with every option of `save_all`."""
-    from evolink_async._results.save import save_all  # noqa: PLC0415 - see _open
+    """`Session.download`, with all that `Saving` can be told."""
+    from evolink_async._results.save import Saving  # noqa: PLC0415 - see _open
 
     session._open()
-    return await save_all(
-        session._results.open,
-        result.urls,
-        folder,
+    saving = Saving(
+        open_result=session._results.open,
+        folder=folder,
         task_id=result.task_id,
         **how,
         max_bytes=_LARGEST.get(result.snapshot.type or "", _LARGEST["image"]),
@@ -567,6 +566,7 @@ async def save_result(
         wait_after=session._settings.retry.wait_after,
         sleep=partial(sleep, session.clock),
     )
+    return await saving.save_all(result.urls)
 
 
 async def read_once(session: Session, task_id: str) -> TaskSnapshot:

@@ -57,7 +57,7 @@ async def fetch(
 ) -> bytes:
     async with (
         client.open(url, offset=offset, etag=etag) as stream,
-        aclosing(stream.chunks()) as chunks,
+        aclosing(stream.chunks) as chunks,
     ):
         return b"".join([chunk async for chunk in chunks])
 

@@ -11,7 +11,7 @@ from hostile_results import (
 )
 
 from evolink_async._results.fetch import ResultClient
-from evolink_async._results.save import save
+from evolink_async._results.save import Saving
 from evolink_async.errors import DownloadError
 
 PICTURE = png(3000)
@@ -22,9 +22,13 @@ async def no_wait(_: float) -> None:
     """Replaces the wait between two attempts."""
 
 
+def saving(client: ResultClient, folder: Path, **given: Any) -> Saving:
+    return Saving(open_result=client.open, folder=folder, **{"task_id": TASK, **given})
+
+
 async def fetch(client: ResultClient, url: str, folder: Path, **given: Any) -> Path:
     given.setdefault("sleep", no_wait)
-    return await save(client.open, url, folder, "x-1", **given)
+    return await saving(client, folder, stem="x", **given).save(url, 1)
 
 
 async def failure(client: ResultClient, url: str, folder: Path, **given: Any) -> DownloadError:

@@ -30,61 +30,15 @@ from evolink_async._hosts import (
     split_url,
 )
 from evolink_async._http.proxy import environment_proxy
-from evolink_async._results.stream import TransientDownloadError
+from evolink_async._results.stream import Stream, TransientDownloadError
 from evolink_async._text import printable
 from evolink_async.errors import DownloadError, SessionClosedError
 
-__all__ = ["ResultClient", "ResultStream"]
+__all__ = ["ResultClient"]
 
 _MAX_REDIRECTS: Final = 5
 _MAX_URL: Final = 8192
 """Characters of a link."""
-
-
-@define
-class ResultStream:
-    """A result whose download has begun.
-
-    Attributes:
-        status: 200, or 206 for the rest from *offset* on.
-        offset: Position of the first byte; 0 if the host sends the whole result.
-        content_type: The ``Content-Type`` header, None if there is none.
-        content_length: Bytes that will follow, None if unknown.
-        total: Size of the whole result in bytes, None if unknown.
-        etag: Strong entity tag, None if there is none.
-        accepts_ranges: False if the host says that it cannot resume.
-    """
-
-    status: int
-    offset: int = field(kw_only=True)
-    content_type: str | None = field(kw_only=True)
-    content_length: int | None = field(kw_only=True)
-    total: int | None = field(kw_only=True)
-    etag: str | None = field(kw_only=True)
-    accepts_ranges: bool = field(kw_only=True)
-    _body: aiohttp.StreamReader = field(kw_only=True)
-    _stall_timer: _StallTimer = field(kw_only=True)
-    _shown: str = field(kw_only=True)
-
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The bytes, in pieces as they arrive.
-
-        Raises:
-            DownloadError: The connection broke, or was slower than the minimum rate.
-        """
-        try:
-            while data := await self._stall_timer.wait_for(self._body):
-                yield data
-        except TimeoutError:
-            raise TransientDownloadError(
-                f"{self._shown} stalled: less than {self._stall_timer.describe()} arrived",
-                url=self._shown,
-            ) from None
-        except (aiohttp.ClientError, OSError, RuntimeError) as exc:
-            # aiohttp raises RuntimeError for a connection that we closed ourselves.
-            raise TransientDownloadError(
-                f"{self._shown} broke off: {_words(exc)}", url=self._shown
-            ) from _safe_cause(exc)
 
 
 @define
@@ -111,9 +65,6 @@ class _StallTimer:
         if self._got >= self.min_bytes:
             self._waited, self._got = 0.0, 0
         return data
-
-    def describe(self) -> str:
-        return f"{self.min_bytes} bytes in {self.seconds:g} s"
 
 
 @frozen
@@ -166,10 +117,12 @@ class ResultClient:
         connect_timeout: float = 10.0,
         stall_timeout: float = 30.0,
         min_rate: float = 1000.0,
-        trust_env: bool = True,
         resolver: AbstractResolver | None = None,
     ) -> None:
         """Prepare a client; nothing is opened yet.
+
+        A proxy of the environment is used. It resolves names itself, so that only the
+        spelling of a host is checked here.
 
         Args:
             allow_loopback: Whether links may lead to this machine, by http as well.
@@ -177,15 +130,12 @@ class ResultClient:
             connect_timeout: Seconds to make a connection, TLS included.
             stall_timeout: Seconds over which the rate of a download is measured.
             min_rate: Bytes per second below which a download is broken off.
-            trust_env: Whether to use the environment's proxies. The proxy then resolves
-                names, so only the spelling of a host is checked here.
             resolver: Resolves names; aiohttp's default if None.
         """
         self._allow_loopback = allow_loopback
         self._connect_timeout = connect_timeout
         self._stall_timeout = stall_timeout
         self._min_bytes = max(1, int(min_rate * stall_timeout))
-        self._trust_env = trust_env
         self._resolver = resolver
         self._guard: _GuardedResolver | None = None
         self._slots = asyncio.Semaphore(max_connections)
@@ -195,8 +145,8 @@ class ResultClient:
 
     @contextlib.asynccontextmanager
     async def open(
-        self, url: str, *, offset: int = 0, etag: str | None = None
-    ) -> AsyncIterator[ResultStream]:
+        self, url: str, offset: int = 0, etag: str | None = None
+    ) -> AsyncIterator[Stream]:
         """The result behind *url*.
 
         It starts at byte *offset* if the host can resume and the result still has *etag*,
@@ -206,9 +156,10 @@ class ResultClient:
             TransientDownloadError: The host did not answer as it should; try again.
             DownloadError: The link is not allowed or has expired.
         """
+        resume = {} if etag is None else {"Range": f"bytes={offset}-", "If-Range": etag}
+        headers = resume if offset else {}
         async with self._slots, contextlib.AsyncExitStack() as stack:
             hop = self._hop(url, None)
-            headers = _request_headers(offset, etag)
             for _ in range(_MAX_REDIRECTS + 1):
                 response = await self._request(hop, headers)
                 stack.callback(_release, response)
@@ -241,17 +192,10 @@ class ResultClient:
             previous is None or is_loopback_host(previous.url.raw_host or "")
         )
         try:
-            parts = _checked(url, loopback=loopback)
-            target = _encoded(parts)
-            # The name that aiohttp connects to may be spelled differently in the link.
-            _check_host(target.raw_host or "", loopback=loopback)
-            return _Hop(target, proxy=self._proxy_for(target), shown=shown)
+            target = _checked(url, loopback=loopback)
+            return _Hop(target, proxy=environment_proxy(str(target)), shown=shown)
         except ValueError as exc:
             raise DownloadError(f"{shown}{came_from} is not fetched: {exc}", url=shown) from None
-
-    def _proxy_for(self, url: URL) -> str | None:
-        """The environment's proxy for *url*, None for this machine."""
-        return environment_proxy(str(url)) if self._trust_env else None
 
     async def _request(self, hop: _Hop, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
         """The status and headers of the answer.
@@ -305,7 +249,7 @@ class ResultClient:
             trust_env=False,
         )
 
-    def _stream(self, response: aiohttp.ClientResponse, hop: _Hop, asked: int) -> ResultStream:
+    def _stream(self, response: aiohttp.ClientResponse, hop: _Hop, asked: int) -> Stream:
         """The stream that belongs to *response*.
 
         Raises:
@@ -320,24 +264,30 @@ class ResultClient:
                 status=response.status,
             )
         offset, total = _range_of(response, hop.shown, asked)
-        return ResultStream(
-            response.status,
+        resumes = response.headers.get("Accept-Ranges", "").strip().lower() != "none"
+        return Stream(
             offset=offset,
-            content_type=response.headers.get("Content-Type"),
-            content_length=response.content_length,
             total=total,
-            etag=_strong(response.headers.get("ETag")),
-            accepts_ranges=response.headers.get("Accept-Ranges", "").strip().lower() != "none",
-            body=response.content,
-            stall_timer=_StallTimer(self._stall_timeout, self._min_bytes),
-            shown=hop.shown,
+            etag=_strong(response.headers.get("ETag")) if resumes else None,
+            chunks=self._chunks(response.content, hop.shown),
         )
 
-
-def _request_headers(offset: int, etag: str | None) -> dict[str, str]:
-    if offset == 0 or etag is None:
-        return {}
-    return {"Range": f"bytes={offset}-", "If-Range": etag}
+    async def _chunks(self, body: aiohttp.StreamReader, shown: str) -> AsyncGenerator[bytes, None]:
+        timer = _StallTimer(self._stall_timeout, self._min_bytes)
+        try:
+            while data := await timer.wait_for(body):
+                yield data
+        except TimeoutError:
+            raise TransientDownloadError(
+                f"{shown} stalled: less than {timer.min_bytes} bytes in {timer.seconds:g} s "
+                "arrived",
+                url=shown,
+            ) from None
+        except (aiohttp.ClientError, OSError, RuntimeError) as exc:
+            # aiohttp raises RuntimeError for a connection that we closed ourselves.
+            raise TransientDownloadError(
+                f"{shown} broke off: {_words(exc)}", url=shown
+            ) from _safe_cause(exc)
 
 
 def _strong(etag: str | None) -> str | None:
@@ -357,16 +307,19 @@ def _release(response: aiohttp.ClientResponse) -> None:
 # Links
 
 
-def _checked(url: str, *, loopback: bool) -> SplitResult:
-    """The parts of a link that may be fetched.
+def _checked(url: str, *, loopback: bool) -> URL:
+    """A link that may be fetched, as aiohttp sends it.
 
     Raises:
         ValueError: It must not be fetched; the message says why.
     """
     if len(url) > _MAX_URL:
         raise ValueError(f"the link has {len(url)} characters")
+    # Some hosts leave the spaces in a link's path and query as they are.
+    scheme, _, rest = url.partition("://")
+    authority, slash, path = rest.partition("/")
     try:
-        parts = split_url(_without_spaces(url))
+        parts = split_url(f"{scheme}://{authority}{slash}{path.replace(' ', '%20')}")
     except ValueError as exc:
         raise ValueError(f"the link is unusable: {exc}") from None
     host = parts.hostname or ""
@@ -374,21 +327,13 @@ def _checked(url: str, *, loopback: bool) -> SplitResult:
         parts.scheme == "http" and loopback and is_loopback_host(host)
     ):
         raise ValueError("the link is not https")
-    return parts
-
-
-def _without_spaces(url: str) -> str:
-    """*url* with the spaces in its path and query quoted, which some hosts leave as they are."""
-    head, slash, rest = url.partition("://")
-    authority, separator, path = rest.partition("/")
-    return f"{head}{slash}{authority}{separator}{path.replace(' ', '%20')}"
-
-
-def _check_host(host: str, *, loopback: bool) -> None:
-    if loopback and is_loopback_host(host):
-        return
-    if (reason := internal_host_reason(host)) is not None:
+    target = _encoded(parts)
+    # The name that aiohttp connects to may be spelled differently in the link.
+    host = target.raw_host or ""
+    reason = internal_host_reason(host)
+    if reason is not None and not (loopback and is_loopback_host(host)):
         raise ValueError(f"the link's host is {reason}")
+    return target
 
 
 def _encoded(parts: SplitResult) -> URL:

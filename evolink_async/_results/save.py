@@ -1,6 +1,6 @@
 """Saves results as files, each under a temporary name until it is complete and on disk.
 
-A picture's file name is made here: `save_all` calls the k-th result of a task
+A picture's file name is made here: the k-th result of a task is called
 ``<stem>-<k>.<ext>``. The stem is the task's id, or what ``name=`` or a batch gives, made safe
 by `_files.safe_name`; the extension comes from the first bytes of the file. Neither the link
 nor a header has a say in it.
@@ -19,10 +19,9 @@ import secrets
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import IO, Final
 
-from attrs import define, field
+from attrs import define, field, frozen
 
 from evolink_async._files import (
     MAX_NAME,
@@ -38,7 +37,7 @@ from evolink_async._results.stream import OpenResult, Stream, TransientDownloadE
 from evolink_async._text import printable
 from evolink_async.errors import DownloadError
 
-__all__ = ["MAX_BYTES", "MAX_FILES", "BeforeRename", "save", "save_all"]
+__all__ = ["MAX_BYTES", "MAX_FILES", "BeforeRename", "Saving"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +46,6 @@ MAX_BYTES: Final = 64 * 1024 * 1024
 MAX_FILES: Final = 100
 """Links of one task that are opened; the API's page allows 4 pictures."""
 
-_ATTEMPTS: Final = 5
-"""Default number of attempts at one file."""
 _HEAD_BYTES: Final = 64
 """Bytes from which `media_type` knows the type of a file."""
 _WRITE_BYTES: Final = 512 * 1024
@@ -66,61 +63,108 @@ def _backoff(failures: int) -> float:
 # Saving
 
 
-async def save_all(
-    open_result: OpenResult,
-    urls: Sequence[str],
-    folder: str | os.PathLike[str],
-    *,
-    task_id: str,
-    stem: str | None = None,
-    existing: Mapping[int, Path] = MappingProxyType({}),
-    overwrite: bool = False,
-    before_rename: BeforeRename | None = None,
-    retry_expired: bool = False,
-    max_bytes: int = MAX_BYTES,
-    attempts: int = _ATTEMPTS,
-    wait_after: Callable[[int], float] = _backoff,
-    sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
-) -> tuple[Path, ...]:
-    """Save every link of a task as ``<folder>/<stem>-<k>.<ext>``, k from 1; returns the paths.
+@frozen(kw_only=True)
+class Saving:
+    """Saves the results of a task as ``<folder>/<stem>-<k>.<ext>``, k from 1.
 
-    All links are downloaded at the same time, and one that fails does not stop the others.
-    *stem* is by default the task's id. *existing* are files that were saved earlier, by k; they
-    are not downloaded. The other parameters are those of `save`.
+    The extension is that of the bytes that arrived. Under its final name a file is always
+    complete: the rename is the last step.
 
-    Raises:
-        DownloadError: The first failure; it says which files were saved, and those stay.
+    Attributes:
+        open_result: Opens a link.
+        folder: Where to save; made if missing.
+        task_id: The task.
+        stem: How the names begin, the task's id if None; made safe by `safe_name`.
+        existing: Files that were saved earlier, by k; they are not downloaded.
+        overwrite: Whether an existing file may be replaced.
+        before_rename: Called, in a thread, before a complete file gets its final name.
+        retry_expired: Whether to try again if a link seems to have expired; for links that
+            are known to be new.
+        max_bytes: Largest file, in bytes, that is accepted.
+        attempts: Attempts at each file. The next one resumes the download if the host can do
+            that and the result is still the same, otherwise it starts over.
+        wait_after: Seconds to wait after that many failures.
+        sleep: Waits that long.
     """
-    if len(urls) > MAX_FILES:
-        raise DownloadError(
-            f"task {printable(task_id)} has {len(urls)} links; at most {MAX_FILES} are followed",
-            url="",
-            task_id=task_id,
-        )
-    stem = safe_name(task_id if stem is None else stem, MAX_NAME - 8)
-    wanted = {k: url for k, url in enumerate(urls, 1) if k not in existing}
-    outcomes = await asyncio.gather(
-        *(
-            save(
-                open_result,
-                url,
-                folder,
-                f"{stem}-{k}",
-                overwrite=overwrite,
-                before_rename=before_rename,
-                retry_expired=retry_expired,
-                max_bytes=max_bytes,
-                task_id=task_id,
-                attempts=attempts,
-                wait_after=wait_after,
-                sleep=sleep,
+
+    open_result: OpenResult
+    folder: Path
+    task_id: str
+    stem: str | None = None
+    existing: Mapping[int, Path] = field(factory=dict)
+    overwrite: bool = False
+    before_rename: BeforeRename | None = None
+    retry_expired: bool = False
+    max_bytes: int = MAX_BYTES
+    attempts: int = 5
+    wait_after: Callable[[int], float] = _backoff
+    sleep: Callable[[float], Awaitable[object]] = asyncio.sleep
+
+    async def save_all(self, urls: Sequence[str]) -> tuple[Path, ...]:
+        """Save what is behind *urls*, all at the same time; returns the paths.
+
+        A link that fails does not stop the others.
+
+        Raises:
+            DownloadError: The first failure; it says which files were saved, and those stay.
+        """
+        if len(urls) > MAX_FILES:
+            raise DownloadError(
+                f"task {printable(self.task_id)} has {len(urls)} links; at most {MAX_FILES} are "
+                "followed",
+                url="",
+                task_id=self.task_id,
             )
-            for k, url in wanted.items()
-        ),
-        return_exceptions=True,
-    )
-    all_ = {**existing, **dict(zip(wanted, outcomes, strict=True))}
-    return _all_saved([all_[k] for k in range(1, len(urls) + 1)], task_id)
+        wanted = {k: url for k, url in enumerate(urls, 1) if k not in self.existing}
+        outcomes = await asyncio.gather(
+            *(self.save(url, k) for k, url in wanted.items()), return_exceptions=True
+        )
+        all_ = {**self.existing, **dict(zip(wanted, outcomes, strict=True))}
+        return _all_saved([all_[k] for k in range(1, len(urls) + 1)], self.task_id)
+
+    async def save(self, url: str, k: int) -> Path:
+        """Save what is behind *url* as the *k*-th result; returns its path.
+
+        Raises:
+            DownloadError: It could not be saved; nothing is left behind.
+        """
+        stem = safe_name(self.task_id if self.stem is None else self.stem, MAX_NAME - 8)
+        file = _TemporaryFile(
+            self.folder,
+            stem=f"{stem}-{k}",
+            overwrite=self.overwrite,
+            before_rename=self.before_rename,
+        )
+        try:
+            await asyncio.to_thread(file.create)
+            return await self._with_retries(_Download(file, url, max_bytes=self.max_bytes))
+        except DownloadError as exc:
+            raise _final_error(exc, exc.problem, task_id=self.task_id) from exc.__cause__
+        except (CannotSaveError, OSError) as exc:
+            raise _cannot_save(exc, url, self.folder, self.task_id) from exc
+        finally:
+            if file.pending:
+                # Neither another cancellation nor the end of the loop stops an executor's call.
+                removal = asyncio.get_running_loop().run_in_executor(None, file.discard)
+                await asyncio.shield(removal)
+
+    async def _with_retries(self, download: _Download) -> Path:
+        """Make attempts until one succeeds; the last failure is raised."""
+        failures = 0
+        while True:
+            try:
+                await download.receive(self.open_result)
+                return await download.publish()
+            except DownloadError as exc:
+                failures += 1
+                transient = isinstance(exc, TransientDownloadError)
+                again = transient or (self.retry_expired and exc.expired)
+                if failures >= self.attempts or not again:
+                    raise
+                if isinstance(exc, TransientDownloadError) and not exc.resumable:
+                    download.start_over()
+                logger.warning("download attempt %d: %s", failures, exc)
+                await self.sleep(self.wait_after(failures))
 
 
 def _all_saved(outcomes: Sequence[Path | BaseException], task_id: str) -> tuple[Path, ...]:
@@ -143,99 +187,7 @@ def _all_saved(outcomes: Sequence[Path | BaseException], task_id: str) -> tuple[
     raise error from first
 
 
-async def save(
-    open_result: OpenResult,
-    url: str,
-    folder: str | os.PathLike[str],
-    stem: str,
-    *,
-    overwrite: bool = False,
-    before_rename: BeforeRename | None = None,
-    retry_expired: bool = False,
-    max_bytes: int = MAX_BYTES,
-    task_id: str | None = None,
-    attempts: int = _ATTEMPTS,
-    wait_after: Callable[[int], float] = _backoff,
-    sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
-) -> Path:
-    """Save the result behind *url* as ``<folder>/<stem>.<ext>``; returns that path.
-
-    The extension is that of the bytes that arrived. Under its final name a file is always
-    complete: the rename is the last step.
-
-    Args:
-        open_result: Opens the link.
-        url: The link.
-        folder: Where to save; made if missing.
-        stem: Name without extension; made safe by `safe_name`.
-        overwrite: Whether an existing file may be replaced.
-        before_rename: Called, in a thread, before the complete file gets its final name.
-        retry_expired: Whether to try again if the link seems to have expired; for a link that
-            is known to be new.
-        max_bytes: Largest file, in bytes, that is accepted.
-        task_id: For the errors.
-        attempts: Attempts in all. The next one resumes the download if the host can do that
-            and the result is still the same, otherwise it starts over.
-        wait_after: Seconds to wait after that many failures.
-        sleep: Waits that long.
-
-    Raises:
-        DownloadError: The file could not be saved; nothing is left behind.
-    """
-    file = _TemporaryFile(
-        Path(folder), stem=safe_name(stem), overwrite=overwrite, before_rename=before_rename
-    )
-    download = _Download(file, max_bytes=max_bytes)
-    try:
-        await asyncio.to_thread(file.create)
-        return await _save_with_retries(
-            open_result,
-            url,
-            download,
-            retry_expired=retry_expired,
-            attempts=attempts,
-            wait_after=wait_after,
-            sleep=sleep,
-        )
-    except DownloadError as exc:
-        raise _final_error(exc, exc.problem, task_id=task_id) from exc.__cause__
-    except (CannotSaveError, OSError) as exc:
-        raise _cannot_save(exc, url, file.folder, task_id) from exc
-    finally:
-        if file.pending:
-            # Neither another cancellation nor the end of the loop stops an executor's call.
-            removal = asyncio.get_running_loop().run_in_executor(None, file.discard)
-            await asyncio.shield(removal)
-
-
-async def _save_with_retries(
-    open_result: OpenResult,
-    url: str,
-    download: _Download,
-    *,
-    retry_expired: bool,
-    attempts: int,
-    wait_after: Callable[[int], float],
-    sleep: Callable[[float], Awaitable[object]],
-) -> Path:
-    """Make attempts until one succeeds; the last failure is raised."""
-    failures = 0
-    while True:
-        try:
-            await download.receive(open_result, url)
-            return await download.publish(url)
-        except DownloadError as exc:
-            failures += 1
-            transient = isinstance(exc, TransientDownloadError)
-            if failures >= attempts or not (transient or (retry_expired and exc.expired)):
-                raise
-            if isinstance(exc, TransientDownloadError) and not exc.resumable:
-                download.start_over()
-            logger.warning("download attempt %d: %s", failures, exc)
-            await sleep(wait_after(failures))
-
-
-def _final_error(error: DownloadError, message: str, *, task_id: str | None) -> DownloadError:
+def _final_error(error: DownloadError, message: str, *, task_id: str) -> DownloadError:
     return DownloadError(
         message,
         url=error.url,
@@ -249,7 +201,7 @@ def _final_error(error: DownloadError, message: str, *, task_id: str | None) -> 
 
 
 def _cannot_save(
-    exc: CannotSaveError | OSError, url: str, folder: Path, task_id: str | None
+    exc: CannotSaveError | OSError, url: str, folder: Path, task_id: str
 ) -> DownloadError:
     bare = shown_url(url)
     if isinstance(exc, CannotSaveError):
@@ -290,6 +242,7 @@ class _Download:
     """The bytes received so far, over all attempts."""
 
     _file: _TemporaryFile
+    _url: str
     _max_bytes: int = field(kw_only=True)
     _received: int = field(default=0, init=False)
     _total: int | None = field(default=None, init=False)
@@ -308,7 +261,7 @@ class _Download:
         self._buffer.clear()
         self._rewind = True
 
-    async def receive(self, open_result: OpenResult, url: str) -> None:
+    async def receive(self, open_result: OpenResult) -> None:
         """Make one attempt at the bytes that are still missing.
 
         Raises:
@@ -316,32 +269,31 @@ class _Download:
         """
         if self._etag is None:  # without one the rest may belong to another version
             self.start_over()
-        async with open_result(url, offset=self._received, etag=self._etag) as stream:
-            self._check_start(stream, url)
-            async with contextlib.aclosing(stream.chunks()) as chunks:
+        async with open_result(self._url, self._received, self._etag) as stream:
+            self._check_start(stream)
+            async with contextlib.aclosing(stream.chunks) as chunks:
                 async for chunk in chunks:
                     await self._add(chunk)
-        self._check_end(url)
+        self._check_end()
 
-    def _check_start(self, stream: Stream, url: str) -> None:
+    def _check_start(self, stream: Stream) -> None:
         if stream.offset != self._received:
             self.start_over()
         if self._received:
-            self._check_same(stream, url)
+            self._check_same(stream)
         else:
-            self._total = stream.total
-            self._etag = stream.etag if stream.accepts_ranges else None
+            self._total, self._etag = stream.total, stream.etag
         if self._total is not None and self._total > self._max_bytes:
             raise _too_large(self._max_bytes, self._total)
 
-    def _check_same(self, stream: Stream, url: str) -> None:
+    def _check_same(self, stream: Stream) -> None:
         same_size = stream.total is None or stream.total == self._total
         if not same_size or stream.etag not in {None, self._etag}:
-            raise TransientDownloadError(
-                f"{shown_url(url)} changed while it was downloaded",
-                url=shown_url(url),
-                resumable=False,
-            )
+            raise self._transient("changed while it was downloaded", resumable=False)
+
+    def _transient(self, why: str, *, resumable: bool) -> TransientDownloadError:
+        shown = shown_url(self._url)
+        return TransientDownloadError(f"{shown} {why}", url=shown, resumable=resumable)
 
     async def _add(self, chunk: bytes) -> None:
         self._received += len(chunk)
@@ -370,19 +322,18 @@ class _Download:
         self._buffered, self._rewind = 0, False
         await asyncio.to_thread(self._file.write, data, rewind=rewind)
 
-    def _check_end(self, url: str) -> None:
+    def _check_end(self) -> None:
         missing = self._total is not None and self._received != self._total
         if missing or not self._received:
             expected = "more" if self._total is None else self._total
-            raise TransientDownloadError(
-                f"{shown_url(url)} ended after {self._received} bytes, {expected} were announced",
-                url=shown_url(url),
+            raise self._transient(
+                f"ended after {self._received} bytes, {expected} were announced",
                 resumable=missing,
             )
         if self._extension is None:
             self._find_extension()
 
-    async def publish(self, url: str) -> Path:
+    async def publish(self) -> Path:
         """Give the file its final name.
 
         Raises:
@@ -391,10 +342,9 @@ class _Download:
         await self._flush()
         path = await asyncio.to_thread(self._file.publish, self._extension or "", self._head)
         if path is None:
-            raise TransientDownloadError(
-                f"{shown_url(url)} is incomplete: {self._received} bytes arrived, without the end "
-                f"of a {self._extension} file",
-                url=shown_url(url),
+            raise self._transient(
+                f"is incomplete: {self._received} bytes arrived, without the end of a "
+                f"{self._extension} file",
                 resumable=False,
             )
         return path

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
+from typing import Any
+
+from attrs import frozen
 
 from evolink_async.errors import DownloadError
 
@@ -25,39 +27,23 @@ class TransientDownloadError(DownloadError):
         self.resumable = resumable
 
 
-class Stream(Protocol):
-    """A result that has begun to arrive."""
+@frozen(kw_only=True)
+class Stream:
+    """A result whose download has begun.
 
-    @property
-    def offset(self) -> int:
-        """Position of the first byte."""
-        ...
+    Attributes:
+        offset: Position of the first byte; 0 if the host sends the whole result.
+        total: Size of the whole result in bytes, None if unknown.
+        etag: Strong entity tag to resume with, None if the host cannot resume.
+        chunks: The bytes, in pieces as they arrive. Raises `TransientDownloadError` if the
+            connection breaks, or is slower than the minimum rate.
+    """
 
-    @property
-    def total(self) -> int | None:
-        """Size of the whole result in bytes, None if unknown."""
-        ...
-
-    @property
-    def etag(self) -> str | None:
-        """Strong entity tag, None if there is none."""
-        ...
-
-    @property
-    def accepts_ranges(self) -> bool:
-        """False if the host cannot resume a download."""
-        ...
-
-    def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The bytes."""
-        ...
+    offset: int
+    total: int | None
+    etag: str | None
+    chunks: AsyncGenerator[bytes, None]
 
 
-class OpenResult(Protocol):
-    """Opens a link, at byte *offset* if the host supports that."""
-
-    def __call__(
-        self, url: str, /, *, offset: int = 0, etag: str | None = None
-    ) -> AbstractAsyncContextManager[Stream]:
-        """The stream behind *url*."""
-        ...
+OpenResult = Callable[[str, int, str | None], AbstractAsyncContextManager[Stream]]
+"""Opens a link, at an offset if the host can resume and the result still has the entity tag."""

@@ -68,11 +68,3 @@ async def test_unusable_proxy(monkeypatch: pytest.MonkeyPatch, proxy: str) -> No
     client = ResultClient()
     assert "proxy" in str(await refusal(client, "https://pictures.example/a.png?sig=secret"))
     await client.aclose()
-
-
-async def test_environment_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With trust_env=False proxies are ignored."""
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    client = ResultClient(trust_env=False, resolver=FixedResolver("10.0.0.1"))
-    assert "resolves to" in str(await refusal(client, "https://pictures.example/a.png"))
-    await client.aclose()

@@ -24,11 +24,11 @@ from hostile_results import (
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from saved_results import PICTURE, TASK, contents, failure, fetch, no_wait
+from saved_results import PICTURE, TASK, contents, failure, fetch, no_wait, saving
 
 from evolink_async._results.fetch import ResultClient
 from evolink_async._results.media import media_type
-from evolink_async._results.save import MAX_BYTES, MAX_FILES, save_all
+from evolink_async._results.save import MAX_BYTES, MAX_FILES
 from evolink_async._results.stream import TransientDownloadError
 from evolink_async.errors import DownloadError, SessionClosedError
 
@@ -50,7 +50,7 @@ async def test_save_all(client: ResultClient, host: HostileHost, tmp_path: Path)
     """All results of a task are saved, numbered in order, at the same time."""
     pictures = [png(1000 * k) for k in range(1, 5)]
     urls = [host.url(f"/{k}", reply(picture)) for k, picture in enumerate(pictures)]
-    paths = await save_all(client.open, urls, str(tmp_path), task_id=TASK)
+    paths = await saving(client, tmp_path).save_all(urls)
     assert paths == tuple(tmp_path / f"{TASK}-{k}.png" for k in range(1, 5))
     assert [path.read_bytes() for path in paths] == pictures
     assert host.most_open > 1
@@ -380,7 +380,7 @@ async def test_one_of_several_fails(
         host.url("/3", reply(PICTURE)),
     ]
     with pytest.raises(DownloadError) as caught:
-        await save_all(client.open, urls, tmp_path, task_id=TASK)
+        await saving(client, tmp_path).save_all(urls)
     assert set(contents(tmp_path)) == {f"{TASK}-1.png", f"{TASK}-3.png"}
     message = str(caught.value)
     assert f"1 of 3 results of task {TASK} could not be saved" in message
@@ -393,15 +393,15 @@ async def test_all_fail(client: ResultClient, host: HostileHost, tmp_path: Path)
     """If nothing was saved the error says so; a single result's error is its own."""
     urls = [host.url("/1", reply(b"", 410))] * 2
     with pytest.raises(DownloadError, match=r"2 of 2 .* \(saved: none\)"):
-        await save_all(client.open, urls, tmp_path, task_id=TASK)
+        await saving(client, tmp_path).save_all(urls)
     with pytest.raises(DownloadError, match=r"^http://127.0.0.1:[0-9]+/1: the link has expired"):
-        await save_all(client.open, urls[:1], tmp_path, task_id=TASK)
+        await saving(client, tmp_path).save_all(urls[:1])
 
 
 async def test_closed_while_saving(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
     """A session closed during the download raises its own error, and no partial file stays."""
     urls = [host.url("/1", silent(b"HTTP/1.1 200 OK\r\n\r\n" + PICTURE[:100]))] * 2
-    task = asyncio.create_task(save_all(client.open, urls, tmp_path, task_id=TASK, sleep=no_wait))
+    task = asyncio.create_task(saving(client, tmp_path, sleep=no_wait).save_all(urls))
     await host.arrived.wait()
     await client.aclose()
     with pytest.raises(SessionClosedError):
@@ -412,7 +412,7 @@ async def test_closed_while_saving(client: ResultClient, host: HostileHost, tmp_
 async def test_cancelling_all(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
     """Cancelling removes the unfinished files and keeps the finished ones."""
     urls = [host.url("/1", reply(PICTURE)), host.url("/2", silent(b"HTTP/1.1 200 OK\r\n\r\n"))]
-    task = asyncio.create_task(save_all(client.open, urls, tmp_path, task_id=TASK))
+    task = asyncio.create_task(saving(client, tmp_path).save_all(urls))
     for _ in range(200):
         if (tmp_path / f"{TASK}-1.png").exists():
             break
@@ -425,21 +425,21 @@ async def test_cancelling_all(client: ResultClient, host: HostileHost, tmp_path:
 
 async def test_no_links(client: ResultClient, tmp_path: Path) -> None:
     """A task without results has nothing to save."""
-    assert await save_all(client.open, (), tmp_path / "out", task_id=TASK) == ()
+    assert await saving(client, tmp_path / "out").save_all(()) == ()
 
 
 async def test_too_many_links(client: ResultClient, tmp_path: Path) -> None:
     """A task with absurdly many links is refused before any is opened."""
     urls = ["https://10.0.0.1/"] * (MAX_FILES + 1)
     with pytest.raises(DownloadError, match="at most 100"):
-        await save_all(client.open, urls, tmp_path / "out", task_id=TASK)
+        await saving(client, tmp_path / "out").save_all(urls)
 
 
 async def test_hostile_task_id(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
     """An id such as a path stays inside the folder, within the length of a file name."""
     url = host.url("/a", reply(PICTURE))
     for task_id in ("../../../evil", "/etc/evil", "x" * 5000, "con", "\ud800"):
-        (path,) = await save_all(client.open, [url], tmp_path / "out", task_id=task_id)
+        (path,) = await saving(client, tmp_path / "out", task_id=task_id).save_all([url])
         assert path.parent == tmp_path / "out"
         assert path.read_bytes() == PICTURE
     assert {Path(name).parts[0] for name in contents(tmp_path)} == {"out"}
