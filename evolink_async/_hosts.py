@@ -81,7 +81,7 @@ _INTERNAL_NAMES: Final = (
 
 _ASCII_LABEL: Final = re.compile(r"[a-z0-9_-]{1,63}")
 _NUMBER: Final = re.compile(r"0x[0-9a-f]*|[0-9]+")
-_CANONICAL_V4: Final = re.compile(r"(?:(?:0|[1-9][0-9]{0,2})\.){3}(?:0|[1-9][0-9]{0,2})")
+_UNUSUAL: Final = "not an IPv4 address in its usual spelling"
 _NETLOC: Final = re.compile(r"(\[[^\[\]@]*:[^\[\]@]*\]|[^\[\]:@]+)(?::([0-9]{1,5}))?")
 _DEFAULT_PORTS: Final = {"https": 443, "http": 80}
 _BASE_PATH: Final = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*/?")
@@ -154,32 +154,11 @@ def _ipv6_reason(host: str) -> str | None:
 
 
 def _ipv4_reason(name: str) -> str | None:
-    number = _read_ipv4(name)
-    if number is None:
-        return "not an address"
     # Resolvers read 010.8.8.8 as 8.8.8.8 or as 10.8.8.8, so only the usual spelling is safe.
-    unusual = None if _CANONICAL_V4.fullmatch(name) else "an IPv4 address in an ambiguous spelling"
-    return _internal_address_reason(ipaddress.IPv4Address(number)) or unusual
-
-
-def _read_ipv4(name: str) -> int | None:
-    """The number that C's ``inet_aton`` reads: 1 to 4 parts, decimal, octal or hexadecimal."""
-    parts = name.split(".")
-    if len(parts) > 4 or not all(len(p) <= 40 and _NUMBER.fullmatch(p) for p in parts):
-        return None
     try:
-        *leading, last = (_read_number(part) for part in parts)
-    except ValueError:  # 09: not octal
-        return None
-    if any(n > 255 for n in leading) or last >= 256 ** (4 - len(leading)):
-        return None
-    return int(sum(n << (24 - 8 * i) for i, n in enumerate(leading)) + last)
-
-
-def _read_number(text: str) -> int:
-    if text.startswith("0x"):
-        return int(text[2:] or "0", 16)
-    return int(text, 8) if len(text) > 1 and text.startswith("0") else int(text)
+        return _internal_address_reason(ipaddress.IPv4Address(name))
+    except ValueError:
+        return _UNUSUAL
 
 
 def _normalised(host: str) -> str:
@@ -294,5 +273,5 @@ def _is_unambiguous_host(host: str) -> bool:
     if ":" in host:
         return "%" not in host and internal_host_reason(host) != "not an address"
     if _NUMBER.fullmatch(_normalised(host).split(".")[-1]):
-        return _CANONICAL_V4.fullmatch(host) is not None and _read_ipv4(host) is not None
+        return _ipv4_reason(host) != _UNUSUAL
     return host.isascii() and not host.endswith(".") and _is_name(host.split("."))

@@ -31,16 +31,15 @@ import logging
 import re
 import secrets
 from base64 import urlsafe_b64encode
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from attrs import define, evolve, field, frozen
+from attrs import astuple, evolve, frozen
 
-from evolink_async._checks import refuse
-from evolink_async._clock import Clock
+from evolink_async._checks import instance, refuse
 from evolink_async._hosts import check_callback_url, shown_url
 from evolink_async._http.secret import Secret
 from evolink_async._model.requests import check_task_id
@@ -54,6 +53,8 @@ __all__ = ["CallbackReceiver", "CallbackStats"]
 
 logger = logging.getLogger(__name__)
 
+K = TypeVar("K")
+V = TypeVar("V")
 _Bytes = bytes | bytearray | memoryview
 OnUnwatched = Callable[[str], object]
 _Message = MutableMapping[str, Any]
@@ -71,7 +72,7 @@ _EARLY_SECONDS: Final = 600.0
 _IDS_PER_URL: Final = 4
 """Unwatched ids accepted on one URL: the first may be forged by someone who found the URL."""
 _MAX_OWN: Final = 100_000
-"""Newest URLs of this session's tasks that are remembered; each takes some 80 bytes."""
+"""Newest URLs of this session's tasks that are remembered; each takes some 140 bytes."""
 _TOKEN: Final = re.compile(r"([A-Za-z0-9._-]{16,96})\.([A-Za-z0-9_-]{43})")
 """Last segment of a callback URL: an idempotency key and its HMAC."""
 _MAX_TOKEN: Final = 96 + 1 + 43
@@ -120,9 +121,7 @@ class CallbackStats:
     @property
     def received(self) -> int:
         """All deliveries."""
-        accepted = self.nudged + self.early + self.late
-        refused = self.too_large + self.too_slow + self.compressed + self.wrong_method
-        return accepted + refused + self.forged + self.malformed + self.closed
+        return sum(astuple(self))
 
 
 class CallbackReceiver:
@@ -166,11 +165,16 @@ class CallbackReceiver:
         del secret  # or a report of a later error shows it
         if reason is not None:
             raise ConfigurationError(reason)
-        self._session = _session(session)
+        self._session = instance("session", session, Session)
         self._public_url = _public_url(public_url)
-        self._on_unwatched = _on_unwatched(on_unwatched)
-        self._early = _EarlyIds(session.clock)
-        self._own = _OwnTokens()
+        if on_unwatched is not None and not callable(on_unwatched):
+            raise refuse("on_unwatched", on_unwatched, "a function of a task's id, or None")
+        self._on_unwatched = on_unwatched
+        # Ids of unwatched tasks by the token they came with, and until when they count.
+        self._early: OrderedDict[str, tuple[float, tuple[str, ...]]] = OrderedDict()
+        # Hashes of the newest tokens of this session's tasks, however old: a task may run for
+        # an hour and its callback come later still.
+        self._own: OrderedDict[int, None] = OrderedDict()
         if default:
             session.callback = self
 
@@ -196,8 +200,8 @@ class CallbackReceiver:
     def registered(self, task_id: str, callback_url: str) -> None:
         """The submit with *callback_url* was answered; *task_id* is watched from now on."""
         token = callback_url.rpartition("/")[2]
-        self._own.add(token)
-        if self._early.get(token):
+        self._add_own(token)
+        if self._early_ids(token):
             self._session.nudge(task_id)
 
     # -- deliveries ------------------------------------------------------------------------
@@ -263,9 +267,14 @@ class CallbackReceiver:
         return response
 
     @property
-    def asgi(self) -> _AsgiApplication:
+    def asgi(self) -> Callable[[_Message, _Receive, _Send], Awaitable[None]]:
         """An ASGI application: mount it, e.g. ``app.mount("/hooks/evolink", receiver.asgi)``."""
-        return _AsgiApplication(self._answer)
+
+        # Not a method, because servers mistake a bound one for ASGI 2.
+        async def application(scope: _Message, receive: _Receive, send: _Send) -> None:
+            await self._answer(scope, receive, send)
+
+        return application
 
     async def _answer(self, scope: _Message, receive: _Receive, send: _Send) -> None:
         if scope["type"] == "lifespan":
@@ -340,19 +349,28 @@ class CallbackReceiver:
         url = request.callback_url if request is not None else None
         if request is not None and (url or "").rpartition("/")[2] != token:
             raise self._refuse("forged")
-        early = self._early.get(token)
+        early = self._early_ids(token)
         if self._session.nudge(task_id):
-            self._own.add(token)
+            self._add_own(token)
             self._count("nudged")
-        elif token in self._own or task_id in early:
+        elif hash(token) in self._own or task_id in early:
             self._count("late")
         elif len(early) >= _IDS_PER_URL:
             raise self._refuse("forged")
         else:
-            self._early.add(token, task_id)
+            until = self._session.clock.now() + _EARLY_SECONDS
+            _put(self._early, token, (until, (*early, task_id)), most=_MAX_EARLY)
             self._count("early")
             await self._report_unwatched(task_id)
         return 204
+
+    def _add_own(self, token: str) -> None:
+        _put(self._own, hash(token), None, most=_MAX_OWN)
+
+    def _early_ids(self, token: str) -> tuple[str, ...]:
+        """The ids of unwatched tasks that came with *token* in the last 10 minutes."""
+        until, ids = self._early.get(token, (0.0, ()))
+        return ids if self._session.clock.now() < until else ()
 
     async def _report_unwatched(self, task_id: str) -> None:
         logger.debug("a callback for task %s, which is not watched here", task_id)
@@ -383,16 +401,6 @@ class CallbackReceiver:
         self._stats = evolve(self._stats, **{name: getattr(self._stats, name) + 1})
 
 
-class _AsgiApplication:
-    """An object with ``__call__``, because servers mistake a bound method for ASGI 2."""
-
-    def __init__(self, answer: Callable[[_Message, _Receive, _Send], Awaitable[None]]) -> None:
-        self._answer = answer
-
-    async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
-        await self._answer(scope, receive, send)
-
-
 class _RefusedError(EvolinkError):
     """A delivery that is refused, with the status to answer with."""
 
@@ -405,59 +413,15 @@ class _CutError(EvolinkError):
     """The connection ended before the body did."""
 
 
-@define
-class _EarlyIds:
-    """Ids of unwatched tasks by the token they came with: bounded in number and time."""
-
-    clock: Clock
-    _entries: OrderedDict[str, tuple[float, tuple[str, ...]]] = field(
-        factory=OrderedDict, init=False
-    )
-
-    def add(self, token: str, task_id: str) -> None:
-        """Remember *task_id* with *token*; drops the oldest token if there are too many."""
-        until = self.clock.now() + _EARLY_SECONDS
-        self._entries[token] = (until, (*self.get(token), task_id))
-        self._entries.move_to_end(token)
-        if len(self._entries) > _MAX_EARLY:
-            self._entries.popitem(last=False)
-
-    def get(self, token: str) -> tuple[str, ...]:
-        """The ids that came with *token* in the last 10 minutes."""
-        until, ids = self._entries.get(token, (0.0, ()))
-        return ids if self.clock.now() < until else ()
-
-
-@define
-class _OwnTokens:
-    """The newest tokens of this session's tasks, as hashes: bounded in number, not in time.
-
-    A task may run for an hour and its callback come later still.
-    """
-
-    _order: deque[int] = field(factory=deque, init=False)
-    _hashes: set[int] = field(factory=set, init=False)
-
-    def __contains__(self, token: str) -> bool:
-        return hash(token) in self._hashes
-
-    def add(self, token: str) -> None:
-        """Remember *token*; drops the oldest if there are too many."""
-        if token in self:
-            return
-        self._order.append(hash(token))
-        self._hashes.add(hash(token))
-        if len(self._order) > _MAX_OWN:
-            self._hashes.discard(self._order.popleft())
+def _put(entries: OrderedDict[K, V], key: K, value: V, *, most: int) -> None:
+    """Set the newest of *entries*; drops the oldest if there are more than *most*."""
+    entries[key] = value
+    entries.move_to_end(key)
+    if len(entries) > most:
+        entries.popitem(last=False)
 
 
 # -- settings ----------------------------------------------------------------------------------
-
-
-def _session(session: Session) -> Session:
-    if not isinstance(session, Session):
-        raise refuse("session", session, "an evolink_async.Session")
-    return session
 
 
 def _public_url(url: str) -> str:
@@ -498,12 +462,6 @@ def _secret(given: object) -> tuple[Secret, str | None]:
     wrapped = Secret(bytes(given).decode("latin-1"))
     size = len(wrapped.reveal())
     return wrapped, None if size >= 16 else f"secret has {size} bytes; {advice}"
-
-
-def _on_unwatched(on_unwatched: OnUnwatched | None) -> OnUnwatched | None:
-    if on_unwatched is not None and not callable(on_unwatched):
-        raise refuse("on_unwatched", on_unwatched, "a function of a task's id, or None")
-    return on_unwatched
 
 
 def _headers(status: int) -> dict[str, str]:

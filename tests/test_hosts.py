@@ -86,34 +86,15 @@ PUBLIC_ADDRESSES = (
     "2002:808:808::1",
     "64:ff9b::808:808",
 )
+# Of an IPv4 address, as inet_aton and URL parsers of browsers read them, or none at all.
+ODD_SPELLINGS = """
+127.1 127.0.1 0x7f000001 0X7F.1 0x7f.0x0.0x0.0x1 2130706433 017700000001 0177.0.0.1 00000177.0.0.1
+0x 0 10.1 0xa9fea9fe 169.254.43518 3232235777 4294967295 010.8.8.8 134744072 8.8
+08.8.8.8 256.1.1.1 1.2.3.4.5 4294967296 example.1 1..1
+"""
 INTERNAL_HOSTS = {
-    # Odd spellings of an IPv4 address, as inet_aton and URL parsers of browsers read them.
-    "127.1": "loopback",
-    "127.0.1": "loopback",
-    "0x7f000001": "loopback",
-    "0X7F.1": "loopback",
-    "0x7f.0x0.0x0.0x1": "loopback",
-    "2130706433": "loopback",
-    "017700000001": "loopback",
-    "0177.0.0.1": "loopback",
-    "00000177.0.0.1": "loopback",
-    "0x": "unspecified",
-    "0": "unspecified",
-    "10.1": "private",
-    "0xa9fea9fe": "link-local",
-    "169.254.43518": "link-local",
-    "3232235777": "private",
-    "4294967295": "reserved",
-    "010.8.8.8": "ambiguous",
-    "134744072": "ambiguous",
-    "8.8": "ambiguous",
-    "08.8.8.8": "not an address",
-    "256.1.1.1": "not an address",
-    "1.2.3.4.5": "not an address",
-    "4294967296": "not an address",
-    "example.1": "not an address",
-    "1..1": "not an address",
-    "1" * 5000: "not an address",
+    **dict.fromkeys(ODD_SPELLINGS.split(), "usual spelling"),
+    "1" * 5000: "usual spelling",
     # Dots and digits that become ASCII on the way.
     "127.0.0.1.": "loopback",
     "127.0.0.1..": "loopback",

@@ -6,9 +6,7 @@ import json
 from typing import Any, Final
 
 from evolink_async._text import printable, shown
-from evolink_async.errors import (
-    InvalidResponseError,
-)
+from evolink_async.errors import InvalidResponseError
 
 try:
     import msgspec
@@ -34,30 +32,26 @@ def loads(text: bytes | str) -> Any:
         ValueError: It is not JSON.
         RecursionError: It is nested deeper than Python can hold.
     """
-    if _decode is not None:
+    if msgspec is not None:
         try:
-            return _decode(text)
+            return msgspec.json.decode(text)
         except (msgspec.MsgspecError, ValueError, RecursionError):
             pass
     return json.loads(text)
-
-
-_decode = msgspec.json.Decoder().decode if msgspec is not None else None
 
 
 MAX_DEPTH: Final = 100
 """Levels of nesting: far beyond what the API sends, far below where Python gives up."""
 
 
-def parse_json(body: bytes | str) -> Any:
+def parse_json(body: bytes) -> Any:
     """*body* as JSON, whatever it is made of.
 
     Raises:
         InvalidResponseError: It is not JSON, too deep, or holds absurd numbers.
     """
     value = _load(body)
-    if _may_be_deep(body) and is_deep(value):
-        raise InvalidResponseError(_TOO_DEEP, head=_head(body))
+    check_depth(value, body)
     return value
 
 
@@ -89,7 +83,7 @@ def _texts(body: bytes, name: str) -> list[bytes] | None:
         return None
 
 
-def _load(body: bytes | str) -> Any:
+def _load(body: bytes) -> Any:
     try:
         return loads(body)
     except (ValueError, RecursionError) as exc:  # UnicodeDecodeError is a ValueError
@@ -105,33 +99,22 @@ def dump(value: dict[str, Any]) -> bytes:
         InvalidResponseError: Python cannot write it.
     """
     try:
-        return _encode(value).encode()
+        return json.dumps(value, separators=(",", ":")).encode()
     except (ValueError, RecursionError) as exc:
         raise InvalidResponseError("the task cannot be kept as JSON") from exc
 
 
-_encode = json.JSONEncoder(separators=(",", ":")).encode
-
-_TOO_DEEP: Final = f"the answer is nested deeper than {MAX_DEPTH} levels"
-
-
-def check_depth(task: object, text: bytes = b"") -> None:
-    """Nothing, if *task* can be used; *text* is its JSON text, if that is at hand.
+def check_depth(value: object, text: bytes = b"") -> None:
+    """Nothing, if *value* can be used; *text* is its JSON text, if that is at hand.
 
     Raises:
         InvalidResponseError: It is nested too deep.
     """
-    # As in `_may_be_deep`, which this saves a call: it is done for each task of each poll.
-    brackets = text.count(b"{") + text.count(b"[") if text else MAX_DEPTH + 1
-    if brackets > MAX_DEPTH and is_deep(task):
-        raise unusable(task, _TOO_DEEP)
-
-
-def _may_be_deep(text: bytes | str) -> bool:
-    """False for a JSON text with too few brackets for more than `MAX_DEPTH` levels."""
-    if isinstance(text, str):
-        return text.count("{") + text.count("[") > MAX_DEPTH
-    return text.count(b"{") + text.count(b"[") > MAX_DEPTH
+    # Counting is quick: a text with so few brackets cannot be deep.
+    if text and text.count(b"{") + text.count(b"[") <= MAX_DEPTH:
+        return
+    if is_deep(value):
+        raise unusable(value, f"the answer is nested deeper than {MAX_DEPTH} levels")
 
 
 def is_deep(value: object) -> bool:
@@ -152,9 +135,8 @@ def is_deep(value: object) -> bool:
 _CONTAINERS: Final = frozenset({dict, list})
 
 
-def _head(body: bytes | str) -> str:
-    text = body[:400].decode("utf-8", "replace") if isinstance(body, bytes) else body
-    return printable(text, 200)
+def _head(body: bytes) -> str:
+    return printable(body[:400].decode("utf-8", "replace"), 200)
 
 
 def unusable(value: object, why: str) -> InvalidResponseError:

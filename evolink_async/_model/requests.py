@@ -167,20 +167,21 @@ class RawRequest:
     @property
     def model(self) -> str:
         """The body's model, ``""`` if it names none."""
-        model = self.body_fields.get("model")
-        return model if isinstance(model, str) else ""
+        return self._text("model") or ""
 
     @property
     def callback_url(self) -> str | None:
         """The body's callback URL, if any."""
-        url = self.body_fields.get("callback_url")
-        return url if isinstance(url, str) else None
+        return self._text("callback_url")
 
     @property
     def prompt(self) -> str:
         """The body's prompt, ``""`` if it has none."""
-        prompt = self.body_fields.get("prompt")
-        return prompt if isinstance(prompt, str) else ""
+        return self._text("prompt") or ""
+
+    def _text(self, name: str) -> str | None:
+        value = self.body_fields.get(name)
+        return value if isinstance(value, str) else None
 
     def body(self) -> dict[str, Any]:
         """The JSON object that is sent."""

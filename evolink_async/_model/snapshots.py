@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final, Self
 
-from attrs import field, frozen
+from attrs import asdict, field, frozen
 
 from evolink_async._model.json import check_depth, dump, loads, unusable
 from evolink_async._model.requests import is_task_id
@@ -102,8 +102,7 @@ class Usage:
 
     def to_json(self) -> dict[str, Any]:
         """The fields the API gave, as it names them."""
-        names = ("credits_reserved", "credits_used", "cost", "billing_rule", "user_group")
-        return {k: getattr(self, k) for k in names if getattr(self, k) is not None}
+        return asdict(self, filter=lambda _, value: value is not None)
 
 
 def _respelled(body: bytes | str) -> str:

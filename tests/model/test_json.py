@@ -73,11 +73,17 @@ def test_loads_of_odd_texts(text: bytes) -> None:
     "body",
     [
         *(b"", b"<html>", b'{"id": "task-1"', b"\xff\xfe\x00", b"nul", b"{} {}", b"9" * 5000),
-        *(b"[" * 100_000, b'{"a":' * 100_000, b"[" * 102 + b"]" * 102, b'"\xff"', "\ufeff{}"),
+        *(
+            b"[" * 100_000,
+            b'{"a":' * 100_000,
+            b"[" * 102 + b"]" * 102,
+            b'"\xff"',
+            b"\xef\xbb\xbf{}x",
+        ),
     ],
     ids=range(12),
 )
-def test_what_is_not_json(body: bytes | str) -> None:
+def test_what_is_not_json(body: bytes) -> None:
     """Cut, deep, absurd or otherwise unusable text is our error, with the head of the body."""
     with pytest.raises(InvalidResponseError) as caught:
         parse_json(body)
@@ -85,9 +91,9 @@ def test_what_is_not_json(body: bytes | str) -> None:
 
 
 @examples(300)
-@given(st.binary(max_size=30) | st.text(st.characters(), max_size=30))
-def test_any_text_is_json_or_our_error(body: bytes | str) -> None:
-    """Bytes and texts of any kind are parsed, or refused with an EvolinkError."""
+@given(st.binary(max_size=30))
+def test_any_text_is_json_or_our_error(body: bytes) -> None:
+    """Bytes of any kind are parsed, or refused with an EvolinkError."""
     try:
         parse_json(body)
     except EvolinkError as error:
