@@ -10,10 +10,7 @@ from typing import Any
 from aiohttp import web
 from attrs import asdict, define, field, frozen
 
-from evolink_async import (
-    Session,
-    Task,
-)
+from evolink_async import Session, Task
 from evolink_async.emulator import Emulator, ManualClock, faults
 from evolink_async.webhook import CallbackReceiver
 

@@ -7,12 +7,10 @@ from contextlib import aclosing
 
 import pytest
 from aiohttp.abc import AbstractResolver, ResolveResult
-from hostile_results import (
-    png,
-)
+from hostile_results import png
 
 from evolink_async._results.fetch import ResultClient
-from evolink_async._results.stream import TransientDownloadError
+from evolink_async._results.save import TransientDownloadError
 from evolink_async.errors import DownloadError
 
 PICTURE = png()

@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_results import (
-    png,
-)
+from hostile_results import png
 
 from evolink_async._results.fetch import ResultClient
 from evolink_async._results.save import Saving

@@ -30,7 +30,7 @@ from evolink_async._hosts import (
     split_url,
 )
 from evolink_async._http.proxy import environment_proxy
-from evolink_async._results.stream import Stream, TransientDownloadError
+from evolink_async._results.save import Stream, TransientDownloadError
 from evolink_async._text import printable
 from evolink_async.errors import DownloadError, SessionClosedError
 

@@ -5,7 +5,7 @@ A picture's file name is made here: the k-th result of a task is called
 by `_files.safe_name`; the extension comes from the first bytes of the file. Neither the link
 nor a header has a say in it.
 
-Knows no HTTP: it reads from a `Stream`.
+Knows no HTTP: a link is opened by a function that yields a `Stream`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 from attrs import define, field, frozen
 
@@ -33,11 +33,10 @@ from evolink_async._files import (
 )
 from evolink_async._hosts import shown_url
 from evolink_async._results.media import EXTENSIONS, is_whole, media_type
-from evolink_async._results.stream import OpenResult, Stream, TransientDownloadError
 from evolink_async._text import printable
 from evolink_async.errors import DownloadError
 
-__all__ = ["MAX_BYTES", "MAX_FILES", "BeforeRename", "Saving"]
+__all__ = ["MAX_BYTES", "MAX_FILES", "BeforeRename", "Saving", "Stream", "TransientDownloadError"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +49,43 @@ _HEAD_BYTES: Final = 64
 """Bytes from which `media_type` knows the type of a file."""
 _WRITE_BYTES: Final = 512 * 1024
 """Bytes that are collected before they are written."""
+
+
+class TransientDownloadError(DownloadError):
+    """A download failed in a way that another attempt may mend.
+
+    It stays inside this folder: `Saving` tries again, and in the end raises `DownloadError`.
+
+    Attributes:
+        resumable: False if the next attempt must start at the first byte.
+    """
+
+    def __init__(self, message: str, *, resumable: bool = True, **data: Any) -> None:
+        super().__init__(message, **data)
+        self.resumable = resumable
+
+
+@frozen(kw_only=True)
+class Stream:
+    """A result whose download has begun.
+
+    Attributes:
+        offset: Position of the first byte; 0 if the host sends the whole result.
+        total: Size of the whole result in bytes, None if unknown.
+        etag: Strong entity tag to resume with, None if the host cannot resume.
+        chunks: The bytes, in pieces as they arrive. Raises `TransientDownloadError` if the
+            connection breaks, or is slower than the minimum rate.
+    """
+
+    offset: int
+    total: int | None
+    etag: str | None
+    chunks: AsyncGenerator[bytes, None]
+
+
+OpenResult = Callable[[str, int, str | None], contextlib.AbstractAsyncContextManager[Stream]]
+"""Opens a link, at an offset if the host can resume and the result still has the entity tag."""
+
 
 BeforeRename = Callable[[Path, Path], None]
 """Called with the temporary path of a complete file and the name it gets next."""

@@ -12,11 +12,7 @@ import attrs
 import pytest
 from strategies import nested
 
-from evolink_async import (
-    ImageRequest,
-    RawRequest,
-    RequestValidationError,
-)
+from evolink_async import ImageRequest, RawRequest, RequestValidationError
 from evolink_async._model.requests import as_request, check_task_id
 
 HUGE = pytest.param(10**5000, id="huge")  # Python refuses to show it

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-from hostile_results import (
-    HostileHost,
-)
+from hostile_results import HostileHost
 
 from evolink_async._results.fetch import ResultClient
 

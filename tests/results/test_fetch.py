@@ -27,7 +27,7 @@ from hostile_results import (
 from result_links import PICTURE, FixedResolver, fetch, interruption, refusal
 
 from evolink_async._results.fetch import ResultClient
-from evolink_async._results.stream import TransientDownloadError
+from evolink_async._results.save import TransientDownloadError
 from evolink_async.errors import DownloadError, SessionClosedError
 
 

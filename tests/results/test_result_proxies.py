@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hostile_results import (
-    HostileHost,
-    reply,
-)
+from hostile_results import HostileHost, reply
 from result_links import PICTURE, FixedResolver, fetch, interruption, refusal
 
 from evolink_async._results.fetch import ResultClient

@@ -28,8 +28,7 @@ from saved_results import PICTURE, TASK, contents, failure, fetch, no_wait, savi
 
 from evolink_async._results.fetch import ResultClient
 from evolink_async._results.media import media_type
-from evolink_async._results.save import MAX_BYTES, MAX_FILES
-from evolink_async._results.stream import TransientDownloadError
+from evolink_async._results.save import MAX_BYTES, MAX_FILES, TransientDownloadError
 from evolink_async.errors import DownloadError, SessionClosedError
 
 # -- the ordinary case -----------------------------------------------------------------------

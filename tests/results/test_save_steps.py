@@ -14,14 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_results import (
-    Hit,
-    HostileHost,
-    png,
-    ranged,
-    reply,
-    silent,
-)
+from hostile_results import Hit, HostileHost, png, ranged, reply, silent
 from saved_results import PICTURE, TASK, contents, failure, fetch
 
 from evolink_async._results import save as saving

@@ -6,15 +6,9 @@ from collections.abc import AsyncIterator
 
 import aiohttp
 import pytest
-from callback_server import (
-    PUBLIC,
-    SECRET,
-    CallbackServer,
-)
+from callback_server import PUBLIC, SECRET, CallbackServer
 
-from evolink_async import (
-    Session,
-)
+from evolink_async import Session
 from evolink_async.emulator import Emulator, ManualClock
 from evolink_async.webhook import CallbackReceiver
 

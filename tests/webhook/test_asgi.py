@@ -9,17 +9,9 @@ from typing import Any
 import aiohttp
 import pytest
 import uvicorn
-from callback_server import (
-    KEY,
-    body,
-    counted,
-    until,
-    url_of,
-)
+from callback_server import KEY, body, counted, until, url_of
 
-from evolink_async import (
-    Session,
-)
+from evolink_async import Session
 from evolink_async.emulator import Emulator
 from evolink_async.webhook import CallbackReceiver
 

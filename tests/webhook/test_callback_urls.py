@@ -3,23 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from callback_server import (
-    KEY,
-    MODEL,
-    PUBLIC,
-    SECRET,
-    CallbackServer,
-    connect,
-    counted,
-    url_of,
-)
+from callback_server import KEY, MODEL, PUBLIC, SECRET, CallbackServer, connect, counted, url_of
 
-from evolink_async import (
-    ConfigurationError,
-    PollPolicy,
-    RawRequest,
-    Session,
-)
+from evolink_async import ConfigurationError, PollPolicy, RawRequest, Session
 from evolink_async.emulator import Emulator, faults
 from evolink_async.webhook import CallbackReceiver
 

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from callback_server import (
-    PUBLIC,
-    CallbackServer,
-    connect,
-    counted,
-    run,
-    submit_overtaken,
-)
+from callback_server import PUBLIC, CallbackServer, connect, counted, run, submit_overtaken
 
-from evolink_async import (
-    Session,
-)
+from evolink_async import Session
 from evolink_async.emulator import Emulator, ManualClock, faults
 from evolink_async.webhook import CallbackReceiver
 

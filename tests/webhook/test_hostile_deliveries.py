@@ -26,13 +26,7 @@ from callback_server import (
     url_of,
 )
 
-from evolink_async import (
-    ConfigurationError,
-    PollPolicy,
-    RetryPolicy,
-    Session,
-    webhook,
-)
+from evolink_async import ConfigurationError, PollPolicy, RetryPolicy, Session, webhook
 from evolink_async.emulator import Emulator, faults
 from evolink_async.webhook import CallbackReceiver
 

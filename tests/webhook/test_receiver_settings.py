@@ -9,17 +9,9 @@ from typing import Any
 
 import pytest
 from attrs.exceptions import FrozenInstanceError
-from callback_server import (
-    KEY,
-    PUBLIC,
-    SECRET,
-)
+from callback_server import KEY, PUBLIC, SECRET
 
-from evolink_async import (
-    ConfigurationError,
-    Session,
-    webhook,
-)
+from evolink_async import ConfigurationError, Session, webhook
 from evolink_async.webhook import CallbackReceiver
 
 
