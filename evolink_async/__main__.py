@@ -18,7 +18,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 a task failed, 2 usage, 3 API or network, 130 interrupted.
     """
-    code = _run(argv)
+    try:
+        code = _run(argv)
+    except KeyboardInterrupt:  # before a command has started
+        code = 130
     if code == 130 and argv is None:
         # A thread may still be resolving a name, and the interpreter would wait for it.
         for stream in (sys.stdout, sys.stderr):
@@ -30,26 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
-        if not _has_extra():
-            sys.stderr.write(
-                "error: the command line needs packages that are not installed: "
-                "pip install 'evolink-async[cli]'\n"
-            )
-            return 2
-        from evolink_async._cli.commands import run  # noqa: PLC0415 - needs the extra
-
-        return run(argv)
-    except KeyboardInterrupt:  # before a command has started
-        return 130
-
-
-def _has_extra() -> bool:
-    try:
         import click  # noqa: F401, PLC0415 - only to see whether it is installed
         import rich  # noqa: F401, PLC0415 - only to see whether it is installed
     except ImportError:
-        return False
-    return True
+        sys.stderr.write(
+            "error: the command line needs packages that are not installed: "
+            "pip install 'evolink-async[cli]'\n"
+        )
+        return 2
+    from evolink_async._cli.commands import run  # noqa: PLC0415 - needs the extra
+
+    return run(argv)
 
 
 if __name__ == "__main__":

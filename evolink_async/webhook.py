@@ -278,7 +278,10 @@ class CallbackReceiver:
 
     async def _answer(self, scope: _Message, receive: _Receive, send: _Send) -> None:
         if scope["type"] == "lifespan":
-            await _lifespan(receive, send)
+            # Some servers require that their start and stop are acknowledged.
+            for stage in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{stage}.complete"})
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
@@ -328,7 +331,7 @@ class CallbackReceiver:
                         raise self._refuse("too_large")
         except TimeoutError:
             raise self._refuse("too_slow") from None
-        except _CutError:
+        except ConnectionError:
             raise self._refuse("malformed") from None
         return bytes(body)
 
@@ -361,7 +364,11 @@ class CallbackReceiver:
             until = self._session.clock.now() + _EARLY_SECONDS
             _put(self._early, token, (until, (*early, task_id)), most=_MAX_EARLY)
             self._count("early")
-            await self._report_unwatched(task_id)
+            logger.debug("a callback for task %s, which is not watched here", task_id)
+            if self._on_unwatched is not None:
+                returned = self._on_unwatched(task_id)
+                if inspect.isawaitable(returned):
+                    await returned
         return 204
 
     def _add_own(self, token: str) -> None:
@@ -371,13 +378,6 @@ class CallbackReceiver:
         """The ids of unwatched tasks that came with *token* in the last 10 minutes."""
         until, ids = self._early.get(token, (0.0, ()))
         return ids if self._session.clock.now() < until else ()
-
-    async def _report_unwatched(self, task_id: str) -> None:
-        logger.debug("a callback for task %s, which is not watched here", task_id)
-        if self._on_unwatched is not None:
-            returned = self._on_unwatched(task_id)
-            if inspect.isawaitable(returned):
-                await returned
 
     def _task_id(self, body: bytes) -> str:
         if len(body) > _MAX_BODY:
@@ -407,10 +407,6 @@ class _RefusedError(EvolinkError):
     def __init__(self, status: int) -> None:
         super().__init__(f"refused with {status}")
         self.status = status
-
-
-class _CutError(EvolinkError):
-    """The connection ended before the body did."""
 
 
 def _put(entries: OrderedDict[K, V], key: K, value: V, *, most: int) -> None:
@@ -479,7 +475,7 @@ async def _aiohttp_chunks(request: web.Request) -> AsyncIterator[bytes]:
         async for chunk in request.content.iter_any():
             yield chunk
     except (web.RequestPayloadError, OSError, EOFError) as exc:
-        raise _CutError("the connection was lost") from exc
+        raise ConnectionError("the connection was lost") from exc
 
 
 async def _asgi_chunks(receive: _Receive) -> AsyncIterator[bytes]:
@@ -487,11 +483,4 @@ async def _asgi_chunks(receive: _Receive) -> AsyncIterator[bytes]:
         yield message.get("body", b"")
         if not message.get("more_body", False):
             return
-    raise _CutError("the connection was lost")
-
-
-async def _lifespan(receive: _Receive, send: _Send) -> None:
-    """Acknowledge a server's start and stop; some servers require it."""
-    for stage in ("startup", "shutdown"):
-        await receive()
-        await send({"type": f"lifespan.{stage}.complete"})
+    raise ConnectionError("the connection was lost")

@@ -194,19 +194,3 @@ def test_a_session_can_be_made_without_aiohttp() -> None:
     """Aiohttp is loaded when a session opens, not when it is made."""
     code = "import evolink_async, sys; evolink_async.Session('k'); print('aiohttp' in sys.modules)"
     assert python(code).strip() == "False"
-
-
-def test_help_loads_no_aiohttp() -> None:
-    """The command line explains itself at once."""
-    code = (
-        "import sys\n"
-        "from evolink_async.__main__ import main\n"
-        "try:\n"
-        "    code = main(['--help'])\n"
-        "except SystemExit as exc:\n"
-        "    code = exc.code\n"
-        "print(code or 0, sorted({'aiohttp', 'PIL', 'rich.console'} & set(sys.modules)))\n"
-    )
-    said = python(code)
-    assert "generate" in said
-    assert said.strip().splitlines()[-1] == "0 []"

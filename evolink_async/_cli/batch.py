@@ -6,20 +6,22 @@ import asyncio
 import math
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import click
-from attrs import asdict, define, field
+from attrs import asdict
 
 from evolink_async._cli.console import (
+    BAR_WIDTH,
     first_interrupt,
     is_terminal,
     open_session,
     print_error,
     print_json,
     print_result,
+    progress_bar,
     rich_console,
     run_cancellable,
 )
@@ -33,8 +35,6 @@ __all__ = ["batch"]
 _READING: Final = "reading the prompts"
 _LINE_INTERVAL: Final = 5.0
 """Seconds between two lines of progress in a log."""
-_BAR: Final = 12
-"""Columns of the progress bar; with it the text fits 80 columns."""
 _MAX_PROBLEMS: Final = 20
 """Failed items that are printed one by one; the manifest has them all."""
 
@@ -154,70 +154,44 @@ async def _run(
 
 @asynccontextmanager
 async def _progress() -> AsyncIterator[Callable[[BatchProgress], None]]:
-    """Shows progress on stderr: a bar on a terminal, otherwise a line every few seconds."""
-    if is_terminal(sys.stderr):
-        with _bar() as show:
-            yield show
-        return
-    lines = _Lines()
-    repeating = asyncio.create_task(lines.repeat())
-    try:
-        yield lines.show
-    finally:
-        repeating.cancel()
-        lines.print_last()
-
-
-@define(eq=False)
-class _Lines:
-    """Progress for a log: the first state at once, then a line every few seconds.
+    """Shows progress on stderr: a bar on a terminal, otherwise a line every few seconds.
 
     A line is printed even if nothing has changed, to show that the process is alive.
     """
+    if is_terminal(sys.stderr):
+        with progress_bar(_READING) as update:
+            console = rich_console(stderr=True)
+            yield lambda now: update(
+                _words(now, console.width - BAR_WIDTH - 1),
+                now.saved + now.failed + now.uncertain,
+                now.total,
+            )
+        return
+    latest, printed = _READING, ""
 
-    _words: str = field(default=_READING, init=False)
-    _printed: str | None = field(default=None, init=False)
+    def print_latest() -> None:
+        nonlocal printed
+        printed = latest
+        print_error(latest)
 
-    def show(self, now: BatchProgress) -> None:
-        self._words = _words(now)
-        if self._printed in {None, _READING}:
-            self._print()
+    def show(now: BatchProgress) -> None:
+        nonlocal latest
+        latest = _words(now)
+        if printed in {"", _READING}:
+            print_latest()
 
-    async def repeat(self) -> None:
+    async def repeat() -> None:
         while True:
             await asyncio.sleep(_LINE_INTERVAL)
-            self._print()
+            print_latest()
 
-    def print_last(self) -> None:
-        """Print the last state if it has not been printed yet."""
-        if self._words not in {self._printed, _READING}:
-            self._print()
-
-    def _print(self) -> None:
-        self._printed = self._words
-        print_error(self._words)
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[BatchProgress], None]]:
-    # Imported here, because rich takes long to import and --help does not need it.
-    from rich.progress import BarColumn, Progress, TextColumn  # noqa: PLC0415
-
-    progress = Progress(
-        BarColumn(bar_width=_BAR),
-        TextColumn("{task.description}", markup=False),
-        console=rich_console(stderr=True),
-        transient=True,
-    )
-    with progress:
-        bar = progress.add_task(_READING, total=None)
-
-        def show(now: BatchProgress) -> None:
-            ended = now.saved + now.failed + now.uncertain
-            words = _words(now, progress.console.width - _BAR - 1)
-            progress.update(bar, description=words, completed=ended, total=now.total)
-
+    repeating = asyncio.create_task(repeat())
+    try:
         yield show
+    finally:
+        repeating.cancel()
+        if latest not in {printed, _READING}:
+            print_latest()
 
 
 def _words(now: BatchProgress, width: float = math.inf) -> str:
@@ -335,23 +309,14 @@ def _rows(report: BatchReport) -> list[tuple[str, str]]:
         "bad lines skipped": report.invalid,
     }
     rows = [(name, str(n)) for name, n in counts.items() if n or name == "saved"]
-    rows += [
-        ("items", str(report.total)),
-        ("credits", f"{report.credits:.10g}"),
-        *_uncertain_credits(report),
-        ("time", _span(report.seconds)),
-        ("folder", _name(report.folder)),
-    ]
+    rows += [("items", str(report.total)), ("credits", f"{report.credits:.10g}")]
+    if report.credits_uncertain != 0:
+        amount = report.credits_uncertain
+        rows.append(("credits uncertain", "unknown" if amount is None else f"{amount:.10g}"))
+    rows += [("time", _span(report.seconds)), ("folder", _name(report.folder))]
     if report.gallery is not None:
         rows.append(("gallery", report.gallery.as_uri()))
     return rows
-
-
-def _uncertain_credits(report: BatchReport) -> list[tuple[str, str]]:
-    amount = report.credits_uncertain
-    if amount is None:
-        return [("credits uncertain", "unknown")]
-    return [("credits uncertain", f"{amount:.10g}")] if amount else []
 
 
 def _name(path: Path) -> str:
@@ -365,8 +330,8 @@ def _print_summary(report: BatchReport) -> None:
         for name, value in rows:
             print_result(f"{name:<17} {value}")
         return
-    from rich.table import Table  # noqa: PLC0415 - see _bar
-    from rich.text import Text  # noqa: PLC0415 - see _bar
+    from rich.table import Table  # noqa: PLC0415 - see rich_console
+    from rich.text import Text  # noqa: PLC0415 - see rich_console
 
     table = Table(show_header=False)
     table.add_column(justify="right", style="dim")

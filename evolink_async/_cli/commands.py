@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -37,7 +37,7 @@ from evolink_async._cli.console import (
     print_json,
     print_line,
     print_result,
-    rich_console,
+    progress_bar,
     run_cancellable,
     state,
 )
@@ -97,34 +97,14 @@ def run(argv: Sequence[str] | None = None) -> int:
 # Progress
 
 
-def _progress(first: str) -> AbstractContextManager[Show]:
-    """Shows snapshots on stderr: a bar on a terminal, otherwise a line per change."""
-    if is_terminal(sys.stderr):
-        return _bar(first)
-    return nullcontext(lambda snapshot: print_error(state(snapshot)))
-
-
 @contextmanager
-def _bar(first: str) -> Iterator[Show]:
-    # Imported here, because rich takes long to import and --help does not need it.
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
-
-    progress = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %", markup=False),
-        TimeElapsedColumn(),
-        console=rich_console(stderr=True),
-        transient=True,
-    )
-    with progress:
-        bar = progress.add_task(first, total=100)
-
-        def show(snapshot: TaskSnapshot) -> None:
-            words = printable(f"{snapshot.id} {snapshot.status}", 80)
-            progress.update(bar, description=words, completed=snapshot.progress or 0)
-
-        yield show
+def _progress(first: str) -> Iterator[Show]:
+    """Shows snapshots on stderr: a bar on a terminal, otherwise a line per change."""
+    if not is_terminal(sys.stderr):
+        yield lambda snapshot: print_error(state(snapshot))
+        return
+    with progress_bar(first, timed=True) as update:
+        yield lambda snapshot: update(printable(state(snapshot), 80), snapshot.progress or 0, 100)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import os
 import signal
 import stat
 import sys
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from evolink_async.emulator import Emulator
 
 __all__ = [
+    "BAR_WIDTH",
     "DONE",
     "EMULATED",
     "ERROR",
@@ -50,6 +51,7 @@ __all__ = [
     "print_json",
     "print_line",
     "print_result",
+    "progress_bar",
     "rich_console",
     "run_cancellable",
     "state",
@@ -147,12 +149,43 @@ def rich_console(*, stderr: bool = False) -> RichConsole:
     return RichConsole(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
+@contextmanager
+def progress_bar(
+    first: str, *, timed: bool = False
+) -> Iterator[Callable[[str, float, float | None], None]]:
+    """A bar on stderr, and the words *first* beside it.
+
+    Yields a function that updates it with words, how much is done, and how much there is.
+    """
+    from rich.progress import (  # noqa: PLC0415 - see rich_console
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    progress = Progress(
+        BarColumn(bar_width=BAR_WIDTH),
+        TextColumn("{task.description}", markup=False),
+        *([TimeElapsedColumn()] if timed else []),
+        console=rich_console(stderr=True),
+        transient=True,
+    )
+    with progress:
+        bar = progress.add_task(first, total=None)
+        yield lambda words, done, total: progress.update(
+            bar, description=words, completed=done, total=total
+        )
+
+
 DONE: Final = 0
 FAILED: Final = 1
 USAGE: Final = 2
 ERROR: Final = 3
 INTERRUPTED: Final = 130
 PROGRAM: Final = "evolink-async"
+BAR_WIDTH: Final = 12
+"""Columns of a progress bar; with it the text of a batch fits 80 columns."""
 
 
 def fail(why: BaseException | str, code: int) -> int:

@@ -279,7 +279,11 @@ def _check_contract(request: ImageRequest) -> None:
     if request.prompt_extend is not None and not isinstance(request.prompt_extend, bool):
         raise refuse_field("prompt_extend", request.prompt_extend, "True or False")
     if request.callback_url is not None:
-        _check_callback(request.callback_url)
+        url: object = request.callback_url
+        reason = check_callback_url(url) if isinstance(url, str) else "it is not a string"
+        if reason is not None:
+            allowed = "an https URL of at most 2048 characters on a public host"
+            raise refuse_field("callback_url", url, f"{allowed} ({reason})")
 
 
 def _breaks_rule(field: str, value: object, allowed: str) -> RequestValidationError:
@@ -312,10 +316,3 @@ def _check_size(size: object) -> None:
         raise _breaks_rule("size", size, f"{allowed}, this has {width * height}")
     if not (width <= 4 * height and height <= 4 * width):
         raise _breaks_rule("size", size, "width/height from 1/4 to 4")
-
-
-def _check_callback(url: object) -> None:
-    reason = check_callback_url(url) if isinstance(url, str) else "it is not a string"
-    if reason is not None:
-        allowed = "an https URL of at most 2048 characters on a public host"
-        raise refuse_field("callback_url", url, f"{allowed} ({reason})")
