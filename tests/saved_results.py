@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hostile_results import png
 
+from evolink_async import RetryPolicy
 from evolink_async._results.fetch import ResultClient
 from evolink_async._results.save import Saving
 from evolink_async.errors import DownloadError
@@ -21,11 +22,16 @@ async def no_wait(_: float) -> None:
 
 
 def saving(client: ResultClient, folder: Path, **given: Any) -> Saving:
-    return Saving(open_result=client.open, folder=folder, **{"task_id": TASK, **given})
+    how: dict[str, Any] = {
+        "task_id": TASK,
+        "attempts": 5,
+        "wait_after": RetryPolicy(wait_jitter=0).wait_after,
+        "sleep": no_wait,
+    }
+    return Saving(open_result=client.open, folder=folder, **how | given)
 
 
 async def fetch(client: ResultClient, url: str, folder: Path, **given: Any) -> Path:
-    given.setdefault("sleep", no_wait)
     return await saving(client, folder, stem="x", **given).save(url, 1)
 
 

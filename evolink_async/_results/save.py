@@ -86,13 +86,8 @@ class Stream:
 OpenResult = Callable[[str, int, str | None], contextlib.AbstractAsyncContextManager[Stream]]
 """Opens a link, at an offset if the host can resume and the result still has the entity tag."""
 
-
 BeforeRename = Callable[[Path, Path], None]
 """Called with the temporary path of a complete file and the name it gets next."""
-
-
-def _backoff(failures: int) -> float:
-    return float(min(8.0, 0.5 * 2.0 ** (failures - 1)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -110,6 +105,10 @@ class Saving:
         open_result: Opens a link.
         folder: Where to save; made if missing.
         task_id: The task.
+        attempts: Attempts at each file. The next one resumes the download if the host can do
+            that and the result is still the same, otherwise it starts over.
+        wait_after: Seconds to wait after that many failures.
+        sleep: Waits that long.
         stem: How the names begin, the task's id if None; made safe by `safe_name`.
         existing: Files that were saved earlier, by k; they are not downloaded.
         overwrite: Whether an existing file may be replaced.
@@ -117,24 +116,20 @@ class Saving:
         retry_expired: Whether to try again if a link seems to have expired; for links that
             are known to be new.
         max_bytes: Largest file, in bytes, that is accepted.
-        attempts: Attempts at each file. The next one resumes the download if the host can do
-            that and the result is still the same, otherwise it starts over.
-        wait_after: Seconds to wait after that many failures.
-        sleep: Waits that long.
     """
 
     open_result: OpenResult
     folder: Path
     task_id: str
+    attempts: int
+    wait_after: Callable[[int], float]
+    sleep: Callable[[float], Awaitable[object]]
     stem: str | None = None
     existing: Mapping[int, Path] = field(factory=dict)
     overwrite: bool = False
     before_rename: BeforeRename | None = None
     retry_expired: bool = False
     max_bytes: int = MAX_BYTES
-    attempts: int = 5
-    wait_after: Callable[[int], float] = _backoff
-    sleep: Callable[[float], Awaitable[object]] = asyncio.sleep
 
     async def save_all(self, urls: Sequence[str]) -> tuple[Path, ...]:
         """Save what is behind *urls*, all at the same time; returns the paths.

@@ -24,7 +24,7 @@ from hostile_results import (
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from saved_results import PICTURE, TASK, contents, failure, fetch, no_wait, saving
+from saved_results import PICTURE, TASK, contents, failure, fetch, saving
 
 from evolink_async._results.fetch import ResultClient
 from evolink_async._results.media import media_type
@@ -400,7 +400,7 @@ async def test_all_fail(client: ResultClient, host: HostileHost, tmp_path: Path)
 async def test_closed_while_saving(client: ResultClient, host: HostileHost, tmp_path: Path) -> None:
     """A session closed during the download raises its own error, and no partial file stays."""
     urls = [host.url("/1", silent(b"HTTP/1.1 200 OK\r\n\r\n" + PICTURE[:100]))] * 2
-    task = asyncio.create_task(saving(client, tmp_path, sleep=no_wait).save_all(urls))
+    task = asyncio.create_task(saving(client, tmp_path).save_all(urls))
     await host.arrived.wait()
     await client.aclose()
     with pytest.raises(SessionClosedError):
