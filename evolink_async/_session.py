@@ -552,7 +552,7 @@ class Session:
 async def save_result(
     session: Session, result: GenerationResult, folder: Path, **how: Any
 ) -> tuple[Path, ...]:
-    """`Session.download`, with all that `Saving` can be told."""
+    """`Session.download`, with every option of `Saving`."""
     from evolink_async._results.save import Saving  # noqa: PLC0415 - see _open
 
     session._open()
