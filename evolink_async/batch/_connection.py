@@ -1,4 +1,4 @@
-"""The one thread that has the ledger's file open: its lock, its commits, its errors.
+"""The one thread that has the ledger's file open: its tables, lock, commits and errors.
 
 The event loop never waits for a disk. A change is one ``await`` that returns once the change is
 on disk; changes that wait at the same time share one transaction, and so one flush. A change
@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from attrs import define, field
 
-from evolink_async.batch._schema import prepare
 from evolink_async.errors import LedgerError
 
-__all__ = ["Connection", "Work"]
+__all__ = ["Connection", "Work", "committed"]
 
+C = TypeVar("C", bound="Connection")
+P = ParamSpec("P")
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
 """Something to do with the connection, in the ledger's thread."""
@@ -36,6 +38,64 @@ FULL_DISK_PAUSES: Final = (0.0, 0.1, 0.3, 0.6)
 """Seconds between attempts on a full disk: a download that fills it removes its file."""
 GROUP: Final = 64
 """Most changes in one transaction: their callers wake in one turn of the event loop."""
+_APPLICATION: Final = 0x45764C6B
+"""SQLite's ``application_id`` of our files: "EvLk"."""
+_FORMAT: Final = 1
+"""SQLite's ``user_version`` of our files: the format of the tables below."""
+
+_TABLES: Final = """
+CREATE TABLE items (
+    number INTEGER PRIMARY KEY,
+    identity TEXT NOT NULL UNIQUE,
+    user_id TEXT,
+    digest TEXT NOT NULL,
+    line INTEGER NOT NULL,
+    wanted INTEGER NOT NULL DEFAULT 1,
+    request TEXT NOT NULL,
+    metadata TEXT,
+    model TEXT NOT NULL,
+    pictures INTEGER NOT NULL,
+    state TEXT NOT NULL DEFAULT 'queued',
+    idempotency_key TEXT,
+    task_id TEXT,
+    snapshot TEXT,
+    stem TEXT,
+    code TEXT,
+    message TEXT,
+    retryable INTEGER NOT NULL DEFAULT 0,
+    credits_reserved REAL,
+    credits_used REAL,
+    credits_before REAL NOT NULL DEFAULT 0,
+    queued_at REAL NOT NULL,
+    submitting_at REAL,
+    submitted_at REAL,
+    completed_at REAL,
+    saved_at REAL,
+    ended_at REAL
+);
+CREATE INDEX items_by_state ON items (state, line, number);
+CREATE INDEX items_by_line ON items (line, number);
+CREATE UNIQUE INDEX items_by_stem ON items (stem COLLATE NOCASE) WHERE stem IS NOT NULL;
+CREATE TABLE files (
+    item INTEGER NOT NULL REFERENCES items (number),
+    position INTEGER NOT NULL,
+    name TEXT NOT NULL,
+    sha256 TEXT NOT NULL,
+    bytes INTEGER NOT NULL,
+    PRIMARY KEY (item, position)
+) WITHOUT ROWID;
+CREATE TABLE incoming (
+    line INTEGER PRIMARY KEY,
+    user_id TEXT,
+    digest TEXT NOT NULL,
+    request TEXT NOT NULL,
+    metadata TEXT,
+    model TEXT NOT NULL,
+    pictures INTEGER NOT NULL
+);
+CREATE TABLE invalid (line INTEGER PRIMARY KEY, reason TEXT NOT NULL);
+CREATE TABLE owner (api TEXT NOT NULL, salt BLOB NOT NULL, key_digest BLOB);
+"""
 
 
 @define(eq=False)
@@ -53,30 +113,26 @@ class Connection:
     """The ledger's file, used by a thread of its own."""
 
     path: Path
-    _executor: ThreadPoolExecutor = field(init=False)
+    _executor: ThreadPoolExecutor = field(
+        factory=lambda: ThreadPoolExecutor(max_workers=1, thread_name_prefix="evolink-ledger"),
+        init=False,
+    )
     _waiting: deque[_Change] = field(factory=deque, init=False)
     _opened: dict[Path, tuple[int, int] | None] = field(factory=dict, init=False)
     _lock: sqlite3.Connection | None = field(default=None, init=False)
     _connection: sqlite3.Connection | None = field(default=None, init=False)
 
-    def __attrs_post_init__(self) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="evolink-ledger")
-
     # -- for the event loop ----------------------------------------------------------------
 
     async def open(self) -> None:
-        """Lock the folder and open the file, making it if need be.
+        """Lock the folder and open the file, making it if need be; close it also after an error.
 
         Raises:
             LedgerError: It is in use, of a newer format, damaged, or cannot be written.
         """
-        try:
-            await asyncio.get_running_loop().run_in_executor(self._executor, self._open)
-        except BaseException:
-            await self.close()
-            raise
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._open)
 
-    async def do(self, work: Work[T]) -> T:
+    async def _do(self, work: Work[T]) -> T:
         """Have *work* done in a transaction, shared with others that wait."""
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Change(work, done))
@@ -98,8 +154,8 @@ class Connection:
             self._connection = _connect(self.path)
         except sqlite3.Error as exc:
             raise _ledger_error(exc, self.path) from exc
-        log = self._log_path
-        for path in (self.path.with_name(LOCK), self.path, log):
+        lock, log = self._beside
+        for path in (lock, self.path, log):
             if path != log or log.exists():  # SQLite keeps no log on some network drives
                 self._opened[path] = _file_id(path)
         _reserve(self.path)
@@ -131,15 +187,15 @@ class Connection:
         """Do *changes*; if the disk is full, again in the room kept for that."""
         for pause in FULL_DISK_PAUSES:
             try:
-                return self._do(changes)
+                return self._transact(changes)
             except sqlite3.OperationalError as exc:
                 if not _name(exc).startswith("SQLITE_FULL"):
                     raise
                 _release(self.path)
                 time.sleep(pause)
-        return self._do(changes)
+        return self._transact(changes)
 
-    def _do(self, changes: Sequence[_Change]) -> None:
+    def _transact(self, changes: Sequence[_Change]) -> None:
         """Do *changes* in one transaction: all, or none."""
         connection = self._connection
         if connection is None:
@@ -153,49 +209,48 @@ class Connection:
 
     # -- in any thread ---------------------------------------------------------------------
 
-    def loss(self) -> str | None:
-        """``removed`` or ``replaced`` if the open ledger has lost its name; None if not."""
-        now = _file_id(self.path)
-        if now is None:
-            return "removed"
-        return None if now == self._opened.get(self.path) else "replaced"
+    def _loss(self, path: Path) -> str | None:
+        """``removed`` or ``replaced`` if an opened file has lost its name; None if not."""
+        now = _file_id(path)
+        if path not in self._opened or (now is not None and now == self._opened[path]):
+            return None
+        return "removed" if now is None else "replaced"
 
-    def check_files(self) -> None:
+    def _check_files(self) -> None:
         """See that others would open the same ledger, and be kept out by the same lock.
 
         Raises:
             LedgerError: They would not.
         """
-        if (loss := self.loss()) is not None:
-            raise LedgerError(
-                f"the ledger {self.path} was {loss} while it was in use; nothing more is "
-                "submitted, for a new one knows nothing of what was paid for: see the report "
-                "before the batch is run again",
-                path=self.path,
-            )
-        if self._is_other(self.path.with_name(LOCK)):
-            raise LedgerError(
-                f"{self.path.with_name(LOCK)} was removed or replaced while it kept other "
-                "processes out; nothing more is submitted: see that no other process uses the "
-                "folder, then run the same batch again",
-                path=self.path,
-            )
-        if self._is_other(self._log_path):
-            raise LedgerError(
-                f"{self._log_path} was removed or replaced while it held the latest changes; "
-                "nothing more is submitted: see that nobody clears the folder, then run the "
-                "same batch again",
-                path=self.path,
-            )
+        lock, log = self._beside
+        for path, use, advice in (
+            (self.path, "was in use", "a new ledger knows nothing of what was paid for"),
+            (lock, "kept other processes out", "see that no other process uses the folder"),
+            (log, "held the latest changes", "see that nobody clears the folder"),
+        ):
+            if (loss := self._loss(path)) is not None:
+                raise LedgerError(
+                    f"{path} was {loss} while it {use}; nothing more is submitted: {advice}, and "
+                    "see the report before the batch is run again",
+                    path=self.path,
+                )
 
     @property
-    def _log_path(self) -> Path:
-        return self.path.with_name(f"{self.path.name}-wal")
+    def _beside(self) -> tuple[Path, Path]:
+        """The lock, and SQLite's log."""
+        return self.path.with_name(LOCK), self.path.with_name(f"{self.path.name}-wal")
 
-    def _is_other(self, path: Path) -> bool:
-        """Whether *path* is no longer the file that was opened under that name."""
-        now = _file_id(path)
-        return path in self._opened and (now is None or now != self._opened[path])
+
+def committed(
+    work: Callable[Concatenate[C, sqlite3.Connection, P], T],
+) -> Callable[Concatenate[C, P], Coroutine[Any, Any, T]]:
+    """Make *work*, which is done in the ledger's thread, a method of the event loop."""
+
+    @functools.wraps(work)
+    async def method(self: C, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._do(lambda connection: work(self, connection, *args, **kwargs))
+
+    return method
 
 
 def _settle(changes: Sequence[_Change]) -> None:
@@ -237,11 +292,45 @@ def _lock(path: Path) -> sqlite3.Connection:
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=10, isolation_level=None)
     try:
-        prepare(connection, path)
+        _prepare(connection, path)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+    """See that the file is a ledger that can be used, and make one of an empty file.
+
+    Raises:
+        LedgerError: It is something else, or of a newer format.
+    """
+    version = _pragma(connection, "user_version")
+    foreign = version and _pragma(connection, "application_id") != _APPLICATION
+    tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    if foreign or (tables and not version):
+        raise LedgerError(f"{path} is not a ledger; choose another folder", path=path)
+    if version > _FORMAT:
+        raise LedgerError(
+            f"the ledger {path} has format {version}, this version of evolink-async knows "
+            f"formats up to {_FORMAT}; upgrade evolink-async",
+            path=path,
+        )
+    connection.executescript(
+        # The two for macOS, whose ordinary flush stops at the drive's cache.
+        "PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON;"
+        "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;"
+        "PRAGMA journal_size_limit = 16777216; PRAGMA foreign_keys = ON;"
+    )
+    if not version:
+        connection.executescript(
+            f"BEGIN; {_TABLES} PRAGMA application_id = {_APPLICATION};"
+            f"PRAGMA user_version = {_FORMAT}; COMMIT;"
+        )
+
+
+def _pragma(connection: sqlite3.Connection, name: str) -> int:
+    return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
 
 
 def _file_id(path: Path) -> tuple[int, int] | None:

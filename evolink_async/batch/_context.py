@@ -14,19 +14,15 @@ from attrs import define, field, frozen
 from evolink_async._clock import hold
 from evolink_async._session import Session
 from evolink_async.batch._budget import Money
-from evolink_async.batch._ledger import Item, Ledger
+from evolink_async.batch._ledger import EXPIRED, NOT_FOUND, Item, Ledger
 from evolink_async.batch._progress import Progress
 from evolink_async.errors import APIStatusError, EvolinkError, SubmitUncertainError
 
-__all__ = ["EXPIRED", "NOT_FOUND", "Options", "RunContext", "Stop"]
+__all__ = ["Options", "RunContext", "Stop"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-NOT_FOUND: Final = "task_not_found"
-"""Code of items whose task the API did not know; kept while it is asked once more."""
-EXPIRED: Final = "results_expired"
-"""Code of items whose results were not fetched in time; kept while they are looked for again."""
 _OUTAGE_PAUSE: Final = 15.0
 """Least seconds without submits once the API takes none."""
 _MOST_UNCERTAIN: Final = 8

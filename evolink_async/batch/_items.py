@@ -24,9 +24,9 @@ from evolink_async._model.requests import as_request
 from evolink_async._model.snapshots import GenerationResult
 from evolink_async._task import Task
 from evolink_async._text import printable
-from evolink_async.batch._context import NOT_FOUND, RunContext
+from evolink_async.batch._context import RunContext
 from evolink_async.batch._files import stems
-from evolink_async.batch._ledger import Item
+from evolink_async.batch._ledger import NOT_FOUND, Item
 from evolink_async.errors import (
     APIConnectionError,
     APIStatusError,

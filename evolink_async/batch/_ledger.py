@@ -10,27 +10,29 @@ states, where nothing goes wrong, from left to right::
 
 from __future__ import annotations
 
-import asyncio
+import hmac
+import json
+import secrets
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from asyncio import to_thread
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
-from pathlib import Path
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self
 
-from attrs import define, field
+from attrs import define, fields
 
-from evolink_async.batch import _changes as changes
 from evolink_async.batch import _loading as loading
-from evolink_async.batch import _rows as rows
-from evolink_async.batch._changes import EMULATOR, Fingerprint
-from evolink_async.batch._connection import Connection, Work
+from evolink_async.batch._connection import Connection, committed
 from evolink_async.batch._rows import Counts, Entry, File, Invalid, Item, Loaded
+from evolink_async.errors import LedgerError
 
 __all__ = [
     "EMULATOR",
+    "EXPIRED",
     "LEDGER",
+    "NOT_FOUND",
     "Counts",
     "Entry",
     "File",
@@ -40,20 +42,29 @@ __all__ = [
     "Loaded",
 ]
 
-T = TypeVar("T")
-
 LEDGER: Final = "ledger.sqlite3"
+EMULATOR: Final = "emulator"
+"""The name of every embedded emulator: each has another port."""
+NOT_FOUND: Final = "task_not_found"
+"""Code of items whose task the API did not know; kept while it is asked once more."""
+EXPIRED: Final = "results_expired"
+"""Code of items whose results were not fetched in time; kept while they are looked for again."""
+
+_COLUMNS: Final = tuple(each.name for each in fields(Item) if each.name not in {"times", "files"})
+_TIMES: Final = ("queued", "submitting", "submitted", "completed", "saved", "ended")
+_PAID: Final = "('submitted', 'completed', 'saved')"
+_RELEVANT: Final = "(wanted = 1 OR state NOT IN ('queued', 'failed'))"
+"""An item whose line is gone counts only if it has cost, or may have cost, something."""
+_FAILED: Final = "state = 'failed' AND wanted = 1"
+_REPLACED: Final = "state IN ('queued', 'submitting') AND task_id IS NOT NULL"
+"""True for an item that is being bought anew and still has its former task."""
+_LOST: Final = f"iif(code = '{EXPIRED}', code, NULL)"
+"""Keeps the code of lost results until they are found: without it none may be bought anew."""
 
 
 @define(eq=False)
-class Ledger:
-    """An open ledger; one at a time in the world. Use it as ``async with Ledger(folder)``."""
-
-    path: Path
-    _connection: Connection = field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self._connection = Connection(self.path)
+class Ledger(Connection):
+    """An open ledger; one at a time in the world. Use it as ``async with Ledger(path)``."""
 
     async def __aenter__(self) -> Self:
         """Open it, making it if need be.
@@ -63,44 +74,82 @@ class Ledger:
         Raises:
             LedgerError: It is in use, of a newer format, damaged, or cannot be written.
         """
-        await self._connection.open()
         try:
-            await self._do(changes.disown)
+            await self.open()
+            await self._disown()
         except BaseException:
-            await self._connection.close()
+            await self.close()
             raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._connection.close()
+        await self.close()
 
-    async def _do(self, work: Work[T]) -> T:
-        return await self._connection.do(work)
+    @committed
+    def _disown(self, db: sqlite3.Connection) -> None:
+        """What a process that is gone was submitting is uncertain."""
+        _restore(db)
+        loading.forget(db, f"state = 'submitting' AND {_REPLACED}")
+        db.execute(
+            "UPDATE items SET state = 'uncertain', code = 'submit_uncertain', ended_at = ?, message"
+            " = 'the process ended while this was being submitted' WHERE state = 'submitting'",
+            (time.time(),),
+        )
 
-    async def claim(
-        self, api: str, fingerprint: Fingerprint | None, *, replace_key: bool = False
+    @committed
+    def claim(
+        self,
+        db: sqlite3.Connection,
+        api: str,
+        fingerprint: Callable[[bytes], bytes] | None,
+        *,
+        replace_key: bool = False,
     ) -> None:
         """Record which API and key its tasks belong to, or see that it is the same as before.
 
         As long as nothing was accepted, or may have been, any API and key may take it over.
 
         Args:
+            db: The open file.
             api: The base URL, or another lasting name of the API.
-            fingerprint: A salted hash of the API key, which is kept; None for an API without
-                accounts.
+            fingerprint: Makes the salted hash of the API key that is kept; None for an API
+                without accounts.
             replace_key: Take the key for a new one of the same account.
 
         Raises:
             LedgerError: It belongs to another API, or another key.
         """
-        await self._do(
-            partial(
-                changes.claim,
-                path=self.path,
-                api=api,
-                fingerprint=fingerprint,
-                replace_key=replace_key,
-            )
+        owner = db.execute(
+            "SELECT api, salt, key_digest FROM owner WHERE EXISTS (SELECT 1 FROM items WHERE "
+            "task_id IS NOT NULL OR state IN ('submitting', 'uncertain') OR credits_before > 0)"
+        ).fetchone()
+        if owner is not None:
+            before, salt, digest = owner
+            if before != api:
+                back = (
+                    "run it with --emulator again"
+                    if before == EMULATOR
+                    else f"set EVOLINK_BASE_URL back to {before} (and leave out --emulator)"
+                )
+                raise LedgerError(
+                    f"the ledger {self.path} belongs to {before}, this run is for {api}, which "
+                    f"knows nothing of its tasks; choose another folder, or {back}",
+                    path=self.path,
+                )
+            now = b"" if fingerprint is None else fingerprint(salt)
+            if not replace_key and not hmac.compare_digest(digest or b"", now):
+                raise LedgerError(
+                    f"the ledger {self.path} belongs to another API key of {api}: another "
+                    "account's key? Set EVOLINK_API_KEY back, choose another folder, or, if the "
+                    "key was replaced by a new one of the same account, say so (new_key, "
+                    "--new-key)",
+                    path=self.path,
+                )
+        salt = secrets.token_bytes(16)
+        db.execute("DELETE FROM owner")
+        db.execute(
+            "INSERT INTO owner VALUES (?, ?, ?)",
+            (api, salt, None if fingerprint is None else fingerprint(salt)),
         )
 
     # -- the input -------------------------------------------------------------------------
@@ -122,100 +171,180 @@ class Ledger:
                 await self._do(partial(loading.take, chunk=chunk))
         return await self._do(partial(loading.finish, skip_invalid=skip_invalid))
 
-    async def invalid(self, after: int = 0, limit: int = 500) -> tuple[Invalid, ...]:
+    @committed
+    def invalid(
+        self, db: sqlite3.Connection, after: int = 0, limit: int = 500
+    ) -> tuple[Invalid, ...]:
         """The bad lines of the input last read, from behind line *after* on."""
-        return await self._do(partial(loading.invalid, after=after, limit=limit))
+        sql = "SELECT line, reason FROM invalid WHERE line > ? ORDER BY line LIMIT ?"
+        return tuple(Invalid(*row) for row in db.execute(sql, (after, limit)))
 
     # -- questions -------------------------------------------------------------------------
 
     async def loss(self) -> str | None:
         """``removed`` or ``replaced`` if its file has its name no more; None if it has."""
-        return await asyncio.to_thread(self._connection.loss)
+        return await to_thread(self._loss, self.path)
 
-    async def page(
-        self, *states: str, after: tuple[int, int] = (0, 0), limit: int = 64
+    @committed
+    def page(
+        self,
+        db: sqlite3.Connection,
+        *states: str,
+        after: tuple[int, int] = (0, 0),
+        limit: int = 64,
     ) -> tuple[Item, ...]:
         """Items in one of *states* (of any, if none is named), in the order of the input.
 
         Queued and failed items whose line is gone are left out.
 
         Args:
+            db: The open file.
             *states: Which.
             after: ``(line, number)`` of the last item already seen.
             limit: At most so many.
         """
-        return await self._do(partial(rows.page, states=states, after=after, limit=limit))
+        columns = ", ".join((*_COLUMNS, *(f"{name}_at" for name in _TIMES)))
+        among = f"state IN ({', '.join('?' * len(states))}) AND" if states else ""
+        rows = db.execute(
+            f"SELECT {columns} FROM items WHERE {among} (line, number) > (?, ?) AND {_RELEVANT} "  # noqa: S608 - ours
+            "ORDER BY line, number LIMIT ?",
+            (*states, *after, limit),
+        ).fetchall()
+        return tuple(_item(db, row) for row in rows)
 
-    async def counts(self) -> Counts:
+    @committed
+    def files(self, db: sqlite3.Connection, number: int) -> dict[int, File]:
+        """The files of an item as they were last saved, by position from 1."""
+        return _files(db, number)
+
+    @committed
+    def counts(self, db: sqlite3.Connection) -> Counts:
         """The whole ledger in numbers."""
-        return await self._do(rows.counts)
 
-    # -- changes ---------------------------------------------------------------------------
+        def table(sql: str) -> dict[str, Any]:
+            return dict(db.execute(sql).fetchall())
 
-    async def submitting(self, number: int, key: str) -> None:
+        def number(sql: str) -> Any:
+            return db.execute(sql).fetchone()[0]
+
+        return Counts(
+            states=table(f"SELECT state, count(*) FROM items WHERE {_RELEVANT} GROUP BY state"),  # noqa: S608 - ours
+            pictures=table(
+                "SELECT model, sum(pictures) FROM items WHERE state = 'queued' AND wanted = 1 "
+                "GROUP BY model"
+            ),
+            spent=number(
+                # The API gives back what a failed item reserved, unless it says otherwise.
+                "SELECT coalesce(sum(credits_before + coalesce(credits_used, "  # noqa: S608 - ours
+                f"iif(state IN {_PAID}, credits_reserved, 0), 0)), 0) FROM items"
+            ),
+            unstated=table(
+                "SELECT model, sum(pictures) FROM items WHERE credits_used IS NULL AND "  # noqa: S608 - ours
+                f"credits_reserved IS NULL AND (state IN {_PAID} OR state = 'failed' AND code IN "
+                f"('{EXPIRED}', '{NOT_FOUND}', 'no_results')) GROUP BY model"
+            ),
+            prices=table(
+                # A failed item may have cost nothing: what it used is no price.
+                "SELECT model, max(price) FROM (SELECT model, max(coalesce(credits_reserved, used),"
+                " coalesce(used, credits_reserved)) / pictures AS price FROM (SELECT *, "
+                "iif(state = 'failed', NULL, credits_used) AS used FROM items)) "
+                "WHERE price IS NOT NULL GROUP BY model"
+            ),
+            uncertain=table(
+                "SELECT model, sum(pictures) FROM items WHERE state = 'uncertain' GROUP BY model"
+            ),
+            retryable=number(f"SELECT count(*) FROM items WHERE {_FAILED} AND retryable = 1"),  # noqa: S608 - ours
+            expired=number(
+                f"SELECT count(*) FROM items WHERE {_FAILED} AND code IN ('{EXPIRED}', "  # noqa: S608 - ours
+                f"'{NOT_FOUND}')"
+            ),
+        )
+
+    # -- changes of one item ---------------------------------------------------------------
+
+    @committed
+    def submitting(self, db: sqlite3.Connection, number: int, key: str) -> None:
         """Its POST may leave from now on, under this idempotency key.
 
         Raises:
             LedgerError: Its file is not the one others would open, another process may have
                 the folder, or it cannot be written.
         """
-        sql = (
-            "UPDATE items SET state = 'submitting', idempotency_key = ?, submitting_at = ?, "
+        self._check_files()
+        _change(
+            db,
+            number,
+            "state = 'submitting', idempotency_key = ?, submitting_at = ?, "
             "code = iif(task_id IS NULL, NULL, code), "
-            "message = iif(task_id IS NULL, NULL, message), retryable = 0 WHERE number = ? "
-            "AND state IN ('queued', 'uncertain', 'submitting')"
+            "message = iif(task_id IS NULL, NULL, message), retryable = 0",
+            (key, time.time()),
+            only="state IN ('queued', 'uncertain', 'submitting')",
         )
 
-        def submitting(connection: sqlite3.Connection) -> None:
-            self._connection.check_files()
-            changes.once(connection, sql, (key, time.time(), number))
-
-        await self._do(submitting)
-
-    async def queued(self, number: int) -> None:
+    @committed
+    def queued(self, db: sqlite3.Connection, number: int) -> None:
         """Nothing of this submit was accepted: it may be submitted anew, under a new key."""
-        await self._change(
-            "UPDATE items SET state = 'queued', idempotency_key = NULL, submitting_at = NULL, "
-            "queued_at = ? WHERE number = ? AND state IN ('queued', 'submitting')",
-            (time.time(), number),
+        _change(
+            db,
+            number,
+            "state = 'queued', idempotency_key = NULL, submitting_at = NULL, queued_at = ?",
+            (time.time(),),
+            only="state IN ('queued', 'submitting')",
         )
 
-    async def replacing(self, number: int) -> None:
+    @committed
+    def replacing(self, db: sqlite3.Connection, number: int) -> None:
         """It failed and is to be bought anew; until a submit may have left, it keeps its task."""
-        await self._change(
-            "UPDATE items SET state = 'queued', queued_at = ?, ended_at = NULL WHERE number = ?",
-            (time.time(), number),
-        )
+        _change(db, number, "state = 'queued', queued_at = ?, ended_at = NULL", (time.time(),))
 
-    async def restore(self) -> None:
-        """Items that were to be bought anew, and were not, have failed as before."""
-        await self._do(changes.restore)
-
-    async def uncertain(self, number: int, *, key: str | None, message: str) -> None:
+    @committed
+    def uncertain(
+        self, db: sqlite3.Connection, number: int, *, key: str | None, message: str
+    ) -> None:
         """Its submit may have been accepted; nobody knows its task."""
-        await self._replace(
-            "UPDATE items SET state = 'uncertain', idempotency_key = coalesce(?, idempotency_key), "
-            "code = 'submit_uncertain', message = ?, ended_at = ? WHERE number = ?",
-            (key, message, time.time(), number),
+        loading.forget(db, f"number = {int(number)} AND {_REPLACED}")
+        _change(
+            db,
+            number,
+            "state = 'uncertain', idempotency_key = coalesce(?, idempotency_key), "
+            "code = 'submit_uncertain', message = ?, ended_at = ?",
+            (key, message, time.time()),
         )
 
-    async def submitted(
-        self, number: int, *, key: str | None, task_id: str, reserved: float | None
+    @committed
+    def submitted(
+        self,
+        db: sqlite3.Connection,
+        number: int,
+        *,
+        key: str | None,
+        task_id: str,
+        reserved: float | None,
     ) -> None:
         """It was accepted as *task_id*."""
-        await self._replace(
-            "UPDATE items SET state = 'submitted', idempotency_key = coalesce(?, idempotency_key), "
-            "code = NULL, message = NULL, task_id = ?, credits_reserved = ?, submitted_at = ? "
-            "WHERE number = ?",
-            (key, task_id, reserved, time.time(), number),
+        loading.forget(db, f"number = {int(number)} AND {_REPLACED}")
+        _change(
+            db,
+            number,
+            "state = 'submitted', idempotency_key = coalesce(?, idempotency_key), code = NULL, "
+            "message = NULL, task_id = ?, credits_reserved = ?, submitted_at = ?",
+            (key, task_id, reserved, time.time()),
         )
 
-    async def completed(
-        self, number: int, *, snapshot: str, used: float | None, stems: Iterable[str]
+    @committed
+    def completed(
+        self,
+        db: sqlite3.Connection,
+        number: int,
+        *,
+        snapshot: str,
+        used: float | None,
+        stems: Iterable[str],
     ) -> str:
         """Its results may be downloaded.
 
         Args:
+            db: The open file.
             number: Which item.
             snapshot: Its task, as JSON.
             used: The credits it has cost, if known.
@@ -226,30 +355,55 @@ class Ledger:
             The beginning of its files' names: the one it has, else the first of *stems*
             that no other item has, in whatever case.
         """
-        return await self._do(
-            partial(changes.completed, number=number, snapshot=snapshot, used=used, stems=stems)
+        stem: str | None
+        (stem,) = db.execute("SELECT stem FROM items WHERE number = ?", (number,)).fetchone()
+        if stem is None:
+            taken = "SELECT 1 FROM items WHERE stem = ? COLLATE NOCASE AND number != ?"
+            for stem in stems:
+                if db.execute(taken, (stem, number)).fetchone() is None:
+                    break
+            else:
+                stem = f"{stem}-{number}"
+        _change(
+            db,
+            number,
+            f"state = 'completed', code = {_LOST}, message = NULL, snapshot = ?, "
+            "stem = ?, credits_used = ?, completed_at = coalesce(completed_at, ?)",
+            (snapshot, stem, used, time.time()),
         )
+        return stem
 
-    async def saved(self, number: int, files: Sequence[File]) -> None:
+    @committed
+    def saved(self, db: sqlite3.Connection, number: int, files: Sequence[File]) -> None:
         """All its results are on disk."""
-        await self._do(partial(changes.saved, number=number, files=files))
-
-    async def damaged(self, number: int) -> None:
-        """Its files are not what was saved: they must be downloaded again."""
-        await self._change(
-            "UPDATE items SET state = 'completed', saved_at = NULL WHERE number = ?", (number,)
+        now = time.time()
+        _change(
+            db,
+            number,
+            "state = 'saved', code = NULL, message = NULL, saved_at = ?, ended_at = ?",
+            (now, now),
         )
+        db.execute("DELETE FROM files WHERE item = ?", (number,))
+        _add_files(db, number, dict(enumerate(files, 1)))
 
-    async def unsaved(self, number: int, files: Mapping[int, File], message: str) -> None:
+    @committed
+    def damaged(self, db: sqlite3.Connection, number: int) -> None:
+        """Its files are not what was saved: they must be downloaded again."""
+        _change(db, number, "state = 'completed', saved_at = NULL", ())
+
+    @committed
+    def unsaved(
+        self, db: sqlite3.Connection, number: int, files: Mapping[int, File], message: str
+    ) -> None:
         """Not all its results are on disk, for that reason; these are, by position from 1."""
-        await self._do(partial(changes.unsaved, number=number, files=files, message=message))
+        code = f"code = coalesce({_LOST}, 'download_failed')"
+        _change(db, number, f"{code}, message = ?", (message,))
+        _add_files(db, number, files)
 
-    async def files(self, number: int) -> dict[int, File]:
-        """Its files as they were last saved, by position from 1."""
-        return await self._do(partial(rows.files, number=number))
-
-    async def failed(
+    @committed
+    def failed(
         self,
+        db: sqlite3.Connection,
         number: int,
         *,
         code: str,
@@ -261,6 +415,7 @@ class Ledger:
         """Nothing will come of it by itself.
 
         Args:
+            db: The open file.
             number: Which item.
             code: A word for the reason.
             message: The reason in words.
@@ -269,36 +424,83 @@ class Ledger:
             guess: Given if its credits were not returned: what it has cost where the ledger
                 knows no better.
         """
-        await self._change(
-            "UPDATE items SET state = 'failed', code = ?, message = ?, retryable = ?, "
-            "credits_used = coalesce(?, credits_used, iif(?, credits_reserved, NULL), ?), "
-            "ended_at = ? WHERE number = ?",
-            (code, message, retryable, used, guess is not None, guess or None, time.time(), number),
+        _change(
+            db,
+            number,
+            "state = 'failed', code = ?, message = ?, retryable = ?, ended_at = ?, "
+            "credits_used = coalesce(?, credits_used, iif(?, credits_reserved, NULL), ?)",
+            (code, message, retryable, time.time(), used, guess is not None, guess or None),
         )
 
-    async def requeue_failed(self) -> int:
+    # -- changes of many items -------------------------------------------------------------
+
+    @committed
+    def restore(self, db: sqlite3.Connection) -> None:
+        """Items that were to be bought anew, and were not, have failed as before."""
+        _restore(db)
+
+    @committed
+    def requeue_failed(self, db: sqlite3.Connection) -> int:
         """Queue failed items of the input anew, those that are retryable."""
-        return await self._do(changes.requeue_failed)
+        return loading.requeue(db, f"{_FAILED} AND retryable")
 
-    async def reattach(self, code: str) -> None:
-        """Look again at the tasks of items of the input that failed with *code*."""
-        sql = (
-            "UPDATE items SET state = 'submitted', credits_used = NULL, ended_at = NULL "
-            "WHERE state = 'failed' AND wanted = 1 AND code = ? AND task_id IS NOT NULL"
+    @committed
+    def reattach_lost(self, db: sqlite3.Connection) -> None:
+        """Look again at tasks of items of the input that the API did not know."""
+        db.execute(
+            "UPDATE items SET state = 'submitted', credits_used = NULL, ended_at = NULL "  # noqa: S608 - ours
+            f"WHERE {_FAILED} AND code = '{NOT_FOUND}' AND task_id IS NOT NULL"
         )
-        await self._do(lambda connection: connection.execute(sql, (code,)))
 
-    async def reopen(self, code: str) -> None:
-        """Look again for the results of items of the input that failed with *code*."""
-        sql = (
-            "UPDATE items SET state = 'completed', ended_at = NULL WHERE state = 'failed' "
-            "AND wanted = 1 AND code = ? AND snapshot IS NOT NULL"
+    @committed
+    def reopen_expired(self, db: sqlite3.Connection) -> None:
+        """Look again for results of items of the input that had expired."""
+        db.execute(
+            "UPDATE items SET state = 'completed', ended_at = NULL "  # noqa: S608 - ours
+            f"WHERE {_FAILED} AND code = '{EXPIRED}' AND snapshot IS NOT NULL"
         )
-        await self._do(lambda connection: connection.execute(sql, (code,)))
 
-    async def _replace(self, sql: str, values: tuple[Any, ...]) -> None:
-        """A change by which the former task of an item bought anew is forgotten."""
-        await self._do(partial(changes.replace, sql=sql, values=values))
 
-    async def _change(self, sql: str, values: tuple[Any, ...]) -> None:
-        await self._do(partial(changes.once, sql=sql, values=values))
+def _item(db: sqlite3.Connection, row: tuple[Any, ...]) -> Item:
+    values = dict(zip(_COLUMNS, row, strict=False))
+    times = zip(_TIMES, row[len(_COLUMNS) :], strict=True)
+    values["request"] = json.loads(values["request"])
+    values["metadata"] = json.loads(values["metadata"] or "{}")
+    values["snapshot"] = json.loads(values["snapshot"] or "null")
+    return Item(
+        **values,
+        times={name: at for name, at in times if at is not None},
+        files=tuple(_files(db, values["number"]).values()),
+    )
+
+
+def _files(db: sqlite3.Connection, number: int) -> dict[int, File]:
+    rows = db.execute(
+        "SELECT position, name, sha256, bytes FROM files WHERE item = ? ORDER BY position",
+        (number,),
+    )
+    return {k: File(name=name, sha256=sha256, bytes=size) for k, name, sha256, size in rows}
+
+
+def _add_files(db: sqlite3.Connection, number: int, files: Mapping[int, File]) -> None:
+    db.executemany(
+        "INSERT OR REPLACE INTO files (item, position, name, sha256, bytes) VALUES (?, ?, ?, ?, ?)",
+        [(number, k, f.name, f.sha256, f.bytes) for k, f in files.items()],
+    )
+
+
+def _restore(db: sqlite3.Connection) -> None:
+    db.execute(
+        "UPDATE items SET state = 'failed', ended_at = ? "
+        "WHERE state = 'queued' AND task_id IS NOT NULL",
+        (time.time(),),
+    )
+
+
+def _change(
+    db: sqlite3.Connection, number: int, values: str, given: tuple[Any, ...], *, only: str = "true"
+) -> None:
+    """Give the columns of one item, which must be among *only*, these *values*."""
+    sql = f"UPDATE items SET {values} WHERE number = ? AND {only}"  # noqa: S608 - ours
+    if db.execute(sql, (*given, number)).rowcount != 1:
+        raise AssertionError(number)  # a mistake of ours, which must not cost money

@@ -9,12 +9,15 @@ import sqlite3
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError
 from itertools import islice
 from typing import Final, TypeVar
 
+from attrs import astuple
+
 from evolink_async.batch._rows import Entry, Invalid, Loaded
 
-__all__ = ["begin", "chunks", "finish", "invalid", "take"]
+__all__ = ["begin", "chunks", "finish", "forget", "requeue", "take"]
 
 T = TypeVar("T")
 
@@ -28,50 +31,38 @@ async def chunks(lines: Iterable[T]) -> AsyncGenerator[list[T], None]:
     The next line may never come, as from a terminal: nobody waits for the thread, not even
     at the end of the process.
     """
-    loop = asyncio.get_running_loop()
-    wanted: queue.SimpleQueue[asyncio.Future[list[T]] | None] = queue.SimpleQueue()
-    reader = threading.Thread(
+    wanted: queue.SimpleQueue[Future[list[T]] | None] = queue.SimpleQueue()
+    threading.Thread(
         target=_read, args=(iter(lines), wanted), name="evolink-input", daemon=True
-    )
-    reader.start()
+    ).start()
     try:
         while True:
-            chunk: asyncio.Future[list[T]] = loop.create_future()
+            chunk: Future[list[T]] = Future()
             wanted.put(chunk)
-            if not await chunk:
+            if not (found := await asyncio.wrap_future(chunk)):
                 return
-            yield chunk.result()
+            yield found
     finally:
         wanted.put(None)
 
 
-def _read(lines: Iterator[T], wanted: queue.SimpleQueue[asyncio.Future[list[T]] | None]) -> None:
+def _read(lines: Iterator[T], wanted: queue.SimpleQueue[Future[list[T]] | None]) -> None:
     """Fill each chunk that is *wanted*, until none is."""
     while (chunk := wanted.get()) is not None:
-        error: BaseException | None = None
-        found: list[T] = []
-        try:
-            found = list(islice(_until_cancelled(chunk, lines), _CHUNK))
-        except BaseException as exc:  # noqa: BLE001 - it belongs to the caller
-            error = exc
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            chunk.get_loop().call_soon_threadsafe(_settle, chunk, found, error)
+        with contextlib.suppress(InvalidStateError):  # cancelled: nobody waits any more
+            try:
+                found = list(islice(_until_cancelled(chunk, lines), _CHUNK))
+            except BaseException as exc:  # noqa: BLE001 - it belongs to the caller
+                chunk.set_exception(exc)
+            else:
+                chunk.set_result(found)
 
 
-def _until_cancelled(chunk: asyncio.Future[list[T]], lines: Iterator[T]) -> Iterator[T]:
+def _until_cancelled(chunk: Future[list[T]], lines: Iterator[T]) -> Iterator[T]:
     for line in lines:
         if chunk.cancelled():
             return
         yield line
-
-
-def _settle(chunk: asyncio.Future[list[T]], found: list[T], error: BaseException | None) -> None:
-    if chunk.cancelled():
-        return
-    if error is None:
-        chunk.set_result(found)
-    else:
-        chunk.set_exception(error)
 
 
 def begin(connection: sqlite3.Connection) -> None:
@@ -83,17 +74,12 @@ def begin(connection: sqlite3.Connection) -> None:
 def take(connection: sqlite3.Connection, chunk: Sequence[Entry | Invalid]) -> None:
     """Note a part of the new input, without touching any item."""
     connection.executemany(
-        "INSERT INTO incoming (line, user_id, digest, request, metadata, model, pictures) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?)",
-        [
-            (e.line, e.user_id, e.digest, e.request, e.metadata, e.model, e.pictures)
-            for e in chunk
-            if isinstance(e, Entry)
-        ],
+        "INSERT INTO incoming VALUES (?, ?, ?, ?, ?, ?, ?)",
+        [astuple(each, recurse=False) for each in chunk if isinstance(each, Entry)],
     )
     connection.executemany(
-        "INSERT INTO invalid (line, reason) VALUES (?, ?)",
-        [(e.line, e.reason) for e in chunk if isinstance(e, Invalid)],
+        "INSERT INTO invalid VALUES (?, ?)",
+        [astuple(each, recurse=False) for each in chunk if isinstance(each, Invalid)],
     )
 
 
@@ -107,12 +93,6 @@ def finish(connection: sqlite3.Connection, *, skip_invalid: bool) -> Loaded:
     if valid and (skip_invalid or not invalid):
         _merge(connection)
     return Loaded(valid=valid, invalid=invalid)
-
-
-def invalid(connection: sqlite3.Connection, *, after: int, limit: int) -> tuple[Invalid, ...]:
-    """The bad lines behind line *after*."""
-    sql = "SELECT line, reason FROM invalid WHERE line > ? ORDER BY line LIMIT ?"
-    return tuple(Invalid(*row) for row in connection.execute(sql, (after, limit)))
 
 
 def _find_conflicts(connection: sqlite3.Connection) -> None:
@@ -138,12 +118,12 @@ def _find_conflicts(connection: sqlite3.Connection) -> None:
     connection.execute("DELETE FROM incoming WHERE line IN (SELECT line FROM invalid)")
 
 
-_MATCH: Final = """
-CREATE TEMP TABLE lines AS
-    SELECT line, user_id, digest, CASE WHEN user_id IS NOT NULL THEN 'id:' || user_id
-        ELSE 'sha256:' || digest || ':' || row_number() OVER
-             (PARTITION BY user_id IS NULL, digest ORDER BY line) END AS identity
-    FROM incoming;
+_IDENTITY: Final = (
+    "CASE WHEN user_id IS NOT NULL THEN 'id:' || user_id ELSE 'sha256:' || digest || ':' || "
+    "row_number() OVER (PARTITION BY user_id IS NULL, digest ORDER BY line) END"
+)
+_MATCH: Final = f"""
+CREATE TEMP TABLE lines AS SELECT line, user_id, digest, {_IDENTITY} AS identity FROM incoming;
 CREATE INDEX temp.lines_by_identity ON lines (identity);
 CREATE TEMP TABLE edited AS
     SELECT DISTINCT digest FROM items WHERE identity NOT IN (SELECT identity FROM lines)
@@ -176,7 +156,7 @@ CREATE TEMP TABLE matched AS
         FROM taken) AS own
     JOIN free ON free.digest = own.digest AND free.unnamed = own.unnamed AND free.k = own.k;
 CREATE INDEX temp.matched_by_number ON matched (number);
-"""
+"""  # noqa: S608 - ours
 """Which items the lines of an edited input take over.
 
 ``lines`` is the new input, ``edited`` the requests for which lines have come and gone. Of
@@ -212,43 +192,47 @@ def _adopt(connection: sqlite3.Connection) -> None:
 def _merge(connection: sqlite3.Connection) -> None:
     """Queue what is new, keep what is known, note what is gone."""
     _adopt(connection)
+    # Only an item that was never paid for can get here with another request.
+    requeue(
+        connection,
+        "number IN (SELECT number FROM items JOIN incoming ON items.identity = 'id:' || "
+        "incoming.user_id WHERE items.digest != incoming.digest)",
+    )
     connection.execute("UPDATE items SET wanted = 0 WHERE wanted = 1")
     connection.execute(
-        """
+        f"""
         INSERT INTO items (identity, user_id, digest, line, request, metadata, model, pictures,
                            queued_at)
-        SELECT CASE WHEN user_id IS NOT NULL THEN 'id:' || user_id
-                    ELSE 'sha256:' || digest || ':' || row_number() OVER
-                         (PARTITION BY user_id IS NULL, digest ORDER BY line) END,
-               user_id, digest, line, request, metadata, model, pictures, ?
+        SELECT {_IDENTITY}, user_id, digest, line, request, metadata, model, pictures, ?
         FROM incoming WHERE true ORDER BY line
         ON CONFLICT (identity) DO UPDATE SET
             wanted = 1, line = excluded.line, metadata = excluded.metadata,
-            -- Only an item that was never paid for can get here with another request.
-            state = iif(digest = excluded.digest, state, 'queued'),
-            retryable = iif(digest = excluded.digest, retryable, 0),
-            code = iif(digest = excluded.digest, code, NULL),
-            message = iif(digest = excluded.digest, message, NULL),
-            credits_before = credits_before
-                + iif(digest = excluded.digest, 0, coalesce(credits_used, 0)),
-            credits_used = iif(digest = excluded.digest, credits_used, NULL),
-            credits_reserved = iif(digest = excluded.digest, credits_reserved, NULL),
-            idempotency_key = iif(digest = excluded.digest, idempotency_key, NULL),
-            task_id = iif(digest = excluded.digest, task_id, NULL),
-            snapshot = iif(digest = excluded.digest, snapshot, NULL),
-            stem = iif(digest = excluded.digest, stem, NULL),
-            queued_at = iif(digest = excluded.digest, queued_at, excluded.queued_at),
-            submitting_at = iif(digest = excluded.digest, submitting_at, NULL),
-            submitted_at = iif(digest = excluded.digest, submitted_at, NULL),
-            completed_at = iif(digest = excluded.digest, completed_at, NULL),
-            ended_at = iif(digest = excluded.digest, ended_at, NULL),
             request = excluded.request, model = excluded.model,
             pictures = excluded.pictures, digest = excluded.digest
-        """,
+        """,  # noqa: S608 - ours
         (time.time(),),
     )
     connection.execute("DELETE FROM incoming")
-    # Files of an item that has lost its stem belong to another request.
+
+
+def requeue(connection: sqlite3.Connection, which: str) -> int:
+    """Queue items anew; returns how many."""
+    forget(connection, which)
+    return connection.execute(
+        "UPDATE items SET state = 'queued', idempotency_key = NULL, code = NULL, message = NULL, "  # noqa: S608 - ours
+        "retryable = 0, queued_at = ?, submitting_at = NULL, ended_at = NULL "
+        f"WHERE {which}",
+        (time.time(),),
+    ).rowcount
+
+
+def forget(connection: sqlite3.Connection, which: str) -> None:
+    """Remove the task and files of items, and keep what they have cost."""
     connection.execute(
-        "DELETE FROM files WHERE item IN (SELECT number FROM items WHERE stem IS NULL)"
+        f"DELETE FROM files WHERE item IN (SELECT number FROM items WHERE {which})"  # noqa: S608 - ours
+    )
+    connection.execute(
+        "UPDATE items SET credits_before = credits_before + coalesce(credits_used, 0), "  # noqa: S608 - ours
+        "credits_used = NULL, credits_reserved = NULL, task_id = NULL, snapshot = NULL, "
+        f"stem = NULL, submitted_at = NULL, completed_at = NULL WHERE {which}"
     )

@@ -1,15 +1,13 @@
-"""What a ledger holds, as values, and the questions that are asked of it."""
+"""What goes into a ledger, and what comes out of it."""
 
 from __future__ import annotations
 
-import json
-import sqlite3
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any
 
 from attrs import field, frozen
 
-__all__ = ["Counts", "Entry", "File", "Invalid", "Item", "Loaded", "counts", "files", "page"]
+__all__ = ["Counts", "Entry", "File", "Invalid", "Item", "Loaded"]
 
 
 @frozen(kw_only=True)
@@ -68,7 +66,7 @@ class Item:
     identity: str
     user_id: str | None
     line: int
-    wanted: bool
+    wanted: bool = field(converter=bool)
     request: Mapping[str, Any] = field(hash=False)
     metadata: Mapping[str, Any] = field(hash=False)
     model: str
@@ -79,7 +77,7 @@ class Item:
     snapshot: Mapping[str, Any] | None = field(default=None, hash=False)
     code: str | None = None
     message: str | None = None
-    retryable: bool = False
+    retryable: bool = field(default=False, converter=bool)
     credits_reserved: float | None = None
     credits_used: float | None = None
     times: Mapping[str, float] = field(factory=dict, hash=False)
@@ -116,106 +114,3 @@ class Counts:
     uncertain: Mapping[str, int] = field(hash=False)
     retryable: int
     expired: int
-
-
-_COLUMNS: Final = (
-    "number, identity, user_id, line, wanted, request, metadata, model, pictures, state, "
-    "idempotency_key, task_id, snapshot, code, message, retryable, credits_reserved, "
-    "credits_used, queued_at, submitting_at, submitted_at, completed_at, saved_at, ended_at"
-)
-_TIMES: Final = ("queued", "submitting", "submitted", "completed", "saved", "ended")
-_PAID: Final = "('submitted', 'completed', 'saved')"
-_RELEVANT: Final = "(wanted = 1 OR state NOT IN ('queued', 'failed'))"
-"""An item whose line is gone counts only if it has cost, or may have cost, something."""
-
-
-def page(
-    connection: sqlite3.Connection, states: Sequence[str], after: tuple[int, int], limit: int
-) -> tuple[Item, ...]:
-    """The next items in one of *states* behind line and number *after*."""
-    among = f"state IN ({', '.join('?' * len(states))}) AND" if states else ""
-    rows = connection.execute(
-        f"SELECT {_COLUMNS} FROM items WHERE {among} (line, number) > (?, ?) AND {_RELEVANT} "  # noqa: S608 - ours
-        "ORDER BY line, number LIMIT ?",
-        (*states, *after, limit),
-    ).fetchall()
-    return tuple(_item(connection, row) for row in rows)
-
-
-def _item(connection: sqlite3.Connection, row: tuple[Any, ...]) -> Item:
-    return Item(
-        number=row[0],
-        identity=row[1],
-        user_id=row[2],
-        line=row[3],
-        wanted=bool(row[4]),
-        request=json.loads(row[5]),
-        metadata=json.loads(row[6]) if row[6] is not None else {},
-        model=row[7],
-        pictures=row[8],
-        state=row[9],
-        idempotency_key=row[10],
-        task_id=row[11],
-        snapshot=json.loads(row[12]) if row[12] is not None else None,
-        code=row[13],
-        message=row[14],
-        retryable=bool(row[15]),
-        credits_reserved=row[16],
-        credits_used=row[17],
-        times={name: at for name, at in zip(_TIMES, row[18:], strict=True) if at is not None},
-        files=tuple(files(connection, row[0]).values()),
-    )
-
-
-def files(connection: sqlite3.Connection, number: int) -> dict[int, File]:
-    """The files recorded for an item, by position from 1."""
-    rows = connection.execute(
-        "SELECT position, name, sha256, bytes FROM files WHERE item = ? ORDER BY position",
-        (number,),
-    )
-    return {k: File(name=name, sha256=sha256, bytes=size) for k, name, sha256, size in rows}
-
-
-def counts(connection: sqlite3.Connection) -> Counts:
-    """The whole ledger in numbers."""
-
-    def table(sql: str) -> dict[str, Any]:
-        return dict(connection.execute(sql).fetchall())
-
-    def number(sql: str) -> Any:
-        return connection.execute(sql).fetchone()[0]
-
-    return Counts(
-        states=table(f"SELECT state, count(*) FROM items WHERE {_RELEVANT} GROUP BY state"),  # noqa: S608 - ours
-        pictures=table(
-            "SELECT model, sum(pictures) FROM items WHERE state = 'queued' AND wanted = 1 "
-            "GROUP BY model"
-        ),
-        spent=number(
-            # The API gives back what a failed item reserved, unless it says otherwise.
-            "SELECT coalesce(sum(credits_before + coalesce(credits_used, "  # noqa: S608 - ours
-            f"iif(state IN {_PAID}, credits_reserved, 0), 0)), 0) FROM items"
-        ),
-        unstated=table(
-            "SELECT model, sum(pictures) FROM items WHERE credits_used IS NULL AND "  # noqa: S608 - ours
-            f"credits_reserved IS NULL AND (state IN {_PAID} OR state = 'failed' AND code IN "
-            "('results_expired', 'task_not_found', 'no_results')) GROUP BY model"
-        ),
-        prices=table(
-            # A failed item may have cost nothing: what it used is no price.
-            "SELECT model, max(price) FROM (SELECT model, max(coalesce(credits_reserved, used), "
-            "coalesce(used, credits_reserved)) / pictures AS price FROM (SELECT *, "
-            "iif(state = 'failed', NULL, credits_used) AS used FROM items)) "
-            "WHERE price IS NOT NULL GROUP BY model"
-        ),
-        uncertain=table(
-            "SELECT model, sum(pictures) FROM items WHERE state = 'uncertain' GROUP BY model"
-        ),
-        retryable=number(
-            "SELECT count(*) FROM items WHERE state = 'failed' AND wanted = 1 AND retryable = 1"
-        ),
-        expired=number(
-            "SELECT count(*) FROM items WHERE state = 'failed' AND wanted = 1 "
-            "AND code IN ('results_expired', 'task_not_found')"
-        ),
-    )

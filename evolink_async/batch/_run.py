@@ -27,7 +27,7 @@ from evolink_async._session import Session
 from evolink_async._task import Task
 from evolink_async._text import printable
 from evolink_async.batch._budget import Money
-from evolink_async.batch._context import EXPIRED, NOT_FOUND, Options, RunContext
+from evolink_async.batch._context import Options, RunContext
 from evolink_async.batch._files import damage, make_folder, sweep
 from evolink_async.batch._input import Source, check_readable, is_source, name_of, read
 from evolink_async.batch._items import LiveItem
@@ -149,8 +149,8 @@ async def run_batch(
         await asyncio.to_thread(sweep, folder)
         invalid = await _load(ledger, source, skip_invalid=skip_invalid, on_invalid=on_invalid)
         if retry_failed or resubmit_expired:
-            await ledger.reattach(NOT_FOUND)
-        await ledger.reopen(EXPIRED)  # the files, the links, or the clock may be as they were
+            await ledger.reattach_lost()
+        await ledger.reopen_expired()  # the files, the links, or the clock may be as they were
         if retry_failed:
             await ledger.requeue_failed()
         counts = await ledger.counts()

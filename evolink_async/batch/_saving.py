@@ -14,7 +14,7 @@ from evolink_async._clock import hold
 from evolink_async._model.snapshots import GenerationResult
 from evolink_async._session import read_once, save_result
 from evolink_async._text import printable
-from evolink_async.batch._context import EXPIRED, RunContext
+from evolink_async.batch._context import RunContext
 from evolink_async.batch._files import (
     damage,
     disk_error,
@@ -24,7 +24,7 @@ from evolink_async.batch._files import (
     whole,
 )
 from evolink_async.batch._items import LiveItem
-from evolink_async.batch._ledger import File, Item
+from evolink_async.batch._ledger import EXPIRED, File, Item
 from evolink_async.errors import DownloadError, EvolinkError, NotFoundError, SessionClosedError
 
 __all__ = ["Saver"]
