@@ -10,10 +10,17 @@ The folder holds the pictures, the ledger (what has been paid for, and what beca
 nothing is submitted twice, and nothing that was paid for is forgotten.
 """
 
-from evolink_async.batch._context import Stop
 from evolink_async.batch._ledger import Invalid
-from evolink_async.batch._progress import BatchProgress
+from evolink_async.batch._progress import BatchCounts, BatchProgress, Stop
 from evolink_async.batch._report import BatchReport, Problem
 from evolink_async.batch._run import run_batch
 
-__all__ = ["BatchProgress", "BatchReport", "Invalid", "Problem", "Stop", "run_batch"]
+__all__ = [
+    "BatchCounts",
+    "BatchProgress",
+    "BatchReport",
+    "Invalid",
+    "Problem",
+    "Stop",
+    "run_batch",
+]

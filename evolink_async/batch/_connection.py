@@ -20,6 +20,7 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from attrs import define, field
 
+from evolink_async._clock import Clock, LoopClock, hold
 from evolink_async.errors import LedgerError
 
 __all__ = ["Connection", "Work", "committed"]
@@ -110,9 +111,10 @@ class _Change:
 
 @define(eq=False)
 class Connection:
-    """The ledger's file, used by a thread of its own."""
+    """The ledger's file, used by a thread of its own; meanwhile *clock* is held, if it can be."""
 
     path: Path
+    clock: Clock = field(factory=LoopClock)
     _executor: ThreadPoolExecutor = field(
         factory=lambda: ThreadPoolExecutor(max_workers=1, thread_name_prefix="evolink-ledger"),
         init=False,
@@ -130,14 +132,16 @@ class Connection:
         Raises:
             LedgerError: It is in use, of a newer format, damaged, or cannot be written.
         """
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._open)
+        with hold(self.clock):
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._open)
 
     async def _do(self, work: Work[T]) -> T:
         """Have *work* done in a transaction, shared with others that wait."""
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Change(work, done))
         self._executor.submit(self._do_waiting)
-        return await done
+        with hold(self.clock):
+            return await done
 
     async def close(self) -> None:
         """Do what is waiting, then close the file."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 from attrs import define, field, frozen
 
@@ -15,14 +14,23 @@ from evolink_async._clock import hold
 from evolink_async._session import Session
 from evolink_async.batch._budget import Money
 from evolink_async.batch._ledger import EXPIRED, NOT_FOUND, Item, Ledger
-from evolink_async.batch._progress import Progress
-from evolink_async.errors import APIStatusError, EvolinkError, SubmitUncertainError
+from evolink_async.batch._progress import BatchProgress, Progress, Stop
+from evolink_async.errors import (
+    APIStatusError,
+    AuthenticationError,
+    EvolinkError,
+    InsufficientCreditsError,
+    SubmitUncertainError,
+)
 
-__all__ = ["Options", "RunContext", "Stop"]
+__all__ = ["Options", "RunContext"]
 
 logger = logging.getLogger(__name__)
+P = ParamSpec("P")
 T = TypeVar("T")
 
+REPORT_EVERY: Final = 1.0
+"""Real seconds between two reports while nothing changes."""
 _OUTAGE_PAUSE: Final = 15.0
 """Least seconds without submits once the API takes none."""
 _MOST_UNCERTAIN: Final = 8
@@ -32,29 +40,14 @@ _RUNNING_IS_WAITED_FOR: Final = frozenset({"credits", "max_credits"})
 
 
 @frozen(kw_only=True)
-class Stop:
-    """Why a batch stopped submitting before its end.
-
-    Attributes:
-        kind: ``interrupted``, ``authentication`` (401), ``credits`` (402), ``refused``
-            (403 or 404 before anything was accepted), ``max_credits``,
-            ``network``, ``disk`` or ``closed`` (the session was).
-        message: The same in words, with what to do next.
-    """
-
-    kind: str
-    message: str
-
-
-@frozen(kw_only=True)
 class Options:
     """What the caller of `run_batch` has asked for."""
 
     resend_uncertain: bool
     resubmit_expired: bool
-    max_credits: float | None
     grace: float
     outage_timeout: float
+    progress: Callable[[BatchProgress], None] | None
 
 
 @define(eq=False, kw_only=True)
@@ -81,7 +74,7 @@ class RunContext:
     Attributes:
         stop: Why no more is submitted; None while more is.
         error: What ends the run at once.
-        leave_at: When the run ends whatever is still running, by `time.monotonic`.
+        leave_at: When the run ends whatever is still running, by the event loop's time.
         ending: Set at each change of these three.
         waiting: Workers whose submit waits for its turn, and of which nothing has left.
         replaced: Whether items were queued anew because what was paid for is lost.
@@ -95,7 +88,7 @@ class RunContext:
     progress: Progress
     stop: Stop | None = field(default=None, init=False)
     error: BaseException | None = field(default=None, init=False)
-    leave_at: float = field(default=float("inf"), init=False)
+    leave_at: float | None = field(default=None, init=False)
     ending: asyncio.Event = field(factory=asyncio.Event, init=False)
     waiting: set[asyncio.Task[Any] | None] = field(factory=set, init=False)
     replaced: bool = field(default=False, init=False)
@@ -108,15 +101,34 @@ class RunContext:
             accepted_any=bool(self.money.prices), accepted_at=now, paused_until=now
         )
 
-    async def commit(self, change: Awaitable[T]) -> T:
-        """Await the ledger; a clock that can be held does not run meanwhile."""
+    async def in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do *work* in a thread; a clock that can be held does not run meanwhile."""
         with hold(self.session.clock):
-            return await change
+            return await asyncio.to_thread(work, *args, **kwargs)
+
+    # -- progress --------------------------------------------------------------------------
 
     def moved(self, before: str, after: str) -> None:
         """An item has gone from one state to another."""
         self.notify()
         self.progress.moved(before, after)
+        self.report()
+
+    def report(self) -> None:
+        """Tell the caller how it goes; what that raises is raised here, and ends the run."""
+        if self.options.progress is None:
+            return
+        try:
+            self.options.progress(self.progress.now(self.money, self.stop))
+        except Exception as exc:
+            self.fail(exc)
+            raise
+
+    async def keep_reporting(self) -> None:
+        """Rate and time left change while nothing else does."""
+        while self.options.progress is not None:
+            await asyncio.sleep(REPORT_EVERY)
+            self.report()
 
     # -- changes ---------------------------------------------------------------------------
 
@@ -147,11 +159,6 @@ class RunContext:
         """Whether more may be submitted."""
         return self.stop is None and self.error is None
 
-    @property
-    def disk_failed(self) -> bool:
-        """Whether nothing can be saved any more."""
-        return self.stop is not None and self.stop.kind == "disk"
-
     def halt(self, kind: str, message: str) -> None:
         """Submit no more; what runs is given its time."""
         waits = kind in _RUNNING_IS_WAITED_FOR
@@ -159,22 +166,26 @@ class RunContext:
             return  # it has stopped as hard already
         self.stop = Stop(kind=kind, message=message)
         if not waits:
-            self.leave_at = time.monotonic() + self.options.grace
+            self.leave_at = asyncio.get_running_loop().time() + self.options.grace
         for worker in self.waiting:
             if worker is not None:
                 worker.cancel()
         self.ending.set()
         self.notify()
-        self.progress.stopping = message
-        self.progress.report()
+        self.report()
 
-    def halt_closed(self) -> None:
-        """The session was closed under the run."""
-        self.halt("closed", "the session was closed; run the same batch again to go on")
+    def halt_for(self, exc: EvolinkError) -> None:
+        """Submit no more because of a refusal that concerns all items."""
+        if isinstance(exc, AuthenticationError):
+            self.halt("authentication", f"the API refuses the key: {exc}")
+        elif isinstance(exc, InsufficientCreditsError):
+            self.halt("credits", f"nothing is left to spend: {exc}")
+        else:
+            self.halt("closed", "the session was closed; run the same batch again to go on")
 
     def fail(self, exc: BaseException) -> None:
         """End the run at once, with *exc*."""
-        self.error = self.error or self.progress.error or exc
+        self.error = self.error or exc
         self.ending.set()
         self.notify()
 
@@ -183,20 +194,18 @@ class RunContext:
         try:
             await work
         except Exception as exc:  # noqa: BLE001 - the run raises it
-            disk = isinstance(exc, OSError) and not isinstance(exc, EvolinkError)
-            if disk and self.error is None and self.progress.error is None:
-                self._lose_folder(exc)
-            else:
+            if (
+                self.error is not None
+                or not isinstance(exc, OSError)
+                or isinstance(exc, EvolinkError)
+            ):
                 self.fail(exc)
-
-    def _lose_folder(self, exc: Exception) -> None:
-        """A file or the folder is not what it was a moment ago."""
-        why = getattr(exc, "strerror", None) or exc
-        self.halt(
-            "disk",
-            f"the folder {self.folder} cannot be used any more: {why}; see to "
-            "that, then run the same batch again",
-        )
+                return
+            self.halt(
+                "disk",
+                f"the folder {self.folder} cannot be used any more: {exc.strerror or exc}; see to "
+                "that, then run the same batch again",
+            )
 
     # -- how the API takes submits ---------------------------------------------------------
 

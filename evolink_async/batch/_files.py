@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -10,12 +9,10 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Final
-
-from attrs import define, field
+from typing import Final
 
 from evolink_async._checks import refuse
-from evolink_async._files import safe_name, sync_folder
+from evolink_async._files import safe_name
 from evolink_async._model.snapshots import GenerationResult
 from evolink_async._results.media import EXTENSIONS, is_whole, media_type
 from evolink_async._text import printable
@@ -23,7 +20,6 @@ from evolink_async.batch._rows import File, Item
 from evolink_async.errors import ConfigurationError, DownloadError, EvolinkError
 
 __all__ = [
-    "Draft",
     "damage",
     "disk_error",
     "file_of",
@@ -89,39 +85,6 @@ def _is_taken(folder: Path, stem: str, count: int) -> bool:
         for k in range(1, count + 1)
         for extension in EXTENSIONS
     )
-
-
-@define(eq=False)
-class Draft:
-    """A text file that gets its name when it is whole and on disk; everything blocks."""
-
-    path: Path
-    _temporary: Path = field(init=False)
-    _file: IO[bytes] = field(init=False)
-
-    def open(self) -> None:
-        """Make it, under a name that `sweep` knows, and its folder if that is missing."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}.part")
-        self._file = self._temporary.open("xb")
-
-    def write(self, text: str) -> None:
-        self._file.write(text.encode())
-
-    def publish(self) -> None:
-        """See that it is on disk, then give it its name, whatever has that now."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._temporary.replace(self.path)
-        sync_folder(self.path.parent)
-
-    def discard(self) -> None:
-        """Remove it, unless it has its name."""
-        with contextlib.suppress(OSError):  # what is still in memory may find no room
-            self._file.close()
-        with contextlib.suppress(OSError):
-            self._temporary.unlink()
 
 
 def file_of(path: Path) -> File:

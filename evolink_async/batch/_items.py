@@ -130,7 +130,7 @@ class LiveItem:
             raise _HaltedError
         self.run.waiting.discard(worker)
         self.recorded, self.key = True, key
-        await self.run.commit(self.run.ledger.submitting(self.item.number, key))
+        await self.run.ledger.submitting(self.item.number, key)
         self.moved("submitting")
 
     async def _take_back(self) -> None:
@@ -149,14 +149,12 @@ class LiveItem:
             return
         self.run.money.release(self.item, 0.0)
         if self.recorded:
-            await self.run.commit(self.run.ledger.queued(self.item.number))
+            await self.run.ledger.queued(self.item.number)
             self.moved("queued")
 
     async def _uncertain(self, key: str | None, why: str) -> None:
         self.run.money.release_uncertain(self.item)
-        await self.run.commit(
-            self.run.ledger.uncertain(self.item.number, key=key, message=printable(why))
-        )
+        await self.run.ledger.uncertain(self.item.number, key=key, message=printable(why))
         self.moved("uncertain")
 
     async def _accepted(self, task: Task) -> None:
@@ -165,10 +163,8 @@ class LiveItem:
         self.run.accepted()
         self.run.money.learn(self.item, reserved)
         try:
-            await self.run.commit(
-                self.run.ledger.submitted(
-                    self.item.number, key=task.idempotency_key, task_id=task.id, reserved=reserved
-                )
+            await self.run.ledger.submitted(
+                self.item.number, key=task.idempotency_key, task_id=task.id, reserved=reserved
             )
         except LedgerError as exc:
             exc.add_note(
@@ -181,15 +177,9 @@ class LiveItem:
     async def _refused(self, exc: EvolinkError) -> None:
         """Surely not accepted: it goes back, or it has failed for good."""
         run, place = self.run, self.item.place
-        if isinstance(exc, AuthenticationError):
+        if isinstance(exc, AuthenticationError | InsufficientCreditsError | SessionClosedError):
             await self._return()
-            run.halt("authentication", f"the API refuses the key: {exc}")
-        elif isinstance(exc, InsufficientCreditsError):
-            await self._return()
-            run.halt("credits", f"nothing is left to spend: {exc}")
-        elif isinstance(exc, SessionClosedError):
-            await self._return()
-            run.halt_closed()
+            run.halt_for(exc)
         elif isinstance(exc, RateLimitError | ServerError | APIConnectionError):
             await self._return()
             self.put_off = True
@@ -239,10 +229,8 @@ class LiveItem:
                 f"the API does not know task {task.id} any more; its results can no longer be "
                 "had; submitting it again pays again",
             )
-        except AuthenticationError as exc:
-            run.halt("authentication", f"the API refuses the key: {exc}")
-        except SessionClosedError:
-            run.halt_closed()
+        except (AuthenticationError, SessionClosedError) as exc:
+            run.halt_for(exc)
         except TaskTimeoutError:
             logger.warning("%s is left running: task %s has not ended in time", place, task.id)
         except EvolinkError as exc:
@@ -273,13 +261,11 @@ class LiveItem:
 
     async def completed(self, result: GenerationResult) -> str:
         """Record its result; returns the beginning of its files' names."""
-        stem = await self.run.commit(
-            self.run.ledger.completed(
-                self.item.number,
-                snapshot=json.dumps(result.to_json()),
-                used=result.usage.credits_used,
-                stems=stems(self.item, self.run.folder, len(result.urls)),
-            )
+        stem = await self.run.ledger.completed(
+            self.item.number,
+            snapshot=json.dumps(result.to_json()),
+            used=result.usage.credits_used,
+            stems=stems(self.item, self.run.folder, len(result.urls)),
         )
         self.moved("completed")
         return stem
@@ -301,15 +287,13 @@ class LiveItem:
             money.keep(self.item)
         else:
             money.release(self.item, used or 0.0)
-        await self.run.commit(
-            self.run.ledger.failed(
-                self.item.number,
-                code=printable(code, 80),
-                message=printable(message, 500),
-                retryable=retryable,
-                used=used,
-                guess=money.guess(self.item) if charged else None,
-            )
+        await self.run.ledger.failed(
+            self.item.number,
+            code=printable(code, 80),
+            message=printable(message, 500),
+            retryable=retryable,
+            used=used,
+            guess=money.guess(self.item) if charged else None,
         )
         self.moved("failed")
 
@@ -317,6 +301,6 @@ class LiveItem:
         """What was paid for is lost; if that is wanted, it is queued to be bought again."""
         await self.fail(code=code, message=message, charged=True)
         if self.run.may_replace(self.item) and self.run.going:
-            await self.run.commit(self.run.ledger.replacing(self.item.number))
+            await self.run.ledger.replacing(self.item.number)
             self.run.replaced = True
             self.moved("queued")

@@ -16,7 +16,7 @@ import secrets
 import sqlite3
 import time
 from asyncio import to_thread
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Final, Self
@@ -211,6 +211,14 @@ class Ledger(Connection):
             (*states, *after, limit),
         ).fetchall()
         return tuple(_item(db, row) for row in rows)
+
+    async def items(self, *states: str, limit: int = 64) -> AsyncGenerator[Item, None]:
+        """All items in one of *states*, as `page` has them, *limit* of them in memory."""
+        after = (0, 0)
+        while page := await self.page(*states, after=after, limit=limit):
+            for item in page:
+                yield item
+            after = (page[-1].line, page[-1].number)
 
     @committed
     def files(self, db: sqlite3.Connection, number: int) -> dict[int, File]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import secrets
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from attrs import evolve
 
+from evolink_async._files import sync_folder
 from evolink_async._text import printable
-from evolink_async.batch._files import Draft, present
+from evolink_async.batch._files import present
 from evolink_async.batch._gallery import write_gallery
 from evolink_async.batch._ledger import Item, Ledger
 from evolink_async.errors import LedgerError
 
-__all__ = ["GALLERY", "MANIFEST", "all_items", "gone", "write"]
+__all__ = ["GALLERY", "MANIFEST", "gone", "write"]
 
 MANIFEST: Final = "manifest.jsonl"
 GALLERY: Final = "gallery.html"
@@ -25,16 +28,13 @@ _CHUNK: Final = 500
 """Items read from the ledger, and lines written, at once."""
 
 
-async def all_items(ledger: Ledger, folder: Path, *states: str) -> AsyncIterator[Item]:
-    """Every item that counts, or those in one of *states*, with the files that are there."""
-    after = (0, 0)
-    while page := await ledger.page(*states, after=after, limit=_CHUNK):
-        for item in page:
-            if item.state == "saved" or not item.files:
-                yield item
-            else:
-                yield evolve(item, files=await asyncio.to_thread(present, folder, item.files))
-        after = (page[-1].line, page[-1].number)
+async def _items(ledger: Ledger, folder: Path) -> AsyncIterator[Item]:
+    """Every item that counts, with the files that are there."""
+    async for item in ledger.items(limit=_CHUNK):
+        if item.state == "saved" or not item.files:
+            yield item
+        else:
+            yield evolve(item, files=await asyncio.to_thread(present, folder, item.files))
 
 
 async def _manifest_lines(items: AsyncIterator[Item]) -> AsyncIterator[str]:
@@ -80,16 +80,6 @@ async def write(ledger: Ledger, path: Path) -> str | None:
     return f"{printable(str(path))} cannot be written: {why}, then run the same batch again"
 
 
-async def _replace(ledger: Ledger, path: Path) -> None:
-    draft = Draft(path)
-    await asyncio.to_thread(draft.open)
-    try:
-        await _fill(draft, ledger)
-        await asyncio.to_thread(draft.publish)
-    finally:
-        await asyncio.to_thread(draft.discard)
-
-
 def gone(path: Path) -> str | None:
     """Says that a file that was written is missing; None if it is there."""
     if os.path.lexists(path):
@@ -99,17 +89,46 @@ def gone(path: Path) -> str | None:
     )
 
 
-async def _fill(draft: Draft, ledger: Ledger) -> None:
-    items = all_items(ledger, draft.path.parent)
+async def _replace(ledger: Ledger, path: Path) -> None:
+    """Write it under a name that `sweep` knows, then give it its name, whatever has that now."""
+    items = _items(ledger, path.parent)
     pieces = (
         _manifest_lines(items)
-        if draft.path.name == MANIFEST
-        else write_gallery(items, title=draft.path.parent.name)
+        if path.name == MANIFEST
+        else write_gallery(items, title=path.parent.name)
     )
-    chunk: list[str] = []
-    async for piece in pieces:
-        chunk.append(piece)
-        if len(chunk) >= _CHUNK:
-            await asyncio.to_thread(draft.write, "".join(chunk))
-            chunk.clear()
-    await asyncio.to_thread(draft.write, "".join(chunk))
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    file = await asyncio.to_thread(_create, draft)
+    try:
+        chunk: list[str] = []
+        async for piece in pieces:
+            chunk.append(piece)
+            if len(chunk) >= _CHUNK:
+                await asyncio.to_thread(file.write, "".join(chunk).encode())
+                chunk.clear()
+        await asyncio.to_thread(_publish, file, "".join(chunk).encode(), path)
+    finally:
+        await asyncio.to_thread(_discard, file)
+
+
+def _create(draft: Path) -> BinaryIO:
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    return draft.open("xb")
+
+
+def _publish(file: BinaryIO, rest: bytes, path: Path) -> None:
+    """See that the draft is on disk before it gets the name of what it replaces."""
+    file.write(rest)
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    Path(file.name).replace(path)
+    sync_folder(path.parent)
+
+
+def _discard(file: BinaryIO) -> None:
+    """Remove the draft, unless it has its name."""
+    with contextlib.suppress(OSError):  # what is still in memory may find no room
+        file.close()
+    with contextlib.suppress(OSError):
+        Path(file.name).unlink()

@@ -9,9 +9,10 @@ from typing import Final
 from attrs import field, frozen
 
 from evolink_async.batch._budget import Money
-from evolink_async.batch._context import RunContext, Stop
-from evolink_async.batch._ledger import Counts, Item
-from evolink_async.batch._manifest import GALLERY, MANIFEST, all_items
+from evolink_async.batch._context import RunContext
+from evolink_async.batch._ledger import Item
+from evolink_async.batch._manifest import GALLERY, MANIFEST
+from evolink_async.batch._progress import BatchCounts, Stop, batch_counts
 from evolink_async.batch._saving import Saver
 
 __all__ = ["BatchReport", "Problem", "report"]
@@ -49,29 +50,16 @@ class Problem:
 
 
 @frozen(kw_only=True)
-class BatchReport:
-    """What a batch has come to. All counts are items, those of earlier runs included.
+class BatchReport(BatchCounts):
+    """What a batch has come to; see `BatchCounts` for the other attributes.
 
     Attributes:
         folder: Where the pictures, the ledger and the rest are.
-        total: All items.
-        saved: On disk and, if of an earlier run, found unchanged.
-        completed: Generated, but not saved.
-        running: Submitted, not seen to end; they go on without us.
-        queued: Not submitted.
-        failed: Will not be made; of these ``retryable`` may succeed if submitted again
-            (``retry_failed``), and the results of ``expired`` were lost because nobody
-            fetched them in time (``resubmit_expired`` pays for them again).
-        retryable: See ``failed``.
-        expired: See ``failed``.
-        uncertain: May have been accepted and paid for; ``resend_uncertain`` asks again
-            with the same idempotency key.
+        retryable: Failed items that may succeed if submitted again (``retry_failed``).
+        expired: Failed items whose results were lost because nobody fetched them in time
+            (``resubmit_expired`` pays for them again).
         invalid: Bad lines that were skipped.
         pictures: Files saved by this run.
-        credits: Charged or reserved so far, over all runs; at the highest price seen where
-            the API has not said how much.
-        credits_uncertain: What uncertain items cost if they were accepted, at that price; not
-            among *credits*. None if no price is known.
         still_to_pay: Credits for the queued items at the highest price seen; None if no
             price is known.
         seconds: How long this run took.
@@ -89,19 +77,10 @@ class BatchReport:
     """
 
     folder: Path
-    total: int
-    saved: int
-    completed: int
-    running: int
-    queued: int
-    failed: int
     retryable: int
     expired: int
-    uncertain: int
     invalid: int
     pictures: int
-    credits: float
-    credits_uncertain: float | None
     still_to_pay: float | None
     seconds: float
     stop: Stop | None
@@ -134,43 +113,33 @@ async def report(
 ) -> BatchReport:
     """What the batch has come to, by its ledger."""
     counts = await run.ledger.counts()
-    states, money = counts.states, Money.of(counts)
-    problems = [_problem(item) async for item in all_items(run.ledger, run.folder, "uncertain")]
+    shared = batch_counts(counts.states, Money.of(counts))
+    problems = [_problem(item) async for item in run.ledger.items("uncertain")]
     others = await run.ledger.page("submitting", "submitted", "completed", "failed", limit=_SHOWN)
     problems += map(_problem, others)
-    not_saved = sum(states.values()) - states.get("saved", 0) - states.get("queued", 0)
+    priced = counts.pictures.keys() <= counts.prices.keys()
     written = {name: run.folder / name for name, why in unwritten.items() if why is None}
     return BatchReport(
+        **shared,
         folder=run.folder,
-        total=sum(states.values()),
-        saved=states.get("saved", 0),
-        completed=states.get("completed", 0),
-        running=states.get("submitted", 0) + states.get("submitting", 0),
-        queued=states.get("queued", 0),
-        failed=states.get("failed", 0),
         retryable=counts.retryable,
         expired=counts.expired,
-        uncertain=states.get("uncertain", 0),
         invalid=invalid,
         pictures=saver.pictures,
-        credits=money.credits,
-        credits_uncertain=money.credits_uncertain,
-        still_to_pay=_still_to_pay(counts),
+        still_to_pay=(
+            sum(counts.prices[model] * n for model, n in counts.pictures.items())
+            if priced
+            else None
+        ),
         seconds=seconds,
         stop=run.stop,
         problems=tuple(problems),
-        problems_left_out=not_saved - len(problems),
+        problems_left_out=(shared["total"] - shared["saved"] - shared["queued"] - len(problems)),
         kept=tuple(saver.kept),
         manifest=written.get(MANIFEST),
         gallery=written.get(GALLERY),
         unwritten=tuple(why for why in unwritten.values() if why is not None),
     )
-
-
-def _still_to_pay(counts: Counts) -> float | None:
-    if any(model not in counts.prices for model in counts.pictures):
-        return None
-    return sum(counts.prices[model] * n for model, n in counts.pictures.items())
 
 
 def _problem(item: Item) -> Problem:

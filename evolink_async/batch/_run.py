@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Final
@@ -21,7 +21,6 @@ from typing import Final
 from attrs import define, evolve, field
 
 from evolink_async._checks import number, refuse
-from evolink_async._clock import hold
 from evolink_async._model.snapshots import GenerationResult
 from evolink_async._session import Session
 from evolink_async._task import Task
@@ -127,21 +126,17 @@ async def run_batch(
     options = Options(
         resend_uncertain=resend_uncertain,
         resubmit_expired=resubmit_expired,
-        max_credits=(
-            None
-            if max_credits is None
-            else number("max_credits", max_credits, most=1e15, unit="None, or credits")
-        ),
         grace=number("grace", grace, unit="seconds"),
         outage_timeout=number("outage_timeout", outage_timeout, unit="seconds"),
+        progress=progress,
     )
+    if max_credits is not None:
+        max_credits = number("max_credits", max_credits, most=1e15, unit="None, or credits")
     await asyncio.to_thread(check_readable, source)
     folder = await asyncio.to_thread(make_folder, out)
     names = (MANIFEST, GALLERY) if gallery else (MANIFEST,)
     await asyncio.to_thread(_check_source, folder, source)
-    with hold(session.clock):
-        ledger = await Ledger(folder / LEDGER).__aenter__()
-    try:
+    async with Ledger(folder / LEDGER, session.clock) as ledger:
         if emulated:
             await ledger.claim(EMULATOR, None)
         else:
@@ -154,14 +149,13 @@ async def run_batch(
         if retry_failed:
             await ledger.requeue_failed()
         counts = await ledger.counts()
-        money = Money.of(counts, limit=options.max_credits)
         context = RunContext(
             session=session,
             ledger=ledger,
             folder=folder,
             options=options,
-            money=money,
-            progress=Progress(states=dict(counts.states), money=money, callback=progress),
+            money=Money.of(counts, limit=max_credits),
+            progress=Progress(dict(counts.states)),
         )
         run = _Run(context)
         await run.go(stop)
@@ -177,8 +171,6 @@ async def run_batch(
             seconds=time.monotonic() - started,
             unwritten=unwritten,
         )
-    finally:
-        await ledger.__aexit__()
 
 
 @define(eq=False)
@@ -205,25 +197,24 @@ class _Run:
     async def go(self, stop: asyncio.Event | None) -> None:
         """Run until everything has ended, or no more can be done."""
         context = self.context
-        context.progress.report()
+        context.report()
         loop = asyncio.get_running_loop()
         work = loop.create_task(context.guard(self._work()))
         work.add_done_callback(lambda _: context.ending.set())
-        tasks = [work, loop.create_task(context.guard(context.progress.keep_reporting()))]
+        tasks = [work, loop.create_task(context.guard(context.keep_reporting()))]
         if stop is not None:
             tasks.append(loop.create_task(context.guard(self._obey(stop))))
         try:
-            while not work.done() and context.error is None:
-                left = context.leave_at - time.monotonic()
-                if left <= 0:
-                    break
-                context.ending.clear()
-                await _within(left, context.ending.wait())
+            with contextlib.suppress(TimeoutError):
+                while not work.done() and context.error is None:
+                    context.ending.clear()
+                    async with asyncio.timeout_at(context.leave_at):
+                        await context.ending.wait()
         finally:
             for each in tasks:
                 each.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            context.progress.report()
+            context.report()
         if context.error is not None:
             raise context.error
 
@@ -253,14 +244,9 @@ class _Run:
     async def _items(self, *states: str) -> AsyncGenerator[Item, None]:
         """The items in these states, one state after the other, each in the order of the input."""
         for state in states:
-            after = (0, 0)
-            while page := await self._page(state, after):
-                for item in page:
+            async with aclosing(self.context.ledger.items(state)) as items:
+                async for item in items:
                     yield item
-                after = (page[-1].line, page[-1].number)
-
-    async def _page(self, state: str, after: tuple[int, int]) -> tuple[Item, ...]:
-        return await self.context.commit(self.context.ledger.page(state, after=after))
 
     # -- generating ------------------------------------------------------------------------
 
@@ -324,8 +310,7 @@ class _Run:
         now, context = time.monotonic(), self.context
         if context.going and now - self._disk_checked_at >= 1.0:
             self._disk_checked_at = now
-            usage = asyncio.to_thread(shutil.disk_usage, context.folder)
-            free = (await context.commit(usage)).free
+            free = (await context.in_thread(shutil.disk_usage, context.folder)).free
             if free < _MIN_FREE:
                 context.halt(
                     "disk",
@@ -367,35 +352,26 @@ class _Run:
 
     async def _resume_completed(self) -> None:
         """Have saved what earlier runs left to be downloaded, also if nothing more is bought."""
-        async with aclosing(self._items("completed")) as items:
+        async with aclosing(self.context.ledger.items("completed")) as items:
             async for item in items:
                 await self._resume(item)
 
     async def _verify(self) -> None:
         """Download again what an earlier run saved and is not there any more, or has changed."""
         context = self.context
-        async with aclosing(self._items("saved")) as items:
+        async with aclosing(context.ledger.items("saved")) as items:
             async for item in items:
-                with hold(context.session.clock):
-                    damaged = await asyncio.to_thread(damage, context.folder, item.files)
-                    if not damaged:
-                        continue
+                damaged = await context.in_thread(damage, context.folder, item.files)
+                if damaged:
                     await context.ledger.damaged(item.number)
-                logger.info("%s: %s: downloaded again", item.place, damaged)
-                context.moved("saved", "completed")
-                await self._resume(evolve(item, state="completed"))
+                    logger.info("%s: %s: downloaded again", item.place, damaged)
+                    context.moved("saved", "completed")
+                    await self._resume(evolve(item, state="completed"))
 
     async def _resume(self, item: Item) -> None:
         live = LiveItem(self.context, item)
         result = GenerationResult.from_json(item.snapshot)
         await self._to_save.put((live, result, await live.completed(result)))
-
-
-async def _within(seconds: float, what: Awaitable[object]) -> None:
-    """Await *what*, for so long at most."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(None if seconds == float("inf") else seconds):
-            await what
 
 
 def _check(name: str, value: object, fits: bool, allowed: str) -> None:  # noqa: FBT001 - private

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Final
 
 from attrs import define, field
 
-from evolink_async._clock import hold
 from evolink_async._model.snapshots import GenerationResult
 from evolink_async._session import read_once, save_result
 from evolink_async._text import printable
@@ -24,7 +22,7 @@ from evolink_async.batch._files import (
     whole,
 )
 from evolink_async.batch._items import LiveItem
-from evolink_async.batch._ledger import EXPIRED, File, Item
+from evolink_async.batch._ledger import EXPIRED, Item
 from evolink_async.errors import DownloadError, EvolinkError, NotFoundError, SessionClosedError
 
 __all__ = ["Saver"]
@@ -51,12 +49,12 @@ class Saver:
 
     async def save(self, live: LiveItem, result: GenerationResult, stem: str) -> None:
         """Save the files of *result*, or record why they cannot be."""
-        if self.run.disk_failed:
+        if self.run.stop is not None and self.run.stop.kind == "disk":
             return
         try:
             await self._save(live, result, stem, again=live.item.state == "completed")
-        except SessionClosedError:
-            self.run.halt_closed()
+        except SessionClosedError as exc:
+            self.run.halt_for(exc)
 
     async def _save(
         self, live: LiveItem, result: GenerationResult, stem: str, *, again: bool
@@ -88,9 +86,8 @@ class Saver:
         folder = self.run.folder
         there: dict[int, Path] = {}
         if item.state == "completed":  # only then can there be any
-            with hold(self.run.session.clock):
-                recorded = await self.run.ledger.files(item.number)
-                files = await asyncio.to_thread(present, folder, recorded.values())
+            recorded = await self.run.ledger.files(item.number)
+            files = await self.run.in_thread(present, folder, recorded.values())
             there = {k: folder / file.name for k, file in recorded.items() if file in files}
         return await save_result(
             self.run.session,
@@ -111,17 +108,17 @@ class Saver:
             logger.warning("%s is not what was saved there: kept as %s", target.name, kept.name)
 
     async def _saved(self, live: LiveItem, paths: tuple[Path, ...]) -> None:
-        with hold(self.run.session.clock):
-            files = await asyncio.to_thread(lambda: [file_of(path) for path in paths])
-            await self.run.ledger.saved(live.item.number, files)
+        files = await self.run.in_thread(lambda: [file_of(path) for path in paths])
+        await self.run.ledger.saved(live.item.number, files)
         self.pictures += len(files)
         live.moved("saved")
 
     async def _keep_part(self, item: Item, paths: tuple[Path, ...], why: str) -> None:
         """Record what there is of its files, and why there is no more."""
-        with hold(self.run.session.clock):
-            files = await asyncio.to_thread(_by_position, paths)
-            await self.run.ledger.unsaved(item.number, files, printable(why, 500))
+        files = await self.run.in_thread(
+            lambda: {int(path.stem.rpartition("-")[2]): file_of(path) for path in paths}
+        )
+        await self.run.ledger.unsaved(item.number, files, printable(why, 500))
 
     async def _read_again(
         self, item: Item, result: GenerationResult
@@ -142,10 +139,9 @@ class Saver:
     async def _expire(self, live: LiveItem, result: GenerationResult, stem: str, why: str) -> None:
         """Its links have expired, or nobody knows them: what is not on disk is lost."""
         folder = self.run.folder
-        with hold(self.run.session.clock):
-            recorded = await self.run.ledger.files(live.item.number)
-            paths = await asyncio.to_thread(whole, folder, stem, result, recorded)
-            damaged = await asyncio.to_thread(damage, folder, recorded.values())
+        recorded = await self.run.ledger.files(live.item.number)
+        paths = await self.run.in_thread(whole, folder, stem, result, recorded)
+        damaged = await self.run.in_thread(damage, folder, recorded.values())
         if paths:  # only the record was missing
             await self._saved(live, paths)
             return
@@ -162,8 +158,3 @@ def _is_old(item: Item, result: GenerationResult) -> bool:
     if "submitted" in item.times and result.duration is not None:
         ended = min(ended, item.times["submitted"] + max(0.0, result.duration))
     return time.time() - ended >= _LINKS_LIVE
-
-
-def _by_position(paths: tuple[Path, ...]) -> dict[int, File]:
-    """The files of a result by the number in their name."""
-    return {int(path.stem.rpartition("-")[2]): file_of(path) for path in paths}

@@ -12,7 +12,7 @@ import pytest
 from desk import Desk, prompts
 
 from evolink_async import ImageRequest, RawRequest
-from evolink_async.batch import BatchProgress, _progress
+from evolink_async.batch import BatchProgress, _context
 from evolink_async.emulator import Emulator, ManualClock, faults
 
 
@@ -217,7 +217,7 @@ async def test_progress_is_reported_while_nothing_changes(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rate and time left of a batch that hangs do not stay what they were."""
-    monkeypatch.setattr(_progress, "REPORT_EVERY", 0.005)
+    monkeypatch.setattr(_context, "REPORT_EVERY", 0.005)
     desk.emulator.faults.add(faults.TaskHangs(50))
     stop = asyncio.Event()
     seen: list[BatchProgress] = []
