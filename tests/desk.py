@@ -14,7 +14,7 @@ from typing import Any
 from attrs import define
 
 from evolink_async import RetryPolicy, Session
-from evolink_async.batch import BatchReport, run_batch
+from evolink_async.batch import BatchReport, Stop, run_batch
 from evolink_async.batch._ledger import LEDGER
 from evolink_async.emulator import Emulator, ManualClock, faults
 
@@ -88,6 +88,12 @@ async def until(condition: Callable[[], bool]) -> None:
     """Return once *condition* holds."""
     while not condition():  # noqa: ASYNC110 - what is waited for has no event
         await asyncio.sleep(0.005)
+
+
+def stop_of(report: BatchReport) -> Stop:
+    """Why the batch stopped, which it must have."""
+    assert report.stop is not None
+    return report.stop
 
 
 def prompts(count: int, word: str = "lake") -> list[str]:

@@ -13,7 +13,7 @@ import functools
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
@@ -121,8 +121,8 @@ class Connection:
     )
     _waiting: deque[_Change] = field(factory=deque, init=False)
     _opened: dict[Path, tuple[int, int] | None] = field(factory=dict, init=False)
-    _lock: sqlite3.Connection | None = field(default=None, init=False)
-    _connection: sqlite3.Connection | None = field(default=None, init=False)
+    _db: sqlite3.Connection = field(init=False)
+    _closing: contextlib.ExitStack = field(factory=contextlib.ExitStack, init=False)
 
     # -- for the event loop ----------------------------------------------------------------
 
@@ -154,8 +154,9 @@ class Connection:
 
     def _open(self) -> None:
         try:
-            self._lock = _lock(self.path)
-            self._connection = _connect(self.path)
+            self._closing.callback(_lock(self.path).close)
+            self._db = _connect(self.path)
+            self._closing.callback(self._db.close)
         except sqlite3.Error as exc:
             raise _ledger_error(exc, self.path) from exc
         lock, log = self._beside
@@ -163,15 +164,11 @@ class Connection:
             if path != log or log.exists():  # SQLite keeps no log on some network drives
                 self._opened[path] = _file_id(path)
         _reserve(self.path)
+        self._closing.callback(_release, self.path)
 
     def _close(self) -> None:
-        if self._connection is not None:
-            _release(self.path)
-        for opened in (self._connection, self._lock):
-            if opened is not None:
-                with contextlib.suppress(sqlite3.Error):
-                    opened.close()
-        self._connection = self._lock = None
+        with contextlib.suppress(sqlite3.Error):
+            self._closing.close()
 
     def _do_waiting(self) -> None:
         """Do the changes that wait; often an earlier call has done them already."""
@@ -201,15 +198,18 @@ class Connection:
 
     def _transact(self, changes: Sequence[_Change]) -> None:
         """Do *changes* in one transaction: all, or none."""
-        connection = self._connection
-        if connection is None:
-            raise AssertionError(self.path)
-        with _transaction(connection):
+        self._db.execute("BEGIN")
+        try:
             for change in changes:
                 try:
-                    change.result, change.error = change.work(connection), None
+                    change.result, change.error = change.work(self._db), None
                 except LedgerError as exc:  # refused before anything was changed
                     change.error = exc
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
 
     # -- in any thread ---------------------------------------------------------------------
 
@@ -246,13 +246,13 @@ class Connection:
 
 
 def committed(
-    work: Callable[Concatenate[C, sqlite3.Connection, P], T],
+    work: Callable[Concatenate[C, P], T],
 ) -> Callable[Concatenate[C, P], Coroutine[Any, Any, T]]:
     """Make *work*, which is done in the ledger's thread, a method of the event loop."""
 
     @functools.wraps(work)
     async def method(self: C, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self._do(lambda connection: work(self, connection, *args, **kwargs))
+        return await self._do(lambda _: work(self, *args, **kwargs))
 
     return method
 
@@ -309,10 +309,10 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     Raises:
         LedgerError: It is something else, or of a newer format.
     """
-    version = _pragma(connection, "user_version")
-    foreign = version and _pragma(connection, "application_id") != _APPLICATION
-    tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    if foreign or (tables and not version):
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if (version and application != _APPLICATION) or (tables and not version):
         raise LedgerError(f"{path} is not a ledger; choose another folder", path=path)
     if version > _FORMAT:
         raise LedgerError(
@@ -331,10 +331,6 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
             f"BEGIN; {_TABLES} PRAGMA application_id = {_APPLICATION};"
             f"PRAGMA user_version = {_FORMAT}; COMMIT;"
         )
-
-
-def _pragma(connection: sqlite3.Connection, name: str) -> int:
-    return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
 
 
 def _file_id(path: Path) -> tuple[int, int] | None:
@@ -371,28 +367,11 @@ def _is_reserve(path: Path) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------
-# Transactions and errors
+# Errors
 
 
-@contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    connection.execute("BEGIN")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
-
-
-def _ledger_error(exc: BaseException, path: Path) -> LedgerError:
-    error = LedgerError(f"the ledger {path} cannot be used: {exc}{_advice(exc)}", path=path)
-    error.__cause__ = exc
-    return error
-
-
-def _advice(exc: BaseException) -> str:
+def _ledger_error(exc: sqlite3.Error, path: Path) -> LedgerError:
+    """*exc* as an error of ours, with what to do."""
     known = {
         "SQLITE_FULL": "; make room on the disk and run the same command again",
         "SQLITE_NOTADB": "; it is not a ledger, choose another folder",
@@ -401,7 +380,10 @@ def _advice(exc: BaseException) -> str:
         "SQLITE_CANTOPEN": "; make the folder writable, or choose another one",
         "SQLITE_BUSY": "; another program is writing to it",
     }
-    return next((text for start, text in known.items() if _name(exc).startswith(start)), "")
+    advice = next((text for start, text in known.items() if _name(exc).startswith(start)), "")
+    error = LedgerError(f"the ledger {path} cannot be used: {exc}{advice}", path=path)
+    error.__cause__ = exc
+    return error
 
 
 def _name(exc: BaseException) -> str:

@@ -51,7 +51,7 @@ class Options:
 
 
 @define(eq=False, kw_only=True)
-class _SubmitHealth:
+class SubmitHealth:
     """How the API has answered submits of late; times are the session's clock's.
 
     Attributes:
@@ -92,12 +92,12 @@ class RunContext:
     ending: asyncio.Event = field(factory=asyncio.Event, init=False)
     waiting: set[asyncio.Task[Any] | None] = field(factory=set, init=False)
     replaced: bool = field(default=False, init=False)
-    _health: _SubmitHealth = field(init=False)
+    health: SubmitHealth = field(init=False)
     _changed: asyncio.Event = field(factory=asyncio.Event, init=False)
 
     def __attrs_post_init__(self) -> None:
         now = self.session.clock.now()
-        self._health = _SubmitHealth(
+        self.health = SubmitHealth(
             accepted_any=bool(self.money.prices), accepted_at=now, paused_until=now
         )
 
@@ -143,7 +143,7 @@ class RunContext:
         waits: set[asyncio.Future[Any]] = {changed}
         if self.paused:
             clock = self.session.clock
-            pause = clock.sleep_until(self._health.paused_until)
+            pause = clock.sleep_until(self.health.paused_until)
             waits.add(asyncio.ensure_future(pause))
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -212,22 +212,17 @@ class RunContext:
     @property
     def paused(self) -> bool:
         """Whether submits are put off."""
-        return self.session.clock.now() < self._health.paused_until
-
-    @property
-    def accepted_any(self) -> bool:
-        """Whether the API has ever accepted a submit of this batch."""
-        return self._health.accepted_any
+        return self.session.clock.now() < self.health.paused_until
 
     def accepted(self) -> None:
         """The API has accepted a submit."""
-        health = self._health
+        health = self.health
         health.accepted_any, health.uncertain_in_a_row = True, 0
         health.accepted_at = self.session.clock.now()
 
     def put_off(self, item: Item, exc: EvolinkError) -> None:
         """The API takes no submits: pause, and after long enough stop."""
-        now, health = self.session.clock.now(), self._health
+        now, health = self.session.clock.now(), self.health
         if now - health.accepted_at >= self.options.outage_timeout:
             self.halt("network", f"the API takes no submits: {exc}; run the same batch again")
         after = exc.retry_after if isinstance(exc, APIStatusError) else None
@@ -238,8 +233,8 @@ class RunContext:
 
     def count_uncertain(self, exc: SubmitUncertainError) -> None:
         """One more submit of unknown outcome: too many in a row stop the run."""
-        self._health.uncertain_in_a_row += 1
-        if (count := self._health.uncertain_in_a_row) >= _MOST_UNCERTAIN:
+        self.health.uncertain_in_a_row += 1
+        if (count := self.health.uncertain_in_a_row) >= _MOST_UNCERTAIN:
             self.halt(
                 "network",
                 f"{count} submits in a row may or may not have been accepted, the last "

@@ -25,7 +25,7 @@ from evolink_async._text import printable, shown
 from evolink_async.batch._rows import Entry, Invalid
 from evolink_async.errors import ConfigurationError, RequestValidationError
 
-__all__ = ["Source", "check_readable", "is_source", "name_of", "read"]
+__all__ = ["Source", "check_readable", "name_of", "read"]
 
 Source = str | os.PathLike[str] | Iterable[str | Mapping[str, Any] | ImageRequest | RawRequest]
 
@@ -96,16 +96,6 @@ def check_readable(source: Source) -> None:
     if why is not None:
         name = printable(os.fspath(source))
         raise ConfigurationError(f"the prompts cannot be read from {name}: {why}")
-
-
-def is_source(path: Path, source: Source) -> bool:
-    """Whether *path* is the file the prompts come from."""
-    if not isinstance(source, str | os.PathLike) or source == "-":
-        return False
-    try:
-        return path.samefile(source)
-    except (OSError, ValueError):
-        return False
 
 
 def name_of(source: Source) -> str:

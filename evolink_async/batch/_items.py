@@ -184,7 +184,7 @@ class LiveItem:
             await self._return()
             self.put_off = True
             run.put_off(self.item, exc)
-        elif isinstance(exc, PermissionDeniedError | NotFoundError) and not run.accepted_any:
+        elif isinstance(exc, PermissionDeniedError | NotFoundError) and not run.health.accepted_any:
             await self._return()
             run.halt(
                 "refused",

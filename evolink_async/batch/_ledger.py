@@ -13,7 +13,6 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
-import sqlite3
 import time
 from asyncio import to_thread
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
@@ -76,6 +75,7 @@ class Ledger(Connection):
         """
         try:
             await self.open()
+            await self.restore()
             await self._disown()
         except BaseException:
             await self.close()
@@ -86,11 +86,10 @@ class Ledger(Connection):
         await self.close()
 
     @committed
-    def _disown(self, db: sqlite3.Connection) -> None:
+    def _disown(self) -> None:
         """What a process that is gone was submitting is uncertain."""
-        _restore(db)
-        loading.forget(db, f"state = 'submitting' AND {_REPLACED}")
-        db.execute(
+        loading.forget(self._db, f"state = 'submitting' AND {_REPLACED}")
+        self._db.execute(
             "UPDATE items SET state = 'uncertain', code = 'submit_uncertain', ended_at = ?, message"
             " = 'the process ended while this was being submitted' WHERE state = 'submitting'",
             (time.time(),),
@@ -98,19 +97,13 @@ class Ledger(Connection):
 
     @committed
     def claim(
-        self,
-        db: sqlite3.Connection,
-        api: str,
-        fingerprint: Callable[[bytes], bytes] | None,
-        *,
-        replace_key: bool = False,
+        self, api: str, fingerprint: Callable[[bytes], bytes] | None, *, replace_key: bool = False
     ) -> None:
         """Record which API and key its tasks belong to, or see that it is the same as before.
 
         As long as nothing was accepted, or may have been, any API and key may take it over.
 
         Args:
-            db: The open file.
             api: The base URL, or another lasting name of the API.
             fingerprint: Makes the salted hash of the API key that is kept; None for an API
                 without accounts.
@@ -119,7 +112,7 @@ class Ledger(Connection):
         Raises:
             LedgerError: It belongs to another API, or another key.
         """
-        owner = db.execute(
+        owner = self._db.execute(
             "SELECT api, salt, key_digest FROM owner WHERE EXISTS (SELECT 1 FROM items WHERE "
             "task_id IS NOT NULL OR state IN ('submitting', 'uncertain') OR credits_before > 0)"
         ).fetchone()
@@ -146,8 +139,8 @@ class Ledger(Connection):
                     path=self.path,
                 )
         salt = secrets.token_bytes(16)
-        db.execute("DELETE FROM owner")
-        db.execute(
+        self._db.execute("DELETE FROM owner")
+        self._db.execute(
             "INSERT INTO owner VALUES (?, ?, ?)",
             (api, salt, None if fingerprint is None else fingerprint(salt)),
         )
@@ -172,12 +165,10 @@ class Ledger(Connection):
         return await self._do(partial(loading.finish, skip_invalid=skip_invalid))
 
     @committed
-    def invalid(
-        self, db: sqlite3.Connection, after: int = 0, limit: int = 500
-    ) -> tuple[Invalid, ...]:
+    def invalid(self, after: int = 0, limit: int = 500) -> tuple[Invalid, ...]:
         """The bad lines of the input last read, from behind line *after* on."""
         sql = "SELECT line, reason FROM invalid WHERE line > ? ORDER BY line LIMIT ?"
-        return tuple(Invalid(*row) for row in db.execute(sql, (after, limit)))
+        return tuple(Invalid(*row) for row in self._db.execute(sql, (after, limit)))
 
     # -- questions -------------------------------------------------------------------------
 
@@ -188,7 +179,6 @@ class Ledger(Connection):
     @committed
     def page(
         self,
-        db: sqlite3.Connection,
         *states: str,
         after: tuple[int, int] = (0, 0),
         limit: int = 64,
@@ -198,19 +188,18 @@ class Ledger(Connection):
         Queued and failed items whose line is gone are left out.
 
         Args:
-            db: The open file.
             *states: Which.
             after: ``(line, number)`` of the last item already seen.
             limit: At most so many.
         """
         columns = ", ".join((*_COLUMNS, *(f"{name}_at" for name in _TIMES)))
         among = f"state IN ({', '.join('?' * len(states))}) AND" if states else ""
-        rows = db.execute(
+        rows = self._db.execute(
             f"SELECT {columns} FROM items WHERE {among} (line, number) > (?, ?) AND {_RELEVANT} "  # noqa: S608 - ours
             "ORDER BY line, number LIMIT ?",
             (*states, *after, limit),
         ).fetchall()
-        return tuple(_item(db, row) for row in rows)
+        return tuple(self._item(row) for row in rows)
 
     async def items(self, *states: str, limit: int = 64) -> AsyncGenerator[Item, None]:
         """All items in one of *states*, as `page` has them, *limit* of them in memory."""
@@ -221,19 +210,19 @@ class Ledger(Connection):
             after = (page[-1].line, page[-1].number)
 
     @committed
-    def files(self, db: sqlite3.Connection, number: int) -> dict[int, File]:
+    def files(self, number: int) -> dict[int, File]:
         """The files of an item as they were last saved, by position from 1."""
-        return _files(db, number)
+        return self._files(number)
 
     @committed
-    def counts(self, db: sqlite3.Connection) -> Counts:
+    def counts(self) -> Counts:
         """The whole ledger in numbers."""
 
         def table(sql: str) -> dict[str, Any]:
-            return dict(db.execute(sql).fetchall())
+            return dict(self._db.execute(sql).fetchall())
 
         def number(sql: str) -> Any:
-            return db.execute(sql).fetchone()[0]
+            return self._db.execute(sql).fetchone()[0]
 
         return Counts(
             states=table(f"SELECT state, count(*) FROM items WHERE {_RELEVANT} GROUP BY state"),  # noqa: S608 - ours
@@ -271,7 +260,7 @@ class Ledger(Connection):
     # -- changes of one item ---------------------------------------------------------------
 
     @committed
-    def submitting(self, db: sqlite3.Connection, number: int, key: str) -> None:
+    def submitting(self, number: int, key: str) -> None:
         """Its POST may leave from now on, under this idempotency key.
 
         Raises:
@@ -279,8 +268,7 @@ class Ledger(Connection):
                 the folder, or it cannot be written.
         """
         self._check_files()
-        _change(
-            db,
+        self._change(
             number,
             "state = 'submitting', idempotency_key = ?, submitting_at = ?, "
             "code = iif(task_id IS NULL, NULL, code), "
@@ -290,10 +278,9 @@ class Ledger(Connection):
         )
 
     @committed
-    def queued(self, db: sqlite3.Connection, number: int) -> None:
+    def queued(self, number: int) -> None:
         """Nothing of this submit was accepted: it may be submitted anew, under a new key."""
-        _change(
-            db,
+        self._change(
             number,
             "state = 'queued', idempotency_key = NULL, submitting_at = NULL, queued_at = ?",
             (time.time(),),
@@ -301,18 +288,15 @@ class Ledger(Connection):
         )
 
     @committed
-    def replacing(self, db: sqlite3.Connection, number: int) -> None:
+    def replacing(self, number: int) -> None:
         """It failed and is to be bought anew; until a submit may have left, it keeps its task."""
-        _change(db, number, "state = 'queued', queued_at = ?, ended_at = NULL", (time.time(),))
+        self._change(number, "state = 'queued', queued_at = ?, ended_at = NULL", (time.time(),))
 
     @committed
-    def uncertain(
-        self, db: sqlite3.Connection, number: int, *, key: str | None, message: str
-    ) -> None:
+    def uncertain(self, number: int, *, key: str | None, message: str) -> None:
         """Its submit may have been accepted; nobody knows its task."""
-        loading.forget(db, f"number = {int(number)} AND {_REPLACED}")
-        _change(
-            db,
+        loading.forget(self._db, f"number = {int(number)} AND {_REPLACED}")
+        self._change(
             number,
             "state = 'uncertain', idempotency_key = coalesce(?, idempotency_key), "
             "code = 'submit_uncertain', message = ?, ended_at = ?",
@@ -321,18 +305,11 @@ class Ledger(Connection):
 
     @committed
     def submitted(
-        self,
-        db: sqlite3.Connection,
-        number: int,
-        *,
-        key: str | None,
-        task_id: str,
-        reserved: float | None,
+        self, number: int, *, key: str | None, task_id: str, reserved: float | None
     ) -> None:
         """It was accepted as *task_id*."""
-        loading.forget(db, f"number = {int(number)} AND {_REPLACED}")
-        _change(
-            db,
+        loading.forget(self._db, f"number = {int(number)} AND {_REPLACED}")
+        self._change(
             number,
             "state = 'submitted', idempotency_key = coalesce(?, idempotency_key), code = NULL, "
             "message = NULL, task_id = ?, credits_reserved = ?, submitted_at = ?",
@@ -341,18 +318,11 @@ class Ledger(Connection):
 
     @committed
     def completed(
-        self,
-        db: sqlite3.Connection,
-        number: int,
-        *,
-        snapshot: str,
-        used: float | None,
-        stems: Iterable[str],
+        self, number: int, *, snapshot: str, used: float | None, stems: Iterable[str]
     ) -> str:
         """Its results may be downloaded.
 
         Args:
-            db: The open file.
             number: Which item.
             snapshot: Its task, as JSON.
             used: The credits it has cost, if known.
@@ -364,16 +334,15 @@ class Ledger(Connection):
             that no other item has, in whatever case.
         """
         stem: str | None
-        (stem,) = db.execute("SELECT stem FROM items WHERE number = ?", (number,)).fetchone()
+        (stem,) = self._db.execute("SELECT stem FROM items WHERE number = ?", (number,)).fetchone()
         if stem is None:
             taken = "SELECT 1 FROM items WHERE stem = ? COLLATE NOCASE AND number != ?"
             for stem in stems:
-                if db.execute(taken, (stem, number)).fetchone() is None:
+                if self._db.execute(taken, (stem, number)).fetchone() is None:
                     break
             else:
                 stem = f"{stem}-{number}"
-        _change(
-            db,
+        self._change(
             number,
             f"state = 'completed', code = {_LOST}, message = NULL, snapshot = ?, "
             "stem = ?, credits_used = ?, completed_at = coalesce(completed_at, ?)",
@@ -382,36 +351,32 @@ class Ledger(Connection):
         return stem
 
     @committed
-    def saved(self, db: sqlite3.Connection, number: int, files: Sequence[File]) -> None:
+    def saved(self, number: int, files: Sequence[File]) -> None:
         """All its results are on disk."""
         now = time.time()
-        _change(
-            db,
+        self._change(
             number,
             "state = 'saved', code = NULL, message = NULL, saved_at = ?, ended_at = ?",
             (now, now),
         )
-        db.execute("DELETE FROM files WHERE item = ?", (number,))
-        _add_files(db, number, dict(enumerate(files, 1)))
+        self._db.execute("DELETE FROM files WHERE item = ?", (number,))
+        self._add_files(number, dict(enumerate(files, 1)))
 
     @committed
-    def damaged(self, db: sqlite3.Connection, number: int) -> None:
+    def damaged(self, number: int) -> None:
         """Its files are not what was saved: they must be downloaded again."""
-        _change(db, number, "state = 'completed', saved_at = NULL", ())
+        self._change(number, "state = 'completed', saved_at = NULL", ())
 
     @committed
-    def unsaved(
-        self, db: sqlite3.Connection, number: int, files: Mapping[int, File], message: str
-    ) -> None:
+    def unsaved(self, number: int, files: Mapping[int, File], message: str) -> None:
         """Not all its results are on disk, for that reason; these are, by position from 1."""
         code = f"code = coalesce({_LOST}, 'download_failed')"
-        _change(db, number, f"{code}, message = ?", (message,))
-        _add_files(db, number, files)
+        self._change(number, f"{code}, message = ?", (message,))
+        self._add_files(number, files)
 
     @committed
     def failed(
         self,
-        db: sqlite3.Connection,
         number: int,
         *,
         code: str,
@@ -423,7 +388,6 @@ class Ledger(Connection):
         """Nothing will come of it by itself.
 
         Args:
-            db: The open file.
             number: Which item.
             code: A word for the reason.
             message: The reason in words.
@@ -432,8 +396,7 @@ class Ledger(Connection):
             guess: Given if its credits were not returned: what it has cost where the ledger
                 knows no better.
         """
-        _change(
-            db,
+        self._change(
             number,
             "state = 'failed', code = ?, message = ?, retryable = ?, ended_at = ?, "
             "credits_used = coalesce(?, credits_used, iif(?, credits_reserved, NULL), ?)",
@@ -443,72 +406,66 @@ class Ledger(Connection):
     # -- changes of many items -------------------------------------------------------------
 
     @committed
-    def restore(self, db: sqlite3.Connection) -> None:
+    def restore(self) -> None:
         """Items that were to be bought anew, and were not, have failed as before."""
-        _restore(db)
+        self._db.execute(
+            "UPDATE items SET state = 'failed', ended_at = ? "
+            "WHERE state = 'queued' AND task_id IS NOT NULL",
+            (time.time(),),
+        )
 
     @committed
-    def requeue_failed(self, db: sqlite3.Connection) -> int:
+    def requeue_failed(self) -> int:
         """Queue failed items of the input anew, those that are retryable."""
-        return loading.requeue(db, f"{_FAILED} AND retryable")
+        return loading.requeue(self._db, f"{_FAILED} AND retryable")
 
     @committed
-    def reattach_lost(self, db: sqlite3.Connection) -> None:
+    def reattach_lost(self) -> None:
         """Look again at tasks of items of the input that the API did not know."""
-        db.execute(
+        self._db.execute(
             "UPDATE items SET state = 'submitted', credits_used = NULL, ended_at = NULL "  # noqa: S608 - ours
             f"WHERE {_FAILED} AND code = '{NOT_FOUND}' AND task_id IS NOT NULL"
         )
 
     @committed
-    def reopen_expired(self, db: sqlite3.Connection) -> None:
+    def reopen_expired(self) -> None:
         """Look again for results of items of the input that had expired."""
-        db.execute(
+        self._db.execute(
             "UPDATE items SET state = 'completed', ended_at = NULL "  # noqa: S608 - ours
             f"WHERE {_FAILED} AND code = '{EXPIRED}' AND snapshot IS NOT NULL"
         )
 
+    # -- in the thread ---------------------------------------------------------------------
 
-def _item(db: sqlite3.Connection, row: tuple[Any, ...]) -> Item:
-    values = dict(zip(_COLUMNS, row, strict=False))
-    times = zip(_TIMES, row[len(_COLUMNS) :], strict=True)
-    values["request"] = json.loads(values["request"])
-    values["metadata"] = json.loads(values["metadata"] or "{}")
-    values["snapshot"] = json.loads(values["snapshot"] or "null")
-    return Item(
-        **values,
-        times={name: at for name, at in times if at is not None},
-        files=tuple(_files(db, values["number"]).values()),
-    )
+    def _item(self, row: tuple[Any, ...]) -> Item:
+        values = dict(zip(_COLUMNS, row, strict=False))
+        times = zip(_TIMES, row[len(_COLUMNS) :], strict=True)
+        values["request"] = json.loads(values["request"])
+        values["metadata"] = json.loads(values["metadata"] or "{}")
+        values["snapshot"] = json.loads(values["snapshot"] or "null")
+        return Item(
+            **values,
+            times={name: at for name, at in times if at is not None},
+            files=tuple(self._files(values["number"]).values()),
+        )
 
+    def _files(self, number: int) -> dict[int, File]:
+        rows = self._db.execute(
+            "SELECT position, name, sha256, bytes FROM files WHERE item = ? ORDER BY position",
+            (number,),
+        )
+        return {k: File(name=name, sha256=sha256, bytes=size) for k, name, sha256, size in rows}
 
-def _files(db: sqlite3.Connection, number: int) -> dict[int, File]:
-    rows = db.execute(
-        "SELECT position, name, sha256, bytes FROM files WHERE item = ? ORDER BY position",
-        (number,),
-    )
-    return {k: File(name=name, sha256=sha256, bytes=size) for k, name, sha256, size in rows}
+    def _add_files(self, number: int, files: Mapping[int, File]) -> None:
+        self._db.executemany(
+            "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)",
+            [(number, k, f.name, f.sha256, f.bytes) for k, f in files.items()],
+        )
 
-
-def _add_files(db: sqlite3.Connection, number: int, files: Mapping[int, File]) -> None:
-    db.executemany(
-        "INSERT OR REPLACE INTO files (item, position, name, sha256, bytes) VALUES (?, ?, ?, ?, ?)",
-        [(number, k, f.name, f.sha256, f.bytes) for k, f in files.items()],
-    )
-
-
-def _restore(db: sqlite3.Connection) -> None:
-    db.execute(
-        "UPDATE items SET state = 'failed', ended_at = ? "
-        "WHERE state = 'queued' AND task_id IS NOT NULL",
-        (time.time(),),
-    )
-
-
-def _change(
-    db: sqlite3.Connection, number: int, values: str, given: tuple[Any, ...], *, only: str = "true"
-) -> None:
-    """Give the columns of one item, which must be among *only*, these *values*."""
-    sql = f"UPDATE items SET {values} WHERE number = ? AND {only}"  # noqa: S608 - ours
-    if db.execute(sql, (*given, number)).rowcount != 1:
-        raise AssertionError(number)  # a mistake of ours, which must not cost money
+    def _change(
+        self, number: int, values: str, given: tuple[Any, ...], *, only: str = "true"
+    ) -> None:
+        """Give the columns of one item, which must be among *only*, these *values*."""
+        sql = f"UPDATE items SET {values} WHERE number = ? AND {only}"  # noqa: S608 - ours
+        if self._db.execute(sql, (*given, number)).rowcount != 1:
+            raise AssertionError(number)  # a mistake of ours, which must not cost money

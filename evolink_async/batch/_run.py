@@ -28,7 +28,7 @@ from evolink_async._text import printable
 from evolink_async.batch._budget import Money
 from evolink_async.batch._context import Options, RunContext
 from evolink_async.batch._files import damage, make_folder, sweep
-from evolink_async.batch._input import Source, check_readable, is_source, name_of, read
+from evolink_async.batch._input import Source, check_readable, name_of, read
 from evolink_async.batch._items import LiveItem
 from evolink_async.batch._ledger import EMULATOR, LEDGER, Invalid, Item, Ledger
 from evolink_async.batch._manifest import GALLERY, MANIFEST, gone, write
@@ -381,8 +381,10 @@ def _check(name: str, value: object, fits: bool, allowed: str) -> None:  # noqa:
 
 def _check_source(folder: Path, source: Source) -> None:
     """Refuse to write over the input."""
-    for path in (folder / name for name in (MANIFEST, GALLERY)):
-        if is_source(path, source):
+    if not isinstance(source, str | os.PathLike) or source == "-":
+        return
+    for path in (folder / MANIFEST, folder / GALLERY):
+        if path.exists() and path.samefile(source):
             raise ConfigurationError(
                 f"the input {printable(str(path))} would be overwritten: the batch writes a file "
                 "of that name; rename it, or choose another folder"

@@ -10,15 +10,12 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from desk import Desk, prompts
+from desk import Desk, prompts, stop_of
 
 from evolink_async.batch import BatchProgress, run_batch
 from evolink_async.batch._ledger import LEDGER
 from evolink_async.emulator import faults
-from evolink_async.errors import (
-    ConfigurationError,
-    LedgerError,
-)
+from evolink_async.errors import ConfigurationError, LedgerError
 
 
 async def test_a_disk_that_is_nearly_full_stops_before_more_is_bought(
@@ -28,8 +25,7 @@ async def test_a_disk_that_is_nearly_full_stops_before_more_is_bought(
     usage = namedtuple("usage", "total used free")  # noqa: PYI024 - as in shutil
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**6))
     report = await desk.run(prompts(3))
-    assert report.stop is not None
-    assert (report.stop.kind, report.exit_code, report.queued) == ("disk", 3, 3)
+    assert (stop_of(report).kind, report.exit_code, report.queued) == ("disk", 3, 3)
     assert desk.emulator.books.requests() == ()
 
 
@@ -51,8 +47,7 @@ async def test_a_folder_that_is_removed_stops_the_batch_and_what_was_paid_for_is
 
     gone: list[str] = []
     report = await desk.run(prompts(60), progress=follow, settings={"max_in_flight": 4})
-    assert report.stop is not None
-    assert (report.stop.kind, report.exit_code) == ("disk", 3)
+    assert (stop_of(report).kind, report.exit_code) == ("disk", 3)
     assert report.uncertain == 0
     assert "ledger.sqlite3 was removed while it was in use" in report.unwritten[-1]
     named = {item["task_id"] for item in desk.manifest()} - {None}
@@ -74,9 +69,8 @@ async def test_a_ledger_that_lost_its_name_stops_the_batch_and_that_is_told(
                 ledger.touch()
 
     report = await desk.run(prompts(60), progress=follow, settings={"max_in_flight": 4})
-    assert report.stop is not None
-    assert (report.stop.kind, report.exit_code) == ("disk", 3)
-    assert f"{ledger} was {loss} while it was in use" in report.stop.message
+    assert (stop_of(report).kind, report.exit_code) == ("disk", 3)
+    assert f"{ledger} was {loss} while it was in use" in stop_of(report).message
     assert len(desk.bought) <= 12
     (why,) = report.unwritten
     assert f"{ledger} was {loss} while it was in use" in why
@@ -93,8 +87,7 @@ async def test_a_folder_removed_between_two_tries_of_a_submit_is_told(desk: Desk
             shutil.rmtree(desk.out, ignore_errors=True)
 
     report = await desk.run(prompts(1), progress=follow)
-    assert report.stop is not None
-    assert (report.stop.kind, report.exit_code, report.queued) == ("disk", 3, 1)
+    assert (stop_of(report).kind, report.exit_code, report.queued) == ("disk", 3, 1)
     assert f"{LEDGER} was removed while it was in use" in report.unwritten[-1]
     assert desk.bought == {}
 
@@ -155,9 +148,8 @@ async def test_a_disk_that_cannot_be_asked_stops_the_batch(
 
     monkeypatch.setattr(shutil, "disk_usage", fail)
     report = await desk.run(prompts(3))
-    assert report.stop is not None
-    assert (report.stop.kind, report.exit_code, report.queued) == ("disk", 3, 3)
-    assert f"the folder {desk.out} cannot be used any more: Stale file" in report.stop.message
+    assert (stop_of(report).kind, report.exit_code, report.queued) == ("disk", 3, 3)
+    assert f"the folder {desk.out} cannot be used any more: Stale file" in stop_of(report).message
 
 
 async def test_a_missing_input_makes_no_folder(desk: Desk, tmp_path: Path) -> None:

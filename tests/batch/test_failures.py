@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from desk import RETRY, Desk, prompts
+from desk import RETRY, Desk, prompts, stop_of
 
 from evolink_async import PollPolicy, RetryPolicy, Session
 from evolink_async.batch import BatchProgress, run_batch
 from evolink_async.emulator import Emulator, ManualClock, RealClock, faults
-from evolink_async.errors import (
-    LedgerError,
-)
+from evolink_async.errors import LedgerError
 
 
 async def test_failures_do_not_stop_the_others(desk: Desk) -> None:
@@ -63,8 +61,7 @@ async def test_what_concerns_all_submits_stops_them(
     desk.emulator.faults.add(fault)
     settings = {"max_connections": 1}
     report = await desk.run(prompts(10), settings=settings)
-    assert report.stop is not None
-    assert (report.stop.kind, report.exit_code) == (kind, 3)
+    assert (stop_of(report).kind, report.exit_code) == (kind, 3)
     assert (report.saved, report.queued, report.still_to_pay) == (3, 7, 7.0)
     assert len(desk.emulator.books.submits()) == 4
     desk.emulator.faults.clear()
@@ -77,8 +74,7 @@ async def test_a_refusal_of_the_very_first_submits_stops_them(desk: Desk, status
     """A wrong address or a model that is not allowed fails no item: all stay queued."""
     desk.emulator.faults.add(faults.Status(status, route="submit"))
     report = await desk.run(prompts(50))
-    assert report.stop is not None
-    assert (report.stop.kind, report.exit_code) == ("refused", 3)
+    assert (stop_of(report).kind, report.exit_code) == ("refused", 3)
     assert (report.failed, report.queued) == (0, 50)
     assert len(desk.emulator.books.submits()) <= 16
     desk.emulator.faults.clear()
@@ -91,8 +87,7 @@ async def test_an_empty_account_pays_for_what_it_can(tmp_path: Path, clock: Manu
         desk = Desk(emulator, tmp_path)
         report = await desk.run(prompts(20))
     assert (report.saved, report.queued, report.still_to_pay) == (7, 13, 13.0)
-    assert report.stop is not None
-    assert report.stop.kind == "credits"
+    assert stop_of(report).kind == "credits"
 
 
 async def test_an_outage_is_waited_out(desk: Desk) -> None:
@@ -125,8 +120,7 @@ async def test_an_api_that_is_not_there_is_asked_at_intervals(desk: Desk) -> Non
         report = await run_batch(
             session, prompts(5), desk.out, outage_timeout=60, progress=seen.append
         )
-    assert report.stop is not None
-    assert (report.stop.kind, report.queued) == ("network", 5)
+    assert (stop_of(report).kind, report.queued) == ("network", 5)
     tries = sum(now.running > before.running for before, now in pairwise(seen))
     assert 5 < tries <= 5 * (1 + 60 / 15)
 
@@ -135,16 +129,14 @@ async def test_an_outage_without_end_stops_the_batch(desk: Desk) -> None:
     """After so long without one accepted submit the batch says why and ends, all still queued."""
     desk.emulator.faults.add(faults.Status(503, route="submit"))
     report = await desk.run(prompts(5), outage_timeout=300)
-    assert report.stop is not None
-    assert (report.stop.kind, report.exit_code, report.queued) == ("network", 3, 5)
+    assert (stop_of(report).kind, report.exit_code, report.queued) == ("network", 3, 5)
 
 
 async def test_a_server_that_never_says_what_became_of_submits_is_left(desk: Desk) -> None:
     """Money is put at risk a few times, not a thousand."""
     desk.emulator.faults.add(faults.Status(500, route="submit", processed=True))
     report = await desk.run(prompts(200))
-    assert report.stop is not None
-    assert report.stop.kind == "network"
+    assert stop_of(report).kind == "network"
     assert 8 <= report.uncertain <= 8 + 16
     assert report.uncertain == len(desk.emulator.books.submits())
 
@@ -231,7 +223,6 @@ async def test_a_refused_repeat_says_nothing_about_the_first(desk: Desk) -> None
     desk.emulator.faults.clear()
     desk.emulator.faults.add(faults.Status(402, route="submit"))
     report = await desk.run(["a"], resend_uncertain=True)
-    assert report.stop is not None
     assert report.uncertain == 1
 
 

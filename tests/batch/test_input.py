@@ -13,10 +13,7 @@ from desk import Desk
 
 from evolink_async.batch import Invalid
 from evolink_async.emulator import faults
-from evolink_async.errors import (
-    ConfigurationError,
-    RequestValidationError,
-)
+from evolink_async.errors import ConfigurationError, RequestValidationError
 
 
 async def test_a_file_of_json_lines(desk: Desk, tmp_path: Path) -> None:

@@ -12,15 +12,13 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from desk import Desk, prompts, until
+from desk import Desk, prompts, stop_of, until
 
 from evolink_async import PollPolicy
 from evolink_async.batch import BatchProgress, Invalid, run_batch
 from evolink_async.emulator import Emulator, faults
 from evolink_async.emulator._exchange import Exchange
-from evolink_async.errors import (
-    ConfigurationError,
-)
+from evolink_async.errors import ConfigurationError
 
 
 @pytest.mark.parametrize("limit", [0, 1, 7, 10])
@@ -31,8 +29,7 @@ async def test_max_credits_holds(desk: Desk, limit: int) -> None:
     books = desk.emulator.books
     assert books.charged + books.reserved <= limit
     assert limit - books.charged < 2
-    assert report.stop is not None
-    assert (report.stop.kind, report.exit_code) == ("max_credits", 1)
+    assert (stop_of(report).kind, report.exit_code) == ("max_credits", 1)
     again = await desk.run(lines, max_credits=limit)
     assert books.charged <= limit
     assert again.credits == books.charged
@@ -112,9 +109,8 @@ async def test_an_api_that_names_no_price_cannot_be_limited(desk: Desk) -> None:
     """After one generation of unknown price no more is put at risk; without a limit all go on."""
     desk.emulator.faults.add(Priceless(route=("submit", "read", "batch")))
     report = await desk.run(prompts(5), max_credits=3)
-    assert report.stop is not None
-    assert report.stop.kind == "max_credits"
-    assert "does not say what" in report.stop.message
+    assert stop_of(report).kind == "max_credits"
+    assert "does not say what" in stop_of(report).message
     assert (report.saved, report.queued, report.still_to_pay) == (1, 4, None)
     assert (await desk.run(prompts(5))).saved == 5
 
@@ -142,8 +138,7 @@ async def test_max_credits_holds_over_runs_that_are_left_and_know_no_reservation
         await desk.run(lines, max_credits=4, stop=stop, grace=0, progress=follow)
         assert books.charged + books.reserved <= 4
     report = await desk.run(lines, max_credits=4)
-    assert report.stop is not None
-    assert report.stop.kind == "max_credits"
+    assert stop_of(report).kind == "max_credits"
     assert (books.charged, report.saved + report.uncertain) == (4, 4)
 
 
@@ -222,8 +217,7 @@ async def test_an_uncertain_first_submit_is_the_only_one_of_unknown_price(desk: 
     for _ in range(3):
         report = await desk.run(prompts(9), max_credits=3)
         assert (report.uncertain, len(desk.emulator.books.submits())) == (1, 1)
-        assert report.stop is not None
-        assert "uncertain items resent first" in report.stop.message
+        assert "uncertain items resent first" in stop_of(report).message
     desk.emulator.faults.clear()
     report = await desk.run(prompts(9), max_credits=3, resend_uncertain=True)
     assert (report.saved, desk.emulator.books.charged) == (3, 3)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from desk import Desk, prompts
+from desk import Desk, prompts, stop_of
 
 from evolink_async import ImageRequest, RawRequest
 from evolink_async.batch import BatchProgress, _context
@@ -121,8 +121,7 @@ async def test_a_limit_holds_for_many_models_of_unknown_price(
     async with Emulator(clock=clock, pictures="tiny", credits=100.0, models=models) as emulator:
         report = await Desk(emulator, tmp_path / "out").run(lines, max_credits=1)
         assert emulator.books.charged == 1
-    assert report.stop is not None
-    assert report.stop.kind == "max_credits"
+    assert stop_of(report).kind == "max_credits"
 
 
 async def test_files_are_named_after_the_id_or_the_prompt(desk: Desk) -> None:

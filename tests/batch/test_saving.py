@@ -17,9 +17,7 @@ from evolink_async import PollPolicy
 from evolink_async.batch._ledger import LEDGER
 from evolink_async.emulator import faults
 from evolink_async.emulator._exchange import Exchange
-from evolink_async.errors import (
-    ConfigurationError,
-)
+from evolink_async.errors import ConfigurationError
 
 
 async def test_what_could_not_be_downloaded_is_downloaded_by_the_next_run(desk: Desk) -> None:

@@ -6,15 +6,13 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from desk import Desk, prompts, until
+from desk import Desk, prompts, stop_of, until
 
 from evolink_async import PollPolicy
 from evolink_async.batch import BatchProgress, run_batch
 from evolink_async.batch._ledger import LEDGER
 from evolink_async.emulator import Emulator, faults
-from evolink_async.errors import (
-    LedgerError,
-)
+from evolink_async.errors import LedgerError
 
 
 async def test_stopped_it_lets_what_runs_finish_and_says_how_to_go_on(desk: Desk) -> None:
@@ -28,8 +26,7 @@ async def test_stopped_it_lets_what_runs_finish_and_says_how_to_go_on(desk: Desk
     report = await desk.run(
         prompts(60), stop=stop, grace=20, progress=follow, settings={"max_in_flight": 8}
     )
-    assert report.stop is not None
-    assert (report.stop.kind, report.exit_code) == ("interrupted", 130)
+    assert (stop_of(report).kind, report.exit_code) == ("interrupted", 130)
     assert report.running == report.completed == report.uncertain == 0
     assert 0 < report.saved < 60
     assert report.saved + report.queued == 60
@@ -123,8 +120,7 @@ async def test_a_closed_session_ends_the_batch(desk: Desk) -> None:
 
         closing: list[asyncio.Future[None]] = []
         report = await run_batch(session, prompts(50), desk.out, progress=follow)
-    assert report.stop is not None
-    assert report.stop.kind == "closed"
+    assert stop_of(report).kind == "closed"
     last = await desk.run(prompts(50), resend_uncertain=True)
     assert last.saved == 50
     assert set(desk.bought.values()) == {1}
@@ -144,8 +140,7 @@ async def test_a_key_that_is_refused_while_tasks_run_stops_the_batch(desk: Desk)
     """The tasks stay submitted, for a run with a key that works."""
     desk.emulator.faults.add(faults.Status(401, route=("read", "batch")))
     report = await desk.run(prompts(3), grace=0.2)
-    assert report.stop is not None
-    assert (report.stop.kind, report.running) == ("authentication", 3)
+    assert (stop_of(report).kind, report.running) == ("authentication", 3)
     desk.emulator.faults.clear()
     assert (await desk.run(prompts(3))).saved == 3
     assert set(desk.bought.values()) == {1}
