@@ -77,7 +77,7 @@ class RunContext:
         leave_at: When the run ends whatever is still running, by the event loop's time.
         ending: Set at each change of these three.
         waiting: Workers whose submit waits for its turn, and of which nothing has left.
-        replaced: Whether items were queued anew because what was paid for is lost.
+        replaced: Numbers of failed items to be bought anew: what was paid for is lost.
     """
 
     session: Session
@@ -91,7 +91,7 @@ class RunContext:
     leave_at: float | None = field(default=None, init=False)
     ending: asyncio.Event = field(factory=asyncio.Event, init=False)
     waiting: set[asyncio.Task[Any] | None] = field(factory=set, init=False)
-    replaced: bool = field(default=False, init=False)
+    replaced: set[int] = field(factory=set, init=False)
     health: SubmitHealth = field(init=False)
     _changed: asyncio.Event = field(factory=asyncio.Event, init=False)
 
@@ -194,17 +194,15 @@ class RunContext:
         try:
             await work
         except Exception as exc:  # noqa: BLE001 - the run raises it
-            if (
-                self.error is not None
-                or not isinstance(exc, OSError)
-                or isinstance(exc, EvolinkError)
-            ):
+            disk = isinstance(exc, OSError) and not isinstance(exc, EvolinkError)
+            if not disk or self.error is not None:
                 self.fail(exc)
                 return
             self.halt(
                 "disk",
-                f"the folder {self.folder} cannot be used any more: {exc.strerror or exc}; see to "
-                "that, then run the same batch again",
+                f"the folder {self.folder} cannot be used any more: "
+                f"{getattr(exc, 'strerror', None) or exc}; see to that, then run the same batch "
+                "again",
             )
 
     # -- how the API takes submits ---------------------------------------------------------

@@ -110,8 +110,9 @@ def damage(folder: Path, files: Iterable[File]) -> str:
 
 
 def _found(path: Path) -> File | None:
+    """The file *path*; None of what is no file, or cannot be read."""
     try:
-        return file_of(path)
+        return file_of(path) if path.is_file() else None  # a pipe would be waited for
     except OSError:
         return None
 
@@ -122,26 +123,18 @@ def keep_stranger(new: Path, target: Path) -> Path | None:
     Returns:
         What it is called now; None if there was nothing to keep.
     """
-    old = _digest(target)
-    if old is not None and old == _digest(new):
+    old = _found(target)
+    if old is not None and old.sha256 == file_of(new).sha256:
         return None
     if not os.path.lexists(target) or (target.is_dir() and not target.is_symlink()):
         return None  # the rename of *new* fails on a folder, and says so
-    digest = old or secrets.token_hex(32)
+    digest = secrets.token_hex(32) if old is None else old.sha256
     start, end = target.with_suffix(""), target.suffix
     names = (Path(f"{start}.changed-{digest[:k]}{end}") for k in (8, 16, 64))
     free = (path for path in names if not os.path.lexists(path))
     kept = next(free, Path(f"{start}.changed-{secrets.token_hex(16)}{end}"))
     target.rename(kept)
     return kept
-
-
-def _digest(path: Path) -> str | None:
-    """SHA-256 of a file; None of what is no file, or cannot be read."""
-    if not path.is_file():  # a pipe would be waited for
-        return None
-    found = _found(path)
-    return None if found is None else found.sha256
 
 
 def whole(

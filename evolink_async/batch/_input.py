@@ -196,7 +196,8 @@ def _checked(line: int, item: object) -> Entry:
     metadata: dict[str, Any] = {}
     asked: object = item
     if isinstance(item, Mapping):
-        _check_depth(item)
+        for name, value in item.items():
+            _check_depth(value, name, _DEEPEST - 1)
         user_id = _user_id(item.get("id"))
         names = _IMAGE_FIELDS if "prompt" in item or not set(item) >= _RAW_FIELDS else _RAW_FIELDS
         asked = {name: value for name, value in item.items() if name in names}
@@ -221,26 +222,16 @@ def _checked(line: int, item: object) -> Entry:
     )
 
 
-def _check_depth(item: Mapping[str, Any]) -> None:
-    """Refuse what is nested too deeply, or holds itself; without recursion."""
-    path: list[Iterator[tuple[Any, Any]]] = [iter(item.items())]
-    name: object = None
-    while path:
-        for key, value in path[-1]:
-            name = key if len(path) == 1 else name
-            if isinstance(value, Mapping | list | tuple):
-                if len(path) == _DEEPEST:
-                    raise _BadLineError(
-                        f"{shown(name)} is nested deeper than {_DEEPEST} levels; at most "
-                        f"{_DEEPEST} are kept"
-                    )
-                inner: Iterable[tuple[Any, Any]] = (
-                    value.items() if isinstance(value, Mapping) else enumerate(value)
-                )
-                path.append(iter(inner))
-                break
-        else:
-            path.pop()
+def _check_depth(value: object, name: object, levels: int) -> None:
+    """Refuse what is nested too deeply, or holds itself."""
+    if not isinstance(value, Mapping | list | tuple):
+        return
+    if levels == 0:
+        raise _BadLineError(
+            f"{shown(name)} is nested deeper than {_DEEPEST} levels; at most {_DEEPEST} are kept"
+        )
+    for each in value.values() if isinstance(value, Mapping) else value:
+        _check_depth(each, name, levels - 1)
 
 
 def _user_id(value: object) -> str | None:

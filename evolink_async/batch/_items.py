@@ -76,7 +76,10 @@ class LiveItem:
     def __attrs_post_init__(self) -> None:
         self.state = self.item.state
         self.key = self.item.idempotency_key
-        if self.state == "queued":  # the times of an earlier purchase say nothing about this one
+        if self.state in {
+            "queued",
+            "failed",
+        }:  # the times of an earlier purchase say nothing about this one
             self.item = evolve(self.item, times={})
 
     def moved(self, state: str) -> None:
@@ -150,7 +153,7 @@ class LiveItem:
         self.run.money.release(self.item, 0.0)
         if self.recorded:
             await self.run.ledger.queued(self.item.number)
-            self.moved("queued")
+            self.moved(self.item.state)
 
     async def _uncertain(self, key: str | None, why: str) -> None:
         self.run.money.release_uncertain(self.item)
@@ -298,9 +301,7 @@ class LiveItem:
         self.moved("failed")
 
     async def give_up(self, code: str, message: str) -> None:
-        """What was paid for is lost; if that is wanted, it is queued to be bought again."""
+        """What was paid for is lost; if that is wanted, it is bought again in the end."""
         await self.fail(code=code, message=message, charged=True)
-        if self.run.may_replace(self.item) and self.run.going:
-            await self.run.ledger.replacing(self.item.number)
-            self.run.replaced = True
-            self.moved("queued")
+        if self.run.may_replace(self.item):
+            self.run.replaced.add(self.item.number)

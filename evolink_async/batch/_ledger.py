@@ -55,7 +55,9 @@ _PAID: Final = "('submitted', 'completed', 'saved')"
 _RELEVANT: Final = "(wanted = 1 OR state NOT IN ('queued', 'failed'))"
 """An item whose line is gone counts only if it has cost, or may have cost, something."""
 _FAILED: Final = "state = 'failed' AND wanted = 1"
-_REPLACED: Final = "state IN ('queued', 'submitting') AND task_id IS NOT NULL"
+_GONE: Final = f"{_FAILED} AND code IN ('{EXPIRED}', '{NOT_FOUND}')"
+"""True for a failed item whose results can no longer be had."""
+_REPLACED: Final = "state = 'submitting' AND task_id IS NOT NULL"
 """True for an item that is being bought anew and still has its former task."""
 _LOST: Final = f"iif(code = '{EXPIRED}', code, NULL)"
 """Keeps the code of lost results until they are found: without it none may be bought anew."""
@@ -75,7 +77,6 @@ class Ledger(Connection):
         """
         try:
             await self.open()
-            await self.restore()
             await self._disown()
         except BaseException:
             await self.close()
@@ -88,7 +89,7 @@ class Ledger(Connection):
     @committed
     def _disown(self) -> None:
         """What a process that is gone was submitting is uncertain."""
-        loading.forget(self._db, f"state = 'submitting' AND {_REPLACED}")
+        loading.forget(self._db, _REPLACED)
         self._db.execute(
             "UPDATE items SET state = 'uncertain', code = 'submit_uncertain', ended_at = ?, message"
             " = 'the process ended while this was being submitted' WHERE state = 'submitting'",
@@ -178,10 +179,7 @@ class Ledger(Connection):
 
     @committed
     def page(
-        self,
-        *states: str,
-        after: tuple[int, int] = (0, 0),
-        limit: int = 64,
+        self, *states: str, after: tuple[int, int] = (0, 0), limit: int = 64
     ) -> tuple[Item, ...]:
         """Items in one of *states* (of any, if none is named), in the order of the input.
 
@@ -251,10 +249,7 @@ class Ledger(Connection):
                 "SELECT model, sum(pictures) FROM items WHERE state = 'uncertain' GROUP BY model"
             ),
             retryable=number(f"SELECT count(*) FROM items WHERE {_FAILED} AND retryable = 1"),  # noqa: S608 - ours
-            expired=number(
-                f"SELECT count(*) FROM items WHERE {_FAILED} AND code IN ('{EXPIRED}', "  # noqa: S608 - ours
-                f"'{NOT_FOUND}')"
-            ),
+            expired=number(f"SELECT count(*) FROM items WHERE {_GONE}"),  # noqa: S608 - ours
         )
 
     # -- changes of one item ---------------------------------------------------------------
@@ -263,6 +258,8 @@ class Ledger(Connection):
     def submitting(self, number: int, key: str) -> None:
         """Its POST may leave from now on, under this idempotency key.
 
+        A failed item that is bought anew keeps its former task until its submit has an end.
+
         Raises:
             LedgerError: Its file is not the one others would open, another process may have
                 the folder, or it cannot be written.
@@ -270,27 +267,24 @@ class Ledger(Connection):
         self._check_files()
         self._change(
             number,
-            "state = 'submitting', idempotency_key = ?, submitting_at = ?, "
+            "state = 'submitting', idempotency_key = ?, submitting_at = ?, ended_at = NULL, "
             "code = iif(task_id IS NULL, NULL, code), "
             "message = iif(task_id IS NULL, NULL, message), retryable = 0",
             (key, time.time()),
-            only="state IN ('queued', 'uncertain', 'submitting')",
+            only=f"(state IN ('queued', 'uncertain', 'submitting') OR {_GONE})",
         )
 
     @committed
     def queued(self, number: int) -> None:
-        """Nothing of this submit was accepted: it may be submitted anew, under a new key."""
+        """Nothing of this submit was accepted: it is queued, or has failed, as before."""
+        now = time.time()
         self._change(
             number,
-            "state = 'queued', idempotency_key = NULL, submitting_at = NULL, queued_at = ?",
-            (time.time(),),
-            only="state IN ('queued', 'submitting')",
+            "state = iif(task_id IS NULL, 'queued', 'failed'), idempotency_key = NULL, "
+            "submitting_at = NULL, queued_at = ?, ended_at = iif(task_id IS NULL, NULL, ?)",
+            (now, now),
+            only=f"(state IN ('queued', 'submitting') OR {_GONE})",
         )
-
-    @committed
-    def replacing(self, number: int) -> None:
-        """It failed and is to be bought anew; until a submit may have left, it keeps its task."""
-        self._change(number, "state = 'queued', queued_at = ?, ended_at = NULL", (time.time(),))
 
     @committed
     def uncertain(self, number: int, *, key: str | None, message: str) -> None:
@@ -404,15 +398,6 @@ class Ledger(Connection):
         )
 
     # -- changes of many items -------------------------------------------------------------
-
-    @committed
-    def restore(self) -> None:
-        """Items that were to be bought anew, and were not, have failed as before."""
-        self._db.execute(
-            "UPDATE items SET state = 'failed', ended_at = ? "
-            "WHERE state = 'queued' AND task_id IS NOT NULL",
-            (time.time(),),
-        )
 
     @committed
     def requeue_failed(self) -> int:

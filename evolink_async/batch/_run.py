@@ -159,7 +159,6 @@ async def run_batch(
         )
         run = _Run(context)
         await run.go(stop)
-        await ledger.restore()
         unwritten = {name: await write(ledger, folder / name) for name in names}
         for name in names:
             unwritten[name] = unwritten[name] or await asyncio.to_thread(gone, folder / name)
@@ -236,7 +235,7 @@ class _Run:
             await verifying
             await self._to_save.join()
             if context.replaced:
-                await self._generate("queued")
+                await self._generate("failed")
                 await self._to_save.join()
             for saver in savers:
                 saver.cancel()
@@ -246,7 +245,8 @@ class _Run:
         for state in states:
             async with aclosing(self.context.ledger.items(state)) as items:
                 async for item in items:
-                    yield item
+                    if state != "failed" or item.number in self.context.replaced:
+                        yield item
 
     # -- generating ------------------------------------------------------------------------
 

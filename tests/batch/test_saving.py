@@ -216,7 +216,7 @@ async def test_links_that_are_dead_and_a_task_that_nobody_knows_are_lost_at_once
     assert (report.saved, desk.bought) == (1, {"a": 1})
 
 
-@pytest.mark.parametrize("stop", ["limit", "empty account", "kill"])
+@pytest.mark.parametrize("stop", ["limit", "empty account"])
 async def test_what_is_not_bought_anew_after_all_keeps_what_it_has(desk: Desk, stop: str) -> None:
     """Until another submit may have left, its task, credits and good pictures are on record."""
     lines = [{"id": "x", "prompt": "a", "n": 4}]
@@ -228,11 +228,8 @@ async def test_what_is_not_bought_anew_after_all_keeps_what_it_has(desk: Desk, s
     if stop == "empty account":
         desk.emulator.faults.add(faults.Status(402, route="submit"))
         await desk.run(lines, resubmit_expired=True)
-    elif stop == "limit":
-        await desk.run(lines, resubmit_expired=True, max_credits=4)
     else:
-        desk.change("UPDATE items SET state = 'queued', ended_at = NULL")
-        await desk.run(lines)
+        await desk.run(lines, resubmit_expired=True, max_credits=4)
     (item,) = desk.manifest()
     assert (item["state"], item["credits"]) == ("failed", 4)
     assert desk.rows("SELECT code, task_id IS NULL FROM items") == [("results_expired", 0)]
