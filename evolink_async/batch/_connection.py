@@ -41,8 +41,8 @@ GROUP: Final = 64
 """Most changes in one transaction: their callers wake in one turn of the event loop."""
 _APPLICATION: Final = 0x45764C6B
 """SQLite's ``application_id`` of our files: "EvLk"."""
-_FORMAT: Final = 1
-"""SQLite's ``user_version`` of our files: the format of the tables below."""
+_FORMAT: Final = 4
+"""SQLite's ``user_version`` of our files: that of the tables below; 1 to 3 were not released."""
 
 _TABLES: Final = """
 CREATE TABLE items (
@@ -307,17 +307,18 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     """See that the file is a ledger that can be used, and make one of an empty file.
 
     Raises:
-        LedgerError: It is something else, or of a newer format.
+        LedgerError: It is something else, or of another format.
     """
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if (version and application != _APPLICATION) or (tables and not version):
         raise LedgerError(f"{path} is not a ledger; choose another folder", path=path)
-    if version > _FORMAT:
+    if version not in {0, _FORMAT}:
+        advice = "upgrade evolink-async" if version > _FORMAT else "choose another folder"
         raise LedgerError(
             f"the ledger {path} has format {version}, this version of evolink-async knows "
-            f"formats up to {_FORMAT}; upgrade evolink-async",
+            f"format {_FORMAT} only; {advice}",
             path=path,
         )
     connection.executescript(

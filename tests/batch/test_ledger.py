@@ -334,14 +334,15 @@ async def test_a_log_that_was_removed_takes_nothing_with_it(path: Path) -> None:
         assert states == {first.number: "submitted", second.number: "queued"}
 
 
-async def test_a_newer_format_is_refused(path: Path) -> None:
-    """With the advice to upgrade; the file stays as it is."""
+@pytest.mark.parametrize(("version", "advice"), [(99, "upgrade"), (1, "another folder")])
+async def test_another_format_is_refused(path: Path, version: int, advice: str) -> None:
+    """With the advice to upgrade, or to leave the folder alone; the file stays as it is."""
     async with Ledger(path):
         pass
     connection = sqlite3.connect(path)
-    connection.execute("PRAGMA user_version = 99")
+    connection.execute(f"PRAGMA user_version = {version}")
     connection.close()
-    with pytest.raises(LedgerError, match=r"format 99.*upgrade"):
+    with pytest.raises(LedgerError, match=rf"format {version}.*{advice}"):
         await Ledger(path).__aenter__()
 
 
