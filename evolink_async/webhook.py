@@ -365,11 +365,19 @@ class CallbackReceiver:
             _put(self._early, token, (until, (*early, task_id)), most=_MAX_EARLY)
             self._count("early")
             logger.debug("a callback for task %s, which is not watched here", task_id)
-            if self._on_unwatched is not None:
-                returned = self._on_unwatched(task_id)
-                if inspect.isawaitable(returned):
-                    await returned
+            try:
+                await self._publish(task_id)
+            except BaseException:  # the sender delivers again, and then it is published
+                left = tuple(each for each in self._early_ids(token) if each != task_id)
+                _put(self._early, token, (until, left), most=_MAX_EARLY)
+                raise
         return 204
+
+    async def _publish(self, task_id: str) -> None:
+        if self._on_unwatched is not None:
+            returned = self._on_unwatched(task_id)
+            if inspect.isawaitable(returned):
+                await returned
 
     def _add_own(self, token: str) -> None:
         _put(self._own, hash(token), None, most=_MAX_OWN)

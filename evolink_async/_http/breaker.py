@@ -181,7 +181,7 @@ class BatchBreaker:
         seconds = max(seconds, _OPEN_PER_RETRY_AFTER * _retry_after(why))
         if seconds > self._open_for or self.state is not State.OPEN:
             self._open_until, self._open_for = self._clock.now() + seconds, seconds
-            logger.info("reading tasks one by one for %s s: %s", seconds, why)
+            logger.info("polling tasks one by one for %s s: %s", seconds, why)
         self._ask_single()
 
 

@@ -107,8 +107,8 @@ class Failures:
         if missing and now - self.refused_at < _CONFIRM_AFTER:
             return False
         self.refusals += 1
-        plain = isinstance(error, NotFoundError | AuthenticationError | PermissionDeniedError)
-        return self.refusals >= (2 if plain else 3)
+        twice = isinstance(error, NotFoundError | AuthenticationError | PermissionDeniedError)
+        return self.refusals >= (2 if twice else 3)
 
     def suspect(self, batches: BatchPolls) -> bool:
         """After a failed batch poll: True if the task must now be polled singly.

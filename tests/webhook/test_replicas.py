@@ -87,15 +87,21 @@ async def test_own_callbacks_are_not_published(emulator: Emulator, server: Callb
 async def test_an_error_of_the_hook_reaches_the_web_server(
     session: Session, emulator: Emulator
 ) -> None:
-    """A hook that fails is not hidden: whoever called ``deliver`` gets its error."""
+    """``deliver`` raises the error of a hook, and calls it anew at the next delivery."""
+    published: list[str] = []
 
     async def publish(task_id: str) -> None:
-        raise OSError(f"no bus for {task_id}")
+        published.append(task_id)
+        if len(published) == 1:
+            raise OSError(f"no bus for {task_id}")
 
     receiver = CallbackReceiver(session, public_url=PUBLIC, on_unwatched=publish)
     with pytest.raises(OSError, match="no bus for task-unified-1"):
         await receiver.deliver(receiver.url_for(KEY), body("task-unified-1"))
-    assert counted(receiver) == {"early": 1}
+    for _ in range(2):
+        assert await receiver.deliver(receiver.url_for(KEY), body("task-unified-1")) == 204
+    assert published == ["task-unified-1"] * 2
+    assert counted(receiver) == {"early": 2, "late": 1}
 
 
 async def test_nudges_check_what_comes_over_the_bus(
