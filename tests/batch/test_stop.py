@@ -9,6 +9,7 @@ import pytest
 from desk import Desk, prompts, stop_of, until
 
 from evolink_async import PollPolicy
+from evolink_async._clock import hold
 from evolink_async.batch import BatchProgress, run_batch
 from evolink_async.batch._ledger import LEDGER
 from evolink_async.emulator import Emulator, faults
@@ -144,3 +145,19 @@ async def test_a_key_that_is_refused_while_tasks_run_stops_the_batch(desk: Desk)
     desk.emulator.faults.clear()
     assert (await desk.run(prompts(3))).saved == 3
     assert set(desk.bought.values()) == {1}
+
+
+async def test_stopped_during_a_cool_down_it_sends_nothing_afterwards(desk: Desk) -> None:
+    """Submits that were refused and wait to be sent again stay unsent, and cost nothing."""
+    desk.emulator.faults.add(faults.Status(429, route="submit", retry_after=2, nth=(1, 2, 3)))
+    stop = asyncio.Event()
+    with hold(desk.emulator.clock):
+        run = asyncio.create_task(
+            desk.run(prompts(10), stop=stop, grace=5, settings={"max_in_flight": 3})
+        )
+        await until(lambda: bool(desk.emulator.books.requests("submit")))
+        stop.set()
+        await asyncio.sleep(0.05)
+    report = await run
+    assert desk.emulator.books.accepted == 0
+    assert (report.queued, report.uncertain) == (10, 0)
